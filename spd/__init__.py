@@ -1,0 +1,1 @@
+"""Stochastic Parameter Decomposition: weight matrices as sums of causally gated rank-one parts."""

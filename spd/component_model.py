@@ -1,0 +1,273 @@
+"""A frozen target whose chosen matrices can be replaced, call by call, by masked subcomponents."""
+
+import fnmatch
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spd.components import (
+    EmbeddingSubcomponents,
+    LinearSubcomponents,
+    TiedSubcomponents,
+    init_subcomponents_,
+)
+from spd.config import UserError, nearest
+from spd.data import derive_seed
+from spd.importance import (
+    CausalImportances,
+    ImportanceConfig,
+    LowerLeak,
+    lower_leaky_hard_sigmoid,
+    make_importance,
+    upper_leaky_hard_sigmoid,
+)
+
+
+class TargetOutput(NamedTuple):
+    """What the unchanged target computes on a batch."""
+
+    output: Tensor
+    """the target's output"""
+    site_inputs: dict[str, Tensor]
+    """what it feeds to each site: `[..., d_in]`, or token ids for an embedding"""
+
+
+class Site(nn.Module):
+    """Stands in the target in place of one module, for good; computes exactly what that module did.
+
+    Within `ComponentModel.forward` it may instead use its subcomponents under a mask. `weight` and
+    `bias` are the original's, for target code that reads them directly.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        subcomponents: LinearSubcomponents | EmbeddingSubcomponents | TiedSubcomponents,
+        importance: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.original = original
+        self.subcomponents = subcomponents
+        self.importance = importance
+        self.replaced = False
+        self.mask: Tensor | None = None
+        self.keep_input = False
+        self.kept_input: Tensor | None = None
+
+    @property
+    def C(self) -> int:
+        return self.subcomponents.V.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.original.weight  # pyright: ignore[reportReturnType]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.original, "bias", None)
+
+    @property
+    def target_weight(self) -> Float[Tensor, "d_in d_out"]:
+        """The original matrix, mapping inputs to outputs from the left: `x @ target_weight`."""
+        return input_output_weight(self.original)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.keep_input:
+            self.kept_input = x
+        if not self.replaced:
+            return self.original(x)
+        out = self.subcomponents(x, self.mask)
+        return out if self.bias is None else out + self.bias
+
+
+class ComponentModel(nn.Module):
+    """The target with a `Site` in place of every decomposed module. Changes `target` in place.
+
+    Trainable are only `V`, `U` and the importance functions: `subcomponent_parameters()`.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        sites: Mapping[str, int],
+        importance: ImportanceConfig,
+        *,
+        tied_sites: Sequence[tuple[str, str]] = (),
+        lower_leak: LowerLeak = "both",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        C_of = resolve_sites(target, sites)
+        target.requires_grad_(False).eval()
+        self.target = target
+        self.lower_leak: LowerLeak = lower_leak
+        source_of = _check_ties(target, C_of, tied_sites)
+        self.sites: dict[str, Site] = {}
+        for path in sorted(C_of, key=lambda path: path in source_of):  # sources before their ties
+            original = target.get_submodule(path)
+            generator = torch.Generator().manual_seed(derive_seed("init", seed, path))
+            tie = self.sites[source_of[path]] if path in source_of else None
+            subcomponents = _make_subcomponents(original, C_of[path], tie, generator)
+            function = make_importance(importance, C_of[path], generator=generator)
+            site = Site(original, subcomponents, function.to(input_output_weight(original).device))
+            target.set_submodule(path, site)
+            self.sites[path] = site
+        self.sites = {path: self.sites[path] for path in C_of}
+
+    def subcomponent_parameters(self) -> dict[str, nn.Parameter]:
+        """Name → parameter of everything that is trained, each once."""
+        return {
+            f"{path}.{name}": parameter
+            for path, site in self.sites.items()
+            for part in ("subcomponents", "importance")
+            for name, parameter in site.get_submodule(part).named_parameters(prefix=part)
+        }
+
+    def load_subcomponents(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy saved parameters in; names and shapes must be exactly those of this model."""
+        own = self.subcomponent_parameters()
+        if own.keys() != tensors.keys():
+            raise ValueError(f"parameters differ: {sorted(own.keys() ^ tensors.keys())}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                if parameter.shape != tensors[name].shape:
+                    raise ValueError(
+                        f"{name}: shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+                    )
+                parameter.copy_(tensors[name])
+
+    def target_forward(self, batch: Tensor) -> TargetOutput:
+        """Run the unchanged target, without gradient, and keep what it feeds to each site."""
+        for site in self.sites.values():
+            site.keep_input = True
+        try:
+            with torch.no_grad():
+                output = self.target(batch)
+            inputs: dict[str, Tensor] = {}
+            for path, site in self.sites.items():
+                assert site.kept_input is not None, f"the target never called its module {path!r}"
+                inputs[path] = site.kept_input
+        finally:
+            for site in self.sites.values():
+                site.keep_input = False
+                site.kept_input = None
+        return TargetOutput(output, inputs)
+
+    def forward(self, batch: Tensor, masks: Mapping[str, Tensor | None] | None = None) -> Tensor:
+        """Run with the sites named in `masks` replaced by their subcomponents; `None`: all on.
+
+        `masks` itself `None` replaces every site, all subcomponents on.
+        """
+        chosen = dict.fromkeys(self.sites) if masks is None else masks
+        for path, mask in chosen.items():
+            self.sites[path].replaced = True
+            self.sites[path].mask = mask
+        try:
+            return self.target(batch)
+        finally:
+            for path in chosen:
+                self.sites[path].replaced = False
+                self.sites[path].mask = None
+
+    def causal_importances(self, site_inputs: Mapping[str, Tensor]) -> CausalImportances:
+        """g_c(x) of every site from what the *target* feeds to it; gradients reach V through h_c."""
+        lower, upper = {}, {}
+        for path, site in self.sites.items():
+            x = site.importance(site.subcomponents.acts(site_inputs[path]))
+            lower[path] = lower_leaky_hard_sigmoid(x, self.lower_leak)
+            upper[path] = upper_leaky_hard_sigmoid(x)
+        return CausalImportances(lower, upper)
+
+
+def input_output_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
+    """The weight of a decomposable module as `[d_in, d_out]`, whatever its own layout."""
+    weight = module.weight
+    assert isinstance(weight, Tensor), f"{type(module).__name__} has no weight"
+    return weight.mT if isinstance(module, nn.Linear) else weight
+
+
+def decomposable(module: nn.Module) -> bool:
+    """Whether a module is a Linear, an Embedding or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module)
+
+
+def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, int]:
+    """Module path → C for every pattern (`fnmatch`), in the order in which the target holds them.
+
+    A pattern without a match, two patterns on one module, or a module that cannot be decomposed is a
+    `UserError` that lists what there is.
+    """
+    modules = {path: module for path, module in target.named_modules() if path}
+    usable = [path for path, module in modules.items() if decomposable(module)]
+    if not patterns:
+        raise UserError(f"sites: at least one is needed; decomposable here: {', '.join(usable)}")
+    matched: dict[str, str] = {}
+    for pattern, C in patterns.items():
+        if C < 1:
+            raise UserError(f"sites: {pattern!r} has C = {C}; at least 1 subcomponent is needed")
+        hits = [path for path in modules if fnmatch.fnmatchcase(path, pattern)]
+        if not hits:
+            raise UserError(
+                f"sites: {pattern!r} matches no module{nearest(pattern, usable)}"
+                f" (decomposable here: {', '.join(usable)})"
+            )
+        for path in hits:
+            if path not in usable:
+                raise UserError(
+                    f"sites: {pattern!r} matches {path!r}, a {type(modules[path]).__name__}; only"
+                    f" Linear, Embedding and Conv1D can be decomposed: {', '.join(usable)}"
+                )
+            if path in matched:
+                raise UserError(
+                    f"sites: {path!r} is matched by both {matched[path]!r} and {pattern!r};"
+                    " every module may be matched once"
+                )
+            matched[path] = pattern
+    return {path: patterns[matched[path]] for path in modules if path in matched}
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def _check_ties(
+    target: nn.Module, C_of: Mapping[str, int], tied_sites: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    """Tied path → source path, after checking that the target's matrices are transposes indeed."""
+    source_of: dict[str, str] = {}
+    for source, tied in tied_sites:
+        for path in (source, tied):
+            if path not in C_of:
+                raise UserError(f"tied_sites: {path!r} is no site (sites: {', '.join(C_of)})")
+        if C_of[source] != C_of[tied]:
+            raise UserError(
+                f"tied_sites: {source!r} has C = {C_of[source]} and {tied!r} has {C_of[tied]};"
+                " tied sites share their subcomponents, so C must be equal"
+            )
+        weights = [input_output_weight(target.get_submodule(path)) for path in (source, tied)]
+        if weights[0].shape != weights[1].mT.shape or not torch.equal(weights[0], weights[1].mT):
+            raise UserError(
+                f"tied_sites: the weight of {tied!r} is not the transpose of that of {source!r}"
+            )
+        if tied in source_of or source in source_of:
+            raise UserError(f"tied_sites: {tied!r} or {source!r} is tied twice")
+        source_of[tied] = source
+    return source_of
+
+
+def _make_subcomponents(
+    original: nn.Module, C: int, tie: Site | None, generator: torch.Generator
+) -> LinearSubcomponents | EmbeddingSubcomponents | TiedSubcomponents:
+    if tie is not None:
+        assert isinstance(tie.subcomponents, LinearSubcomponents), "ties are between linear sites"
+        return TiedSubcomponents(tie.subcomponents)
+    weight = input_output_weight(original)
+    kind = EmbeddingSubcomponents if isinstance(original, nn.Embedding) else LinearSubcomponents
+    subcomponents = kind(weight.shape[0], weight.shape[1], C)
+    init_subcomponents_(subcomponents.V, subcomponents.U, weight.float().cpu(), generator=generator)
+    return subcomponents.to(weight.device)

@@ -1,0 +1,110 @@
+"""Rank-one subcomponents of one weight matrix, and their published initialisation."""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Subcomponents(Protocol):
+    """What a site needs of its subcomponents. `V` is `[d_in, C]`, `U` is `[C, d_out]`."""
+
+    @property
+    def V(self) -> Tensor: ...
+    @property
+    def U(self) -> Tensor: ...
+    def acts(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, mask: Tensor | None) -> Tensor: ...
+
+
+class LinearSubcomponents(nn.Module):
+    """W ≈ Σ_c U_c V_cᵀ for a matrix that maps `[..., d_in]` to `[..., d_out]` (paper, section 2). No bias."""
+
+    V: Float[Tensor, "d_in C"]
+    U: Float[Tensor, "C d_out"]
+
+    def __init__(self, d_in: int, d_out: int, C: int) -> None:
+        super().__init__()
+        self.V = nn.Parameter(torch.empty(d_in, C))
+        self.U = nn.Parameter(torch.empty(C, d_out))
+
+    def acts(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows C"]:
+        """Inner activations h_c(x) = x · V_c."""
+        return x @ self.V
+
+    def forward(
+        self, x: Float[Tensor, "*rows d_in"], mask: Float[Tensor, "*rows C"] | None
+    ) -> Float[Tensor, "*rows d_out"]:
+        """((x V) ⊙ m) U; without a mask every subcomponent is on."""
+        h = self.acts(x)
+        return (h if mask is None else h * mask) @ self.U
+
+
+class EmbeddingSubcomponents(nn.Module):
+    """The same for an embedding: `V` is `[vocab, C]` and the input is a token id."""
+
+    V: Float[Tensor, "vocab C"]
+    U: Float[Tensor, "C d_out"]
+
+    def __init__(self, vocab: int, d_out: int, C: int) -> None:
+        super().__init__()
+        self.V = nn.Parameter(torch.empty(vocab, C))
+        self.U = nn.Parameter(torch.empty(C, d_out))
+
+    def acts(self, x: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows C"]:
+        return nn.functional.embedding(x, self.V)
+
+    def forward(
+        self, x: Int[Tensor, "*rows"], mask: Float[Tensor, "*rows C"] | None
+    ) -> Float[Tensor, "*rows d_out"]:
+        h = self.acts(x)
+        return (h if mask is None else h * mask) @ self.U
+
+
+class TiedSubcomponents(nn.Module):
+    """Subcomponents of a matrix that is the transpose of another site's: V = U₁ᵀ, U = V₁ᵀ.
+
+    Holds no parameter of its own: both sites read one `V` and one `U`, whose gradients add up. (The
+    published runs alias two parameters onto one storage instead, so that Adam steps it twice.)
+    """
+
+    def __init__(self, source: LinearSubcomponents) -> None:
+        super().__init__()
+        self._source = (source,)  # in a tuple, so that the parameters are registered once
+
+    @property
+    def V(self) -> Float[Tensor, "d_in C"]:
+        return self._source[0].U.mT
+
+    @property
+    def U(self) -> Float[Tensor, "C d_out"]:
+        return self._source[0].V.mT
+
+    def acts(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows C"]:
+        return x @ self.V
+
+    def forward(
+        self, x: Float[Tensor, "*rows d_in"], mask: Float[Tensor, "*rows C"] | None
+    ) -> Float[Tensor, "*rows d_out"]:
+        h = self.acts(x)
+        return (h if mask is None else h * mask) @ self.U
+
+
+@torch.no_grad()
+def init_subcomponents_(
+    V: Float[Tensor, "d_in C"],
+    U: Float[Tensor, "C d_out"],
+    weight: Float[Tensor, "d_in d_out"],
+    *,
+    generator: torch.Generator,
+) -> None:
+    """Published initialisation: random unit `V_c` and `U_c`, then `U_c` scaled by u_c · W v_c.
+
+    `weight` maps inputs to outputs from the left, as in `x @ weight`.
+    """
+    for matrix, dim in ((V, 0), (U, 1)):
+        drawn = torch.randn(matrix.shape, generator=generator, dtype=torch.float32)
+        matrix.copy_(drawn / drawn.norm(dim=dim, keepdim=True))
+    overlap = ((weight.mT @ V) * U.mT).sum(dim=0)  # two products: the three-operand einsum is huge
+    U.mul_(overlap[:, None])

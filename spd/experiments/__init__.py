@@ -1,0 +1,1 @@
+"""Target models, their training, and the decomposition scripts. Nothing in the core imports this."""

@@ -1,0 +1,164 @@
+"""Causal importance functions and the leaky hard sigmoids (paper, section 2)."""
+
+import math
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from spd.config import BaseConfig
+
+LEAK = 0.01
+
+LowerLeak = Literal["both", "gradient"]
+
+
+class CausalImportances(NamedTuple):
+    """Causal importances of every site on one batch; each tensor is `[..., C]` of that site."""
+
+    lower: dict[str, Float[Tensor, "... _C"]]
+    """lower-leaky hard sigmoid: what the forward masks are made of"""
+    upper: dict[str, Float[Tensor, "... _C"]]
+    """upper-leaky hard sigmoid: what the minimality losses penalise"""
+
+
+class MLPImportanceConfig(BaseConfig):
+    """One small MLP per subcomponent: its inner activation → `n_hidden` GELU neurons → a scalar."""
+
+    type: Literal["mlp"] = "mlp"
+    n_hidden: int = Field(default=16, ge=1)
+
+
+class AffineImportanceConfig(BaseConfig):
+    """One affine map of the inner activation per subcomponent (the published "0 hidden neurons")."""
+
+    type: Literal["affine"] = "affine"
+
+
+ImportanceConfig = Annotated[
+    MLPImportanceConfig | AffineImportanceConfig, Field(discriminator="type")
+]
+
+
+class MLPImportance(nn.Module):
+    """For each subcomponent c alone: Σ_k mlp_out_ck · gelu(mlp_in_ck h_c + in_bias_ck) + out_bias_c."""
+
+    def __init__(self, C: int, n_hidden: int, *, generator: torch.Generator) -> None:
+        super().__init__()
+        shape = (C, n_hidden)
+        self.mlp_in = nn.Parameter(torch.randn(shape, generator=generator) * math.sqrt(2))
+        self.in_bias = nn.Parameter(torch.zeros(shape))
+        self.mlp_out = nn.Parameter(torch.randn(shape, generator=generator) / math.sqrt(n_hidden))
+        self.out_bias = nn.Parameter(torch.zeros(C))
+
+    def forward(self, h: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows C"]:
+        rows = h.reshape(-1, h.shape[-1])
+        out = _ScalarMLPs.apply(rows, self.mlp_in, self.in_bias, self.mlp_out)
+        return out.reshape(h.shape) + self.out_bias
+
+
+class AffineImportance(nn.Module):
+    """weight_c · h_c + bias_c."""
+
+    def __init__(self, C: int, *, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(C, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(C))
+
+    def forward(self, h: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows C"]:
+        return h * self.weight + self.bias
+
+
+def make_importance(
+    config: ImportanceConfig, C: int, *, generator: torch.Generator
+) -> MLPImportance | AffineImportance:
+    match config:
+        case MLPImportanceConfig():
+            return MLPImportance(C, config.n_hidden, generator=generator)
+        case AffineImportanceConfig():
+            return AffineImportance(C, generator=generator)
+
+
+def lower_leaky_hard_sigmoid(
+    x: Float[Tensor, "*shape"], leak: LowerLeak = "both"
+) -> Float[Tensor, "*shape"]:
+    """0.01 x below 0, x in [0, 1], 1 above (published form, `leak="both"`).
+
+    `leak="gradient"` clamps the forward value at 0 and leaks the gradient alone, and only where a
+    descent step would raise the importance.
+    """
+    if leak == "gradient":
+        return _GradientLeak.apply(x)
+    return torch.where(x < 0, LEAK * x, x.clamp(max=1.0))
+
+
+def upper_leaky_hard_sigmoid(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """0 below 0, x in [0, 1], 1 + 0.01 (x − 1) above."""
+    return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(min=0.0))
+
+
+class _ScalarMLPs(torch.autograd.Function):
+    """Σ_k w2_ck gelu(w1_ck h_bc + b1_ck) for `h` [B, C] and weights [C, n_hidden].
+
+    The backward pass is written out so that, compiled, no tensor of shape (B, C, n_hidden) is ever
+    stored: the gradient of h is one reduction over the hidden neurons, those of the weights reductions
+    over the batch, each recomputing what it needs. `exp2` stands for `exp`, which the compiler would
+    store for reuse.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+        return (F.gelu(h[..., None] * w1 + b1) * w2).sum(dim=-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        h, w1, b1, w2 = ctx.saved_tensors
+        (grad,) = grads
+        _, slope = _normal_cdf_and_gelu_slope(h[..., None] * w1 + b1)
+        grad_h = grad * (slope * (w1 * w2)).sum(dim=-1)
+        # the batch last: reductions over it then run along memory
+        h_t, grad_t = h.mT.contiguous()[:, None, :], grad.mT.contiguous()[:, None, :]
+        z = h_t * w1[..., None] + b1[..., None]
+        cdf, slope = _normal_cdf_and_gelu_slope(z)
+        grad_z = grad_t * slope
+        grad_b1 = grad_z.sum(dim=-1) * w2
+        grad_w1 = (grad_z * h_t).sum(dim=-1) * w2
+        grad_w2 = (grad_t * z * cdf).sum(dim=-1)
+        return grad_h, grad_w1, grad_b1, grad_w2
+
+
+def _normal_cdf_and_gelu_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Φ(z), and d/dz [z Φ(z)] = Φ(z) + z φ(z)."""
+    cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+    density = torch.exp2(z * z * (-0.5 / math.log(2))) / math.sqrt(2 * math.pi)
+    return cdf, cdf + z * density
+
+
+class _GradientLeak(torch.autograd.Function):
+    """clamp(x, 0, 1) whose gradient below 0 is 0.01 of the incoming one where that is negative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clamp(0.0, 1.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        below = torch.where(grad < 0, LEAK * grad, torch.zeros_like(grad))
+        inside = torch.where(x <= 1, grad, torch.zeros_like(grad))
+        return torch.where(x < 0, below, inside)

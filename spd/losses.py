@@ -1,0 +1,287 @@
+"""Every training loss: the formula as a free function, and the spec that names it in a configuration.
+
+A spec yields its term in *parts*, one per forward pass, whose sum is the term: a caller may add them up
+in one graph or run the backward pass of one after another.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from spd.component_model import ComponentModel, Site
+from spd.config import BaseConfig, UserError, nearest, tagged_mapping
+from spd.importance import CausalImportances
+from spd.problem import ReconKind
+
+Masks = dict[str, Tensor]
+Noise = Mapping[str, Tensor]
+
+
+class StepContext(NamedTuple):
+    """Everything a loss may depend on."""
+
+    model: ComponentModel
+    batch: Tensor
+    target_out: Tensor
+    """output of the unchanged target"""
+    site_inputs: dict[str, Tensor]
+    """what the unchanged target feeds to each site"""
+    ci: CausalImportances
+    recon: ReconKind
+    noise: Noise
+    """uniform draws in [0, 1) under `noise_key(term, sample, site)`, shaped like that site's g"""
+    progress: Tensor
+    """fraction of the run that is over, a 0-d tensor"""
+    term: str = ""
+    """name of the loss that is being computed"""
+
+    def uniform(self, sample: int, site: str) -> Tensor:
+        """This term's noise for one mask sample and site."""
+        return self.noise[noise_key(self.term, sample, site)]
+
+
+def noise_key(term: str, sample: int, site: str) -> str:
+    return f"{term}.{sample}.{site}"
+
+
+# --- the mathematics -------------------------------------------------------------------------------
+
+
+def recon_error(
+    prediction: Float[Tensor, "*rows d"], target: Float[Tensor, "*rows d"], kind: ReconKind
+) -> Float[Tensor, ""]:
+    """D: mean squared error over every element, or KL(target ‖ prediction) of logits, mean over rows."""
+    if kind == "mse":
+        return (prediction - target).square().mean()
+    return kl_divergence(prediction, target)
+
+
+def kl_divergence(
+    logits: Float[Tensor, "*rows d"], target_logits: Float[Tensor, "*rows d"]
+) -> Float[Tensor, ""]:
+    """KL(target ‖ prediction) over the last axis, mean over the rest."""
+    log_q = F.log_softmax(logits, dim=-1)
+    log_p = F.log_softmax(target_logits, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
+
+
+def faithfulness(sites: Mapping[str, Site]) -> Float[Tensor, ""]:
+    """(1/N) Σ_l ‖W^l − Σ_c U_c V_cᵀ‖²_F with N the number of entries of all W^l (paper, section 2)."""
+    errors, n_entries = [], 0
+    for site in sites.values():
+        weight = site.target_weight
+        errors.append((weight - site.subcomponents.V @ site.subcomponents.U).square().sum())
+        n_entries += weight.numel()
+    return torch.stack(errors).sum() / n_entries
+
+
+def stochastic_mask(
+    g: Float[Tensor, "*rows C"], uniform: Float[Tensor, "*rows C"]
+) -> Float[Tensor, "*rows C"]:
+    """m = g + (1 − g) r with r ~ U(0, 1) (paper, section 2)."""
+    return g + (1 - g) * uniform
+
+
+def safe_power(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
+    """x^p for x ≥ 0, with value 0 and gradient 0 at 0, also for p < 1 where the slope is infinite."""
+    if p == 1.0:
+        return x
+    if p == 2.0:
+        return x.square()
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0) ** p, 0.0)
+
+
+def importance_minimality(
+    upper: Mapping[str, Float[Tensor, "*rows _C"]], pnorm: float
+) -> Float[Tensor, ""]:
+    """Mean over batch and positions of Σ_l Σ_c g^p (paper, section 2)."""
+    return torch.stack([safe_power(g, pnorm).sum(dim=-1).mean() for g in upper.values()]).sum()
+
+
+def schatten(
+    upper: Mapping[str, Float[Tensor, "*rows _C"]], sites: Mapping[str, Site], pnorm: float
+) -> Float[Tensor, ""]:
+    """Σ_l mean over batch and positions of Σ_c g^p (‖V_c‖² + ‖U_c‖²)."""
+    terms = []
+    for path, g in upper.items():
+        parts = sites[path].subcomponents
+        size = parts.V.square().sum(dim=0) + parts.U.square().sum(dim=1)
+        terms.append((safe_power(g, pnorm) * size).sum(dim=-1).mean())
+    return torch.stack(terms).sum()
+
+
+# --- the specs -------------------------------------------------------------------------------------
+
+
+class LossSpec(BaseConfig):
+    """Base of all specs: the coefficient. 0 switches the term off, at no cost."""
+
+    coeff: float = Field(ge=0.0, allow_inf_nan=False)
+
+    @property
+    def n_noise_samples(self) -> int:
+        """How many draws of noise the term needs for each site."""
+        return 0
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        """0-d tensors whose sum is the (unweighted) term."""
+        raise NotImplementedError
+
+    def check(self, model: ComponentModel) -> None:
+        """Raise `UserError` where the term makes no sense for the model's sites."""
+
+
+class Faithfulness(LossSpec):
+    type: Literal["faithfulness"] = "faithfulness"
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        yield faithfulness(ctx.model.sites)
+
+
+class ImportanceMinimality(LossSpec):
+    type: Literal["importance_minimality"] = "importance_minimality"
+    pnorm: float = Field(gt=0.0, allow_inf_nan=False)
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        yield importance_minimality(ctx.ci.upper, self.pnorm)
+
+
+class Schatten(LossSpec):
+    type: Literal["schatten"] = "schatten"
+    pnorm: float = Field(gt=0.0, allow_inf_nan=False)
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        yield schatten(ctx.ci.upper, ctx.model.sites, self.pnorm)
+
+
+class OutRecon(LossSpec):
+    """D(all subcomponents on, target)."""
+
+    type: Literal["out_recon"] = "out_recon"
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        yield recon_error(ctx.model(ctx.batch), ctx.target_out, ctx.recon)
+
+
+class Recon(LossSpec):
+    """D(all sites masked with g itself, target)."""
+
+    type: Literal["recon"] = "recon"
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        yield recon_error(ctx.model(ctx.batch, ctx.ci.lower), ctx.target_out, ctx.recon)
+
+
+class ReconLayerwise(LossSpec):
+    """Mean over sites of D(only that site masked with g, target)."""
+
+    type: Literal["recon_layerwise"] = "recon_layerwise"
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        for path, g in ctx.ci.lower.items():
+            out = ctx.model(ctx.batch, {path: g})
+            yield recon_error(out, ctx.target_out, ctx.recon) / len(ctx.ci.lower)
+
+
+class _Sampled(LossSpec):
+    n_samples: int = Field(default=1, ge=1)
+
+    @property
+    def n_noise_samples(self) -> int:
+        return self.n_samples
+
+    def masks(self, ctx: StepContext, sample: int) -> Masks:
+        return {
+            path: stochastic_mask(g, ctx.uniform(sample, path)) for path, g in ctx.ci.lower.items()
+        }
+
+
+class StochasticRecon(_Sampled):
+    """Mean over samples of D(all sites stochastically masked, target) (paper, section 2)."""
+
+    type: Literal["stochastic_recon"] = "stochastic_recon"
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        for sample in range(self.n_samples):
+            out = ctx.model(ctx.batch, self.masks(ctx, sample))
+            yield recon_error(out, ctx.target_out, ctx.recon) / self.n_samples
+
+
+class StochasticReconLayerwise(_Sampled):
+    """Mean over samples and sites of D(only that site stochastically masked, target)."""
+
+    type: Literal["stochastic_recon_layerwise"] = "stochastic_recon_layerwise"
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        for sample in range(self.n_samples):
+            for path, mask in self.masks(ctx, sample).items():
+                out = ctx.model(ctx.batch, {path: mask})
+                error = recon_error(out, ctx.target_out, ctx.recon)
+                yield error / (self.n_samples * len(ctx.ci.lower))
+
+
+class EmbeddingRecon(_Sampled):
+    """How well the masked embedding, the only site, reproduces the target's, mean over samples.
+
+    Squared error summed over d, mean over positions; with `unembed`, the path of the target's
+    unembedding module, the KL divergence of what that module makes of either embedding.
+    """
+
+    type: Literal["embedding_recon"] = "embedding_recon"
+    unembed: str | None = None
+
+    def check(self, model: ComponentModel) -> None:
+        sites = list(model.sites.values())
+        if len(sites) != 1 or not isinstance(sites[0].original, torch.nn.Embedding):
+            raise UserError(
+                "losses.embedding_recon: needs exactly one site, an embedding; the sites are"
+                f" {', '.join(model.sites)}"
+            )
+        modules = dict(model.target.named_modules())
+        if self.unembed is not None and self.unembed not in modules:
+            raise UserError(
+                f"losses.embedding_recon.unembed: {self.unembed!r} is no module of the target"
+                f"{nearest(self.unembed, modules)}"
+            )
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        ((path, site),) = ctx.model.sites.items()
+        expected = site.original(ctx.site_inputs[path])
+        for sample in range(self.n_samples):
+            mask = self.masks(ctx, sample)[path]
+            masked = site.subcomponents(ctx.site_inputs[path], mask)
+            if self.unembed is None:
+                error = (masked - expected).square().sum(dim=-1).mean()
+            else:
+                unembed = ctx.model.target.get_submodule(self.unembed)
+                error = kl_divergence(unembed(masked), unembed(expected))
+            yield error / self.n_samples
+
+
+Loss = (
+    Faithfulness
+    | ImportanceMinimality
+    | Schatten
+    | OutRecon
+    | Recon
+    | ReconLayerwise
+    | StochasticRecon
+    | StochasticReconLayerwise
+    | EmbeddingRecon
+)
+Losses: Any = tagged_mapping(Loss)
+
+
+def loss_terms(losses: Mapping[str, Loss], ctx: StepContext) -> dict[str, Tensor]:
+    """The unweighted terms, under the names that the configuration gives them."""
+    terms = {}
+    for name, spec in losses.items():
+        parts = list(spec.parts(ctx._replace(term=name)))
+        terms[name] = torch.stack(parts).sum()
+    return terms

@@ -1,0 +1,287 @@
+"""Figures of merit on held-out data: accumulators behind specs, and the formulas they call."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from spd.component_model import ComponentModel
+from spd.config import BaseConfig, UserError, tagged_mapping
+from spd.losses import Loss, StepContext, loss_terms
+from spd.problem import Dense, Identity, Pattern, Problem
+
+L0_THRESHOLD = 0.01
+ALIVE_THRESHOLD = 0.1
+PATTERN_TOLERANCE = 0.1
+INERT_FRACTION = 0.1
+
+
+Value = TypeVar("Value", covariant=True)
+
+
+class Accumulator(Protocol[Value]):
+    """Sees every held-out batch, then gives named results: the protocol of metrics and figures."""
+
+    def update(self, ctx: StepContext) -> None: ...
+    def compute(self) -> dict[str, Value]: ...
+
+
+Metric = Accumulator[float]
+"""Keys are `<metric>/<site>`."""
+
+
+# --- the mathematics -------------------------------------------------------------------------------
+
+
+class ColumnMatch(NamedTuple):
+    """How well single subcomponents reproduce single columns of a weight matrix (paper, section 3.1)."""
+
+    mmcs: Float[Tensor, " features"]
+    """for every input feature, the best cosine similarity"""
+    ml2r: Float[Tensor, " features"]
+    """norm of that subcomponent's column over the norm of the target's"""
+    best: Tensor
+    """which subcomponent, `[features]`; -1 where none is large enough"""
+
+
+def column_match(
+    weight: Float[Tensor, "d_in d_out"],
+    V: Float[Tensor, "d_in C"],
+    U: Float[Tensor, "C d_out"],
+    *,
+    min_ratio: float = 0.0,
+) -> ColumnMatch:
+    """Per feature j the c with the best cosine between U_c V_jc and W[:, j].
+
+    Only subcomponents with ‖U_c V_jc‖ ≥ `min_ratio` · ‖W[:, j]‖ compete; 0 is the paper's definition,
+    in which an inert subcomponent can win by chance. Without any competitor feature j counts 0.
+    """
+    norms = V.abs() * U.norm(dim=1)
+    target_norms = weight.norm(dim=1, keepdim=True)
+    directions = torch.nn.functional.normalize(U, dim=1)
+    cosines = V.sign() * (torch.nn.functional.normalize(weight, dim=1) @ directions.mT)
+    eligible = norms >= min_ratio * target_norms
+    cosine, best = cosines.masked_fill(~eligible, -torch.inf).max(dim=1)
+    ratio = (norms / target_norms).gather(1, best[:, None]).squeeze(1)
+    any_eligible = eligible.any(dim=1)
+    return ColumnMatch(
+        torch.where(any_eligible, cosine, 0.0),
+        torch.where(any_eligible, ratio, 0.0),
+        torch.where(any_eligible, best, -1),
+    )
+
+
+def assignment(g: Float[Tensor, "probes C"]) -> Tensor:
+    """A permutation of all C columns: first the optimal one-to-one partner of every probe, in order.
+
+    The rest follows by falling maximum.
+    """
+    rows, columns = linear_sum_assignment(g.numpy(force=True), maximize=True)
+    partners = columns[np.argsort(rows)]
+    rest = [c for c in g.amax(dim=0).argsort(descending=True).tolist() if c not in set(partners)]
+    return torch.tensor([*partners.tolist(), *rest], dtype=torch.long)
+
+
+def identity_errors(g: Float[Tensor, "probes C"], n: int) -> int:
+    """Wrong entries after the best permutation: a diagonal one below 0.9, any other above 0.1."""
+    assert g.shape[0] == n, f"{g.shape[0]} probes for a pattern of {n}"
+    rows, columns = linear_sum_assignment(g.numpy(force=True), maximize=True)
+    expected = torch.zeros_like(g, dtype=torch.bool)
+    expected[torch.as_tensor(rows), torch.as_tensor(columns)] = True
+    missing = expected & (g < 1 - PATTERN_TOLERANCE)
+    extra = ~expected & (g > PATTERN_TOLERANCE)
+    return int(missing.sum() + extra.sum()) + n - len(rows)
+
+
+def columns_in_use(g: Float[Tensor, "probes C"]) -> Bool[Tensor, " C"]:
+    return (g > PATTERN_TOLERANCE).any(dim=0)
+
+
+def dense_errors(
+    g: Float[Tensor, "probes C"],
+    pattern: Dense,
+    *,
+    weight: Float[Tensor, "d_in d_out"],
+    V: Float[Tensor, "d_in C"],
+    U: Float[Tensor, "C d_out"],
+) -> int:
+    """Errors against "k subcomponents are used, and they make up the matrix as it is read downstream".
+
+    |columns in use − k|, plus columns in use that reach 0.9 on no probe, plus 1 if they leave more
+    than a tenth of P W, plus 1 if the k-th singular value of their sum is below a tenth of P W's.
+    """
+    used = columns_in_use(g)
+    weak = used & (g < 1 - PATTERN_TOLERANCE).all(dim=0)
+    approximation = V[:, used] @ U[used]
+    if pattern.read_basis is not None:
+        weight, approximation = weight @ pattern.read_basis, approximation @ pattern.read_basis
+    leaves = (weight - approximation).norm() > 0.1 * weight.norm()
+    singular, reference = torch.linalg.svdvals(approximation), torch.linalg.svdvals(weight)
+    rank_lost = singular[pattern.k - 1] < 0.1 * reference[pattern.k - 1]
+    return abs(int(used.sum()) - pattern.k) + int(weak.sum()) + int(leaves) + int(rank_lost)
+
+
+def pattern_errors(
+    pattern: Pattern, g: Float[Tensor, "probes C"], model: ComponentModel, path: str
+) -> int:
+    """Errors of one site's importances on the probes against its known pattern; 0 is solved."""
+    match pattern:
+        case Identity(n):
+            return identity_errors(g, n)
+        case Dense():
+            site = model.sites[path]
+            parts = site.subcomponents
+            return dense_errors(g, pattern, weight=site.target_weight, V=parts.V, U=parts.U)
+
+
+@torch.no_grad()
+def probe_importances(model: ComponentModel, probes: Tensor) -> dict[str, Tensor]:
+    """Causal importances on the probes, clipped to [0, 1]: site → `[probes, C]`."""
+    ci = model.causal_importances(model.target_forward(probes).site_inputs)
+    return {path: g.clamp(0, 1) for path, g in ci.lower.items()}
+
+
+# --- the specs -------------------------------------------------------------------------------------
+
+
+class ColumnMatchMetric(BaseConfig):
+    """MMCS and ML2R of one site, by the paper's definition and with inert subcomponents left out."""
+
+    type: Literal["column_match"] = "column_match"
+    site: str
+
+    def build(self, model: ComponentModel, problem: Problem) -> Metric:
+        if self.site not in model.sites:
+            raise UserError(
+                f"metrics.column_match.site: {self.site!r} is no site"
+                f" (sites: {', '.join(model.sites)})"
+            )
+        return _ColumnMatch(model, self.site)
+
+
+class _ColumnMatch:
+    def __init__(self, model: ComponentModel, path: str) -> None:
+        self.model, self.path = model, path
+
+    def update(self, ctx: StepContext) -> None:
+        pass
+
+    def compute(self) -> dict[str, float]:
+        site = self.model.sites[self.path]
+        parts = site.subcomponents
+        values = {}
+        for suffix, min_ratio in (("", INERT_FRACTION), ("_paper", 0.0)):
+            match = column_match(site.target_weight, parts.V, parts.U, min_ratio=min_ratio)
+            for name in ("mmcs", "ml2r"):
+                per_feature = getattr(match, name)
+                values[f"{name}{suffix}/{self.path}"] = per_feature.mean().item()
+                values[f"{name}{suffix}_sd/{self.path}"] = per_feature.std(correction=0).item()
+        return values
+
+
+class PatternErrorsMetric(BaseConfig):
+    """Errors against the known importance pattern, per site and in all; `solved` is 1 at no error."""
+
+    type: Literal["pattern_errors"] = "pattern_errors"
+
+    def build(self, model: ComponentModel, problem: Problem) -> Metric:
+        if problem.probes is None or not problem.solution:
+            raise UserError("metrics.pattern_errors: this problem has no known solution; remove it")
+        return _PatternErrors(model, problem.probes, problem.solution)
+
+
+class _PatternErrors:
+    def __init__(
+        self, model: ComponentModel, probes: Tensor, solution: Mapping[str, Pattern]
+    ) -> None:
+        self.model, self.probes, self.solution = model, probes, solution
+
+    def update(self, ctx: StepContext) -> None:
+        pass
+
+    def compute(self) -> dict[str, float]:
+        importances = probe_importances(self.model, self.probes)
+        errors = {
+            path: pattern_errors(self.solution[path], g, self.model, path)
+            for path, g in importances.items()
+            if path in self.solution
+        }
+        total = sum(errors.values())
+        values = {f"errors/{path}": float(n) for path, n in errors.items()}
+        return {**values, "errors/total": float(total), "solved": float(total == 0)}
+
+
+class SparsityMetric(BaseConfig):
+    """Per site: L0 (mean number of g > 0.01), alive (g > 0.1 at least once), density (mean of g > 0.1)."""
+
+    type: Literal["sparsity"] = "sparsity"
+
+    def build(self, model: ComponentModel, problem: Problem) -> Metric:
+        return _Sparsity(model)
+
+
+class _Sparsity:
+    def __init__(self, model: ComponentModel) -> None:
+        self.n_rows = 0
+        first = next(iter(model.sites.values())).subcomponents.V
+        zeros = {
+            path: torch.zeros(site.C, dtype=torch.float64, device=first.device)
+            for path, site in model.sites.items()
+        }
+        self.n_nonzero = {path: zero.clone() for path, zero in zeros.items()}
+        self.n_active = zeros
+
+    def update(self, ctx: StepContext) -> None:
+        rows = 0
+        for path, g in ctx.ci.lower.items():
+            flat = g.reshape(-1, g.shape[-1])
+            rows = flat.shape[0]
+            self.n_nonzero[path] += (flat > L0_THRESHOLD).sum(dim=0)
+            self.n_active[path] += (flat > ALIVE_THRESHOLD).sum(dim=0)
+        self.n_rows += rows
+
+    def compute(self) -> dict[str, float]:
+        values = {}
+        for path, active in self.n_active.items():
+            values[f"l0/{path}"] = self.n_nonzero[path].sum().item() / self.n_rows
+            values[f"alive/{path}"] = float((active > 0).sum().item())
+            values[f"density/{path}"] = active.mean().item() / self.n_rows
+        return values
+
+
+class HeldOutLosses:
+    """Every loss of the run as a mean over the held-out batches: `loss/<name>`, and their weighted sum."""
+
+    def __init__(self, losses: Mapping[str, Loss]) -> None:
+        self.losses = losses
+        self.totals = dict.fromkeys(losses, 0.0)
+        self.n_batches = 0
+
+    def update(self, ctx: StepContext) -> None:
+        for name, term in loss_terms(self.losses, ctx).items():
+            self.totals[name] += term.item()
+        self.n_batches += 1
+
+    def compute(self) -> dict[str, float]:
+        means = {name: total / self.n_batches for name, total in self.totals.items()}
+        weighted = sum(self.losses[name].coeff * mean for name, mean in means.items())
+        return {"loss/total": weighted, **{f"loss/{name}": mean for name, mean in means.items()}}
+
+
+def collect(
+    makers: Iterable[Accumulator[Value]], contexts: Iterable[StepContext]
+) -> dict[str, Value]:
+    """Show every context to every accumulator, then put all their results together."""
+    makers = list(makers)
+    for ctx in contexts:
+        for maker in makers:
+            maker.update(ctx)
+    return {key: value for maker in makers for key, value in maker.compute().items()}
+
+
+MetricSpec = ColumnMatchMetric | PatternErrorsMetric | SparsityMetric
+Metrics: Any = tagged_mapping(MetricSpec)

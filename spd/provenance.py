@@ -1,0 +1,51 @@
+"""Where a run comes from: the code, the machine, the command. Reads, never writes."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from spd.settings import REPO_DIR
+
+PACKAGES = ("torch", "numpy", "pydantic", "transformers", "datasets", "wandb", "safetensors")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """The part of meta.json that is known before the run begins."""
+    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "argv": sys.argv,
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "device": cuda or str(device),
+        "host": platform.node(),
+    }
+
+
+def entry_of(module: ModuleType) -> str:
+    """An importable name of an experiment's module, or its file, also when it runs as a script."""
+    if module.__name__ != "__main__":
+        return module.__name__
+    assert module.__file__ is not None, "an experiment runs from a file"
+    path = Path(module.__file__).resolve()
+    if path.is_relative_to(REPO_DIR / "spd"):
+        return ".".join(path.relative_to(REPO_DIR).with_suffix("").parts)
+    return str(path)
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(REPO_DIR), *args], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,77 @@
+"""The experiments by name: data only, and the command that runs one. Imports nothing heavy."""
+
+import argparse
+import os
+import sys
+from typing import NamedTuple
+
+from spd.config import UserError, nearest
+from spd.settings import PACKAGE_DIR
+
+
+class Published(NamedTuple):
+    """A published figure and its spread over the features of one run."""
+
+    value: float
+    spread: float
+
+
+class Experiment(NamedTuple):
+    """A registered decomposition."""
+
+    module: str
+    """its script, importable"""
+    config: str
+    """its YAML file, relative to the package"""
+    minutes: int
+    """expected on two CPU cores, target included"""
+    expected: str
+    """the result to expect, in words"""
+    published: dict[str, Published]
+    """metric key → figure of the paper"""
+
+
+def _tms(name: str, minutes: int, expected: str, ml2r: Published) -> Experiment:
+    return Experiment(
+        module="spd.experiments.tms.tms_decomposition",
+        config=f"experiments/tms/{name}_config.yaml",
+        minutes=minutes,
+        expected=expected,
+        published={"mmcs/linear1": Published(1.0, 0.0), "ml2r/linear1": ml2r},
+    )
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "tms_5-2": _tms("tms_5-2", 8, "solved on most seeds", Published(0.993, 0.002)),
+    "tms_5-2-id": _tms("tms_5-2-id", 10, "solved on most seeds", Published(0.992, 0.010)),
+    "tms_40-10": _tms("tms_40-10", 100, "solved on most seeds", Published(1.010, 0.007)),
+    "tms_40-10-id": _tms("tms_40-10-id", 110, "solved on most seeds", Published(1.031, 0.001)),
+}
+
+
+def get_experiment(name: str) -> Experiment:
+    """The experiment of that name, or a `UserError` that lists the names there are."""
+    if name not in EXPERIMENTS:
+        known = ", ".join(EXPERIMENTS)
+        raise UserError(f"unknown experiment {name!r}{nearest(name, EXPERIMENTS)} (known: {known})")
+    return EXPERIMENTS[name]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`spd-run NAME [key=value …]`: run a registered experiment by name."""
+    parser = argparse.ArgumentParser(prog="spd-run", description="Run a registered experiment.")
+    parser.add_argument("experiment", help=f"one of: {', '.join(EXPERIMENTS)}")
+    parser.add_argument("arguments", nargs="*", metavar="key=value", help="overrides")
+    args, options = parser.parse_known_args(argv)
+    try:
+        experiment = get_experiment(args.experiment)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    config = str(PACKAGE_DIR / experiment.config)
+    command = [sys.executable, "-m", experiment.module, config, *args.arguments, *options]
+    os.execv(sys.executable, command)
+
+
+if __name__ == "__main__":
+    main()

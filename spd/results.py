@@ -1,0 +1,117 @@
+"""The figures of merit of a finished run beside the published ones; pure functions on plain data."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spd.registry import EXPERIMENTS
+
+LABELS = {
+    "mmcs": "MMCS",
+    "ml2r": "ML2R",
+    "mmcs_paper": "MMCS (paper's definition)",
+    "ml2r_paper": "ML2R (paper's definition)",
+    "errors": "errors",
+    "l0": "L0",
+    "alive": "alive",
+    "density": "density",
+    "loss": "held-out",
+}
+
+
+def result_of(
+    config: Any, history: Sequence[Mapping[str, float]], seconds: float
+) -> dict[str, Any]:
+    """What result.json holds: one row per figure of the last evaluation, and the verdict."""
+    evaluations = [line for line in history if any(key.startswith("eval/") for key in line)]
+    last = {key.removeprefix("eval/"): value for key, value in evaluations[-1].items()}
+    experiment = EXPERIMENTS.get(config.experiment)
+    published = experiment.published if experiment else {}
+    rows = []
+    for key, value in last.items():
+        name, _, place = key.partition("/")
+        if name not in LABELS:
+            continue
+        reference = published.get(f"{name.removesuffix('_paper')}/{place}")
+        rows.append(
+            {
+                "metric": f"{LABELS[name]} {place}",
+                "key": key,
+                "value": value,
+                "spread": last.get(f"{name}_sd/{place}"),
+                "published": reference.value if reference else None,
+                "published_spread": reference.spread if reference else None,
+            }
+        )
+    return {
+        "experiment": config.experiment,
+        "seed": config.seed,
+        "steps": config.steps,
+        "seconds": round(seconds, 1),
+        "solved": bool(last["solved"]) if "solved" in last else None,
+        "rows": rows,
+    }
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """One line: solved, or the errors of each site."""
+    if result["solved"] is None:
+        return "no known solution to compare with"
+    if result["solved"]:
+        return "solved: every site matches the known importance pattern"
+    errors = [
+        f"{row['key'].removeprefix('errors/')} {row['value']:.0f}"
+        for row in result["rows"]
+        if row["key"].startswith("errors/") and row["key"] != "errors/total"
+    ]
+    return f"not solved: errors against the known pattern: {', '.join(errors)}"
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """One run as text: its figures, the published ones beside them, the verdict."""
+    lines = [
+        f"{result['experiment']}, seed {result['seed']}, {result['steps']} steps,"
+        f" {result['seconds']:.0f} s",
+        f"  {'':34} {'this run':>18} {'published':>18}",
+    ]
+    for row in result["rows"]:
+        own = format_value(row["value"], row["spread"])
+        other = format_value(row["published"], row["published_spread"])
+        lines.append(f"  {row['metric']:34} {own:>18} {other:>18}")
+    lines.append(f"  {verdict(result)}")
+    return "\n".join(lines)
+
+
+def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Several runs, one line each; the key is the run's name."""
+    keys = ("mmcs/linear1", "ml2r/linear1", "errors/total")
+    width = max(len(name) for name in results)
+    header = f"{'run':{width}}  {'seed':>4} {'steps':>7}  {'MMCS':>16} {'ML2R':>16} {'errors':>7}  solved"
+    lines = [header]
+    for name, result in results.items():
+        rows = {row["key"]: row for row in result["rows"]}
+        cells = [
+            format_value(rows[key]["value"], rows[key]["spread"]) if key in rows else "–"
+            for key in keys
+        ]
+        solved = {True: "yes", False: "no", None: "–"}[result["solved"]]
+        lines.append(
+            f"{name:{width}}  {result['seed']:>4} {result['steps']:>7}  {cells[0]:>16} {cells[1]:>16}"
+            f" {cells[2]:>7}  {solved}"
+        )
+    return "\n".join(lines)
+
+
+def format_value(value: float | None, spread: float | None) -> str:
+    """`0.993 ± 0.002`; whole numbers without decimals, small ones in powers of ten, none as a dash."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        text = str(value)
+    elif value == int(value) and spread is None:
+        text = f"{int(value)}"
+    elif abs(value) < 1e-3 and value != 0:
+        text = f"{value:.2e}"
+    else:
+        text = f"{value:.3f}"
+    return text if spread is None else f"{text} ± {spread:.3f}"

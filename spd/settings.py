@@ -1,0 +1,26 @@
+"""Where things lie on disk, read from the environment when asked for. Creates nothing."""
+
+import os
+from pathlib import Path
+
+from dotenv import load_dotenv
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+REPO_DIR = PACKAGE_DIR.parent
+
+
+def load_env() -> None:
+    """Load `.env` from the working directory, then from the repository root; the shell wins."""
+    for folder in (Path.cwd(), REPO_DIR):
+        if (folder / ".env").is_file():
+            load_dotenv(folder / ".env", override=False)
+
+
+def output_root() -> Path:
+    """`$SPD_OUT_DIR`, or `out` in the working directory: runs, cached targets, logs."""
+    return Path(os.environ.get("SPD_OUT_DIR") or "out").expanduser()
+
+
+def targets_root() -> Path:
+    """Where targets that were trained on first use are cached."""
+    return output_root() / "targets"
