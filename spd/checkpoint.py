@@ -5,6 +5,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,38 @@ from spd.config import UserError
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "training_state"
+PARTIAL = ".partial"
 
 
 def save(
-    directory: Path, step: int, *, parameters: dict[str, Tensor], state: dict[str, Any], keep: int
+    directory: Path,
+    step: int,
+    *,
+    parameters: Mapping[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
-    """Write `directory/<step>` so that it is there whole or not at all; keep the newest `keep`."""
+    """Write `directory/<step>` so that it is there whole or not at all; keep the newest `keep`.
+
+    What is to go is renamed before it is removed: a directory named by its step is always whole.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for remains in directory.glob(f".*{PARTIAL}"):  # of a process that was killed here
+        shutil.rmtree(remains)
     final = directory / f"{step:08d}"
-    partial = directory / f".{step:08d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = directory / f".{step:08d}{PARTIAL}"
+    partial.mkdir()
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
     save_file(tensors, partial / MODEL_FILE, metadata={"step": str(step)})
     torch.save({**state, "step": step}, partial / STATE_FILE)
-    for path in partial.iterdir():
+    for path in (*partial.iterdir(), partial):
         _sync(path)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     partial.rename(final)
     _sync(directory)
     for old in steps(directory)[:-keep]:
-        shutil.rmtree(directory / f"{old:08d}")
+        _remove(directory / f"{old:08d}")
     return final
 
 
@@ -54,14 +66,12 @@ def latest(directory: Path) -> Path | None:
 
 
 def load_parameters(checkpoint: Path) -> dict[str, Tensor]:
-    """The parameters of one checkpoint, on the CPU; `UserError` if the file is missing or damaged."""
+    """The parameters of one checkpoint, on the CPU; `UserError` if the file is damaged."""
     path = checkpoint / MODEL_FILE
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing from the checkpoint") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: the checkpoint is damaged ({error})") from None
+        raise _damaged(path, error) from None
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -69,11 +79,23 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE_FILE
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing from the checkpoint") from None
     except Exception as error:  # a damaged pickle raises almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: the checkpoint is damaged ({reason})") from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    missing = isinstance(error, FileNotFoundError)
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"{path}: the checkpoint is damaged ({'no such file' if missing else reason}); without the"
+        f" folder {path.parent.name} the run goes on from the checkpoint before it"
+    )
+
+
+def _remove(directory: Path) -> None:
+    doomed = directory.with_name(f".{directory.name}.old{PARTIAL}")
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _sync(path: Path) -> None:

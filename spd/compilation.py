@@ -17,15 +17,19 @@ WORTHWHILE_STEPS = 500
 """Below this many steps compiling usually takes longer than it saves."""
 
 
-INDUCTOR_OPTIONS = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 100}
+INDUCTOR_OPTIONS: dict[str, Any] = {
+    "realize_opcount_threshold": 1000,
+    "realize_reads_threshold": 100,
+}
 """Recompute rather than store: keeps tensors of shape (batch, C, hidden) out of memory."""
 
 
 class CompiledStep:
     """A callable that is compiled as one graph, or not.
 
-    `auto` compiles long runs where there is a C++ compiler and falls back to eager execution, with one
-    line in the log, where compiling fails. `compiled` tells what was decided; None until the first call.
+    `auto` compiles long runs where there is a C++ compiler and falls back to eager execution, with
+    one line in the log, where compiling fails. `compiled` tells what was decided; None until the
+    first call.
     """
 
     def __init__(
@@ -35,9 +39,9 @@ class CompiledStep:
         self.may_fall_back = setting == "auto"
         self.compiled: bool | None = None
         wanted = setting is True or (setting == "auto" and n_steps >= WORTHWHILE_STEPS)
-        if wanted and not _has_compiler():
-            if not self.may_fall_back:
-                raise UserError("compile: true needs a C++ compiler (g++ or clang++, or $CXX)")
+        if wanted and not self.may_fall_back:
+            require_compiler()
+        elif wanted and not _has_compiler():
             logger.info("no C++ compiler found: running without torch.compile, which is slower")
             wanted = False
         self.fast = (
@@ -57,11 +61,13 @@ class CompiledStep:
         if self.fast is None:
             self.compiled = False
             return self.eager(*args)
-        failures = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import InductorError
+
         started = time.perf_counter()
         try:
             result = self.fast(*args)
-        except failures as error:
+        except (TorchDynamoException, InductorError) as error:
             if not self.may_fall_back:
                 raise
             reason = str(error).strip().splitlines()[0]
@@ -73,8 +79,19 @@ class CompiledStep:
         return result
 
 
+def require_compiler() -> None:
+    """Raise `UserError` where nothing can be compiled."""
+    if not _has_compiler():
+        where = f"CXX is {os.environ['CXX']!r}" if os.environ.get("CXX") else "no g++ or clang++"
+        raise UserError(
+            f"compile: a run that is compiled (true) needs a C++ compiler, found none: {where};"
+            " install one, point CXX to it, or choose auto or false"
+        )
+
+
 def _has_compiler() -> bool:
+    """Whether there is a compiler, by torch's own rule: `$CXX` alone where it is set."""
     if torch.cuda.is_available():
         return True
-    candidates = (os.environ.get("CXX"), "g++", "clang++")
-    return any(shutil.which(name) for name in candidates if name)
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return any(shutil.which(name) for name in names)

@@ -55,8 +55,7 @@ class Site(nn.Module):
         self.importance = importance
         self.replaced = False
         self.mask: Tensor | None = None
-        self.keep_input = False
-        self.kept_input: Tensor | None = None
+        self.kept_inputs: list[Tensor] | None = None
 
     @property
     def C(self) -> int:
@@ -76,8 +75,8 @@ class Site(nn.Module):
         return input_output_weight(self.original)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.keep_input:
-            self.kept_input = x
+        if self.kept_inputs is not None:
+            self.kept_inputs.append(x)
         if not self.replaced:
             return self.original(x)
         out = self.subcomponents(x, self.mask)
@@ -142,20 +141,22 @@ class ComponentModel(nn.Module):
 
     def target_forward(self, batch: Tensor) -> TargetOutput:
         """Run the unchanged target, without gradient, and keep what it feeds to each site."""
-        for site in self.sites.values():
-            site.keep_input = True
+        kept: dict[str, list[Tensor]] = {path: [] for path in self.sites}
+        for path, site in self.sites.items():
+            site.kept_inputs = kept[path]
         try:
             with torch.no_grad():
                 output = self.target(batch)
-            inputs: dict[str, Tensor] = {}
-            for path, site in self.sites.items():
-                assert site.kept_input is not None, f"the target never called its module {path!r}"
-                inputs[path] = site.kept_input
         finally:
             for site in self.sites.values():
-                site.keep_input = False
-                site.kept_input = None
-        return TargetOutput(output, inputs)
+                site.kept_inputs = None
+        for path, inputs in kept.items():
+            if len(inputs) != 1:
+                raise UserError(
+                    f"sites: the target calls {path!r} {len(inputs)} times in one pass; a site must"
+                    " be called once"
+                )
+        return TargetOutput(output, {path: inputs[0] for path, inputs in kept.items()})
 
     def forward(self, batch: Tensor, masks: Mapping[str, Tensor | None] | None = None) -> Tensor:
         """Run with the sites named in `masks` replaced by their subcomponents; `None`: all on.
@@ -163,6 +164,8 @@ class ComponentModel(nn.Module):
         `masks` itself `None` replaces every site, all subcomponents on.
         """
         chosen = dict.fromkeys(self.sites) if masks is None else masks
+        unknown = [path for path in chosen if path not in self.sites]
+        assert not unknown, f"masks for {unknown}, which are no sites"
         for path, mask in chosen.items():
             self.sites[path].replaced = True
             self.sites[path].mask = mask

@@ -1,25 +1,12 @@
 """Rank-one subcomponents of one weight matrix, and their published initialisation."""
 
-from typing import Protocol
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
-class Subcomponents(Protocol):
-    """What a site needs of its subcomponents. `V` is `[d_in, C]`, `U` is `[C, d_out]`."""
-
-    @property
-    def V(self) -> Tensor: ...
-    @property
-    def U(self) -> Tensor: ...
-    def acts(self, x: Tensor) -> Tensor: ...
-    def __call__(self, x: Tensor, mask: Tensor | None) -> Tensor: ...
-
-
 class LinearSubcomponents(nn.Module):
-    """W ≈ Σ_c U_c V_cᵀ for a matrix that maps `[..., d_in]` to `[..., d_out]` (paper, section 2). No bias."""
+    """W ≈ Σ_c U_c V_cᵀ for a matrix from `[..., d_in]` to `[..., d_out]` (paper, section 2). No bias."""
 
     V: Float[Tensor, "d_in C"]
     U: Float[Tensor, "C d_out"]
@@ -36,9 +23,7 @@ class LinearSubcomponents(nn.Module):
     def forward(
         self, x: Float[Tensor, "*rows d_in"], mask: Float[Tensor, "*rows C"] | None
     ) -> Float[Tensor, "*rows d_out"]:
-        """((x V) ⊙ m) U; without a mask every subcomponent is on."""
-        h = self.acts(x)
-        return (h if mask is None else h * mask) @ self.U
+        return _masked_sum(self.acts(x), mask, self.U)
 
 
 class EmbeddingSubcomponents(nn.Module):
@@ -58,8 +43,7 @@ class EmbeddingSubcomponents(nn.Module):
     def forward(
         self, x: Int[Tensor, "*rows"], mask: Float[Tensor, "*rows C"] | None
     ) -> Float[Tensor, "*rows d_out"]:
-        h = self.acts(x)
-        return (h if mask is None else h * mask) @ self.U
+        return _masked_sum(self.acts(x), mask, self.U)
 
 
 class TiedSubcomponents(nn.Module):
@@ -87,8 +71,7 @@ class TiedSubcomponents(nn.Module):
     def forward(
         self, x: Float[Tensor, "*rows d_in"], mask: Float[Tensor, "*rows C"] | None
     ) -> Float[Tensor, "*rows d_out"]:
-        h = self.acts(x)
-        return (h if mask is None else h * mask) @ self.U
+        return _masked_sum(self.acts(x), mask, self.U)
 
 
 @torch.no_grad()
@@ -108,3 +91,10 @@ def init_subcomponents_(
         matrix.copy_(drawn / drawn.norm(dim=dim, keepdim=True))
     overlap = ((weight.mT @ V) * U.mT).sum(dim=0)  # two products: the three-operand einsum is huge
     U.mul_(overlap[:, None])
+
+
+def _masked_sum(
+    h: Float[Tensor, "*rows C"], mask: Float[Tensor, "*rows C"] | None, U: Float[Tensor, "C d_out"]
+) -> Float[Tensor, "*rows d_out"]:
+    """(h ⊙ m) U; without a mask every subcomponent is on."""
+    return (h if mask is None else h * mask) @ U

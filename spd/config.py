@@ -1,13 +1,13 @@
 """Configuration: frozen pydantic models, read from YAML, changed by dotted overrides.
 
-Everything a user can get wrong in a configuration ends here as one `UserError` that names the value,
-its place and what is allowed.
+Everything a user can get wrong in a configuration ends here as one `UserError` that names the
+value, its place and what is allowed.
 """
 
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,32 +21,34 @@ class UserError(ValueError):
     """A mistake in what the user gave: shown as one message, without a traceback, exit status 2."""
 
 
+class RunError(RuntimeError):
+    """Work that was done in vain, for a reason that one message tells: exit status 1."""
+
+
 class BaseConfig(BaseModel):
     """Frozen, and unknown keys are errors. Floats stay lax: YAML 1.1 reads `1e-3` as a string."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-def tagged_mapping(union: Any) -> Any:
-    """The type of a mapping `name -> spec` in which the name selects the spec's class by its `type`.
+def _add_types(raw: Any) -> Any:
+    if not isinstance(raw, Mapping):
+        return raw
+    tagged = {}
+    for name, spec in raw.items():
+        spec = {} if spec is None else spec
+        tagged[name] = {"type": name, **spec} if isinstance(spec, Mapping) else spec
+    return tagged
 
-    `{faithfulness: {coeff: 1}}` reads as `{faithfulness: {type: faithfulness, coeff: 1}}`; an explicit
-    `type` lets two entries of one type stand side by side under names of their own. `union` is a union
-    of `BaseConfig` classes, each with a field `type: Literal[...]`.
-    """
 
-    def add_tags(raw: Any) -> Any:
-        if not isinstance(raw, Mapping):
-            return raw
-        tagged = {}
-        for name, spec in raw.items():
-            if spec is None:
-                spec = {}
-            tagged[name] = {"type": name, **spec} if isinstance(spec, Mapping) else spec
-        return tagged
+NAME_IS_TYPE = BeforeValidator(_add_types)
+"""Marks a mapping `name → spec` in which the name selects the spec's class by its field `type`.
 
-    member = Annotated[union, Field(discriminator="type")] if _is_union(union) else union
-    return Annotated[dict[str, member], BeforeValidator(add_tags)]
+`{faithfulness: {coeff: 1}}` reads as `{faithfulness: {type: faithfulness, coeff: 1}}`; an explicit `type`
+lets two entries of one type stand side by side under names of their own.
+"""
+BY_TYPE = Field(discriminator="type")
+"""Marks the union of the specs."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -68,10 +70,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `raw` with every `dotted.key=value` applied; values are YAML (`1e-3`, `null`, `[0, 1]`).
+    """A copy of `raw` with every `dotted.key=value` applied; values are YAML (`null`, `[0, 1]`).
 
-    Keys may contain dots themselves (`sites.layers.*.mlp_in=50`): at every level the longest existing
-    key that fits is taken.
+    Keys may contain dots themselves (`sites.hidden_layers.0=50`): at every level the longest
+    existing key that fits is taken.
     """
     result = _copy(raw)
     for override in overrides:
@@ -87,7 +89,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
 
 
 def parse(cls: type[Config], raw: Mapping[str, Any], source: str) -> Config:
-    """Validate `raw` as a `cls`; every problem is listed in one `UserError` that begins with `source`."""
+    """Validate `raw` as a `cls`; one `UserError`, beginning with `source`, lists all problems."""
     try:
         return cls.model_validate(raw)
     except ValidationError as error:
@@ -107,10 +109,24 @@ def to_yaml(config: BaseConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def differences(first: BaseConfig, second: BaseConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Where two configurations differ: the dotted key and both values (None: no such key)."""
+    yield from _differences("", first.model_dump(mode="json"), second.model_dump(mode="json"))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?` with the nearest known name, or nothing."""
     matches = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _differences(place: str, first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in {**first, **second}:
+            below = f"{place}.{key}" if place else str(key)
+            yield from _differences(below, first.get(key), second.get(key))
+    elif first != second:
+        yield place, first, second
 
 
 def _is_union(annotation: Any) -> bool:
@@ -140,7 +156,8 @@ def _set(node: dict[str, Any], path: str, value: Any, override: str) -> None:
 def _describe(cls: type[BaseModel], details: Any) -> str:
     """One validation problem in words: place, value, what is allowed."""
     loc = [str(part) for part in details["loc"]]
-    place = ".".join(loc) or "the configuration"
+    named_once = [part for i, part in enumerate(loc) if i == 0 or part != loc[i - 1]]
+    place = ".".join(named_once) or "the configuration"
     match details["type"]:
         case "extra_forbidden":
             known = sorted(_fields_at(cls, loc[:-1]))
@@ -161,7 +178,7 @@ def _describe(cls: type[BaseModel], details: Any) -> str:
 
 
 def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
-    """Field names of the model that stands at `loc` below `cls` (union tags in `loc` are followed)."""
+    """Field names of the model that stands at `loc` below `cls`; tags in `loc` are followed."""
     annotation: Any = cls
     for part in loc:
         annotation = _step(annotation, part)
@@ -177,7 +194,7 @@ def _step(annotation: Any, part: str) -> Any:
             tag = member.model_fields.get("type")
             if tag is not None and part in typing.get_args(tag.annotation):
                 return member
-        elif typing.get_origin(member) is dict:
+        elif typing.get_origin(member) in (dict, Mapping):
             return typing.get_args(member)[1]
     return annotation
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.image import AxesImage
 from torch import Tensor
@@ -117,7 +117,7 @@ def probe_figure(
         _row_ticks(ax, n_rows, height - 1.6)
         _column_ticks(ax, orders[path], cell, "white")
     axes[0].set_ylabel("input feature", fontsize=9)
-    figure.colorbar(images[0], ax=list(axes), label="causal importance", fraction=0.05, pad=0.02)
+    colour_bar(figure, images[0], list(axes), "causal importance")
     return figure
 
 
@@ -216,7 +216,7 @@ def panel_grid(figure: Figure, n: int) -> list[Axes]:
     for ax in axes[n:]:
         ax.remove()
     for ax in axes[:n]:
-        ax.tick_params(labelsize=8)
+        ax.tick_params(which="both", labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     return list(axes[:n])
 
@@ -247,7 +247,7 @@ def _matrix_pair(
         values = matrix.detach().float().numpy(force=True)
         limit = max(float(np.abs(values).max()), 1e-12)
         image = heat_map(ax, values, "RdBu_r", -limit, limit)
-        figure.colorbar(image, ax=ax, fraction=0.08, pad=0.02).ax.tick_params(labelsize=7)
+        colour_bar(figure, image, [ax])
         _row_ticks(ax, len(values), heights[name])
         ax.set_ylabel(f"{labels[name]} dimension", fontsize=9)
         ax.set_title(f"{path}: {name}", fontsize=10)
@@ -262,6 +262,15 @@ def heat_map(ax: Axes, values: np.ndarray, cmap: str, low: float, high: float) -
     return ax.imshow(values, vmin=low, vmax=high, cmap=cmap, aspect="auto", interpolation="none")
 
 
+def colour_bar(
+    figure: Figure | SubFigure, image: AxesImage, axes: list[Axes], label: str = ""
+) -> None:
+    """A slim scale on the right of all `axes`."""
+    bar = figure.colorbar(image, ax=axes, fraction=0.08, aspect=35, pad=0.02)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+
+
 def _row_ticks(ax: Axes, n_rows: int, inches: float) -> None:
     ax.set_yticks(range(0, n_rows, _tick_distance(inches / n_rows, 0.15)))
     ax.tick_params(axis="y", labelsize=8)
@@ -269,7 +278,8 @@ def _row_ticks(ax: Axes, n_rows: int, inches: float) -> None:
 
 def _column_ticks(ax: Axes, order: ColumnOrder, cell: float, line_colour: str) -> None:
     """Original indices under the columns, and a line after those that the solution needs."""
-    places = range(0, len(order.columns), _tick_distance(cell, 0.22))
+    digits = len(str(max(order.columns)))
+    places = range(0, len(order.columns), _tick_distance(cell, 0.045 + 0.062 * digits))
     ax.set_xticks(places, [str(order.columns[i]) for i in places], fontsize=7)
     if 0 < order.n_expected < len(order.columns):
         ax.axvline(order.n_expected - 0.5, color=line_colour, linewidth=1, linestyle=(0, (3, 2)))

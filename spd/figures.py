@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.config import BaseConfig, UserError, tagged_mapping
+from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError
 from spd.drawing import (
     BLUE,
     ORANGE,
@@ -295,4 +295,4 @@ def _series(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[floa
 
 
 FigureSpec = ProbeImportances | ImportanceHistograms | SubcomponentMatrices | MeanActivity
-Figures: Any = tagged_mapping(FigureSpec)
+Figures = Annotated[Mapping[str, Annotated[FigureSpec, BY_TYPE]], NAME_IS_TYPE]

@@ -5,7 +5,7 @@ in one graph or run the backward pass of one after another.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from spd.component_model import ComponentModel, Site
-from spd.config import BaseConfig, UserError, nearest, tagged_mapping
+from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError, nearest
 from spd.importance import CausalImportances
 from spd.problem import ReconKind
 
@@ -275,7 +275,7 @@ Loss = (
     | StochasticReconLayerwise
     | EmbeddingRecon
 )
-Losses: Any = tagged_mapping(Loss)
+Losses = Annotated[Mapping[str, Annotated[Loss, BY_TYPE]], NAME_IS_TYPE]
 
 
 def loss_terms(losses: Mapping[str, Loss], ctx: StepContext) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Figures of merit on held-out data: accumulators behind specs, and the formulas they call."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.config import BaseConfig, UserError, tagged_mapping
+from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError
 from spd.losses import Loss, StepContext, loss_terms
 from spd.problem import Dense, Identity, Pattern, Problem
 
@@ -20,9 +20,10 @@ PATTERN_TOLERANCE = 0.1
 INERT_FRACTION = 0.1
 
 
-Value = TypeVar("Value", covariant=True)
+Value = TypeVar("Value")
 
 
+@runtime_checkable
 class Accumulator(Protocol[Value]):
     """Sees every held-out batch, then gives named results: the protocol of metrics and figures."""
 
@@ -226,7 +227,7 @@ class SparsityMetric(BaseConfig):
 
 class _Sparsity:
     def __init__(self, model: ComponentModel) -> None:
-        self.n_rows = 0
+        self.n_rows = dict.fromkeys(model.sites, 0)
         first = next(iter(model.sites.values())).subcomponents.V
         zeros = {
             path: torch.zeros(site.C, dtype=torch.float64, device=first.device)
@@ -236,20 +237,18 @@ class _Sparsity:
         self.n_active = zeros
 
     def update(self, ctx: StepContext) -> None:
-        rows = 0
         for path, g in ctx.ci.lower.items():
             flat = g.reshape(-1, g.shape[-1])
-            rows = flat.shape[0]
+            self.n_rows[path] += flat.shape[0]
             self.n_nonzero[path] += (flat > L0_THRESHOLD).sum(dim=0)
             self.n_active[path] += (flat > ALIVE_THRESHOLD).sum(dim=0)
-        self.n_rows += rows
 
     def compute(self) -> dict[str, float]:
         values = {}
         for path, active in self.n_active.items():
-            values[f"l0/{path}"] = self.n_nonzero[path].sum().item() / self.n_rows
+            values[f"l0/{path}"] = self.n_nonzero[path].sum().item() / self.n_rows[path]
             values[f"alive/{path}"] = float((active > 0).sum().item())
-            values[f"density/{path}"] = active.mean().item() / self.n_rows
+            values[f"density/{path}"] = active.mean().item() / self.n_rows[path]
         return values
 
 
@@ -284,4 +283,4 @@ def collect(
 
 
 MetricSpec = ColumnMatchMetric | PatternErrorsMetric | SparsityMetric
-Metrics: Any = tagged_mapping(MetricSpec)
+Metrics = Annotated[Mapping[str, Annotated[MetricSpec, BY_TYPE]], NAME_IS_TYPE]

@@ -20,7 +20,7 @@ from spd.figures import Figures
 from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
 from spd.losses import Losses, Noise, StepContext, loss_terms, noise_key
 from spd.metrics import L0_THRESHOLD, HeldOutLosses, Metric, Metrics, collect
-from spd.problem import Problem, Resumable
+from spd.problem import Problem, ReconKind, Resumable
 from spd.schedule import ScheduleConfig, schedule_factor
 from spd.tracking import NullTracker, Tracker
 
@@ -38,8 +38,8 @@ class SPDConfig(BaseConfig):
     lr_schedule: ScheduleConfig = ScheduleConfig()
     seed: int = Field(default=0, ge=0)
     compile: Literal["auto"] | bool = "auto"
-    metrics: Metrics = Field(default={})
-    figures: Figures = Field(default={})
+    metrics: Metrics = {}
+    figures: Figures = {}
     figures_every: int | None = Field(default=None, ge=1)
     """besides at the end"""
     n_eval_batches: int = Field(default=4, ge=1)
@@ -56,7 +56,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.losses = {name: spec for name, spec in config.losses.items() if spec.coeff > 0}
-        self.recon = problem.recon
+        self.recon: ReconKind = problem.recon
         self._leading_shapes: dict[torch.Size, dict[str, torch.Size]] = {}
 
     def context(self, batch: Tensor, progress: Tensor, noise: Noise) -> StepContext:
@@ -113,7 +113,7 @@ class Prepared(NamedTuple):
     """the held-out batches, drawn once"""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - it is no error
     """A run was asked to stop and has written its checkpoint."""
 
 

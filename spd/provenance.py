@@ -1,5 +1,7 @@
 """Where a run comes from: the code, the machine, the command. Reads, never writes."""
 
+import importlib
+import importlib.util
 import platform
 import shlex
 import subprocess
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 
+from spd.config import UserError
 from spd.settings import REPO_DIR
 
 PACKAGES = ("torch", "numpy", "pydantic", "transformers", "datasets", "wandb", "safetensors")
@@ -39,6 +42,22 @@ def entry_of(module: ModuleType) -> str:
     if path.is_relative_to(REPO_DIR / "spd"):
         return ".".join(path.relative_to(REPO_DIR).with_suffix("").parts)
     return str(path)
+
+
+def import_entry(name: str) -> ModuleType:
+    """The module that `entry_of` named, or a `UserError` if it is no longer there."""
+    if not name.endswith(".py"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UserError(f"{name}: the module that made this run is missing: {error}") from None
+    spec = importlib.util.spec_from_file_location(f"spd_entry_{Path(name).stem}", name)
+    if spec is None or spec.loader is None or not Path(name).is_file():
+        raise UserError(f"{name}: the script that made this run is gone")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _git(*args: str) -> str | None:

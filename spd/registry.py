@@ -61,15 +61,20 @@ def main(argv: list[str] | None = None) -> None:
     """`spd-run NAME [key=value …]`: run a registered experiment by name."""
     parser = argparse.ArgumentParser(prog="spd-run", description="Run a registered experiment.")
     parser.add_argument("experiment", help=f"one of: {', '.join(EXPERIMENTS)}")
-    parser.add_argument("arguments", nargs="*", metavar="key=value", help="overrides")
-    args, options = parser.parse_known_args(argv)
+    parser.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="[key=value ...] [--resume RUN_DIR]",
+        help="what the experiment's own script takes after its configuration",
+    )
+    args = parser.parse_args(argv)
     try:
         experiment = get_experiment(args.experiment)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     config = str(PACKAGE_DIR / experiment.config)
-    command = [sys.executable, "-m", experiment.module, config, *args.arguments, *options]
+    command = [sys.executable, "-m", experiment.module, config, *args.arguments]
     os.execv(sys.executable, command)
 
 

@@ -19,8 +19,9 @@ from spd.drawing import FigureText, count
 from spd.figures import loss_curves, png_bytes, read_png
 from spd.registry import EXPERIMENTS
 from spd.results import format_value, result_of
+from spd.run_files import CONFIG_FILE, META_FILE, RESULT_FILE, TARGET, read_json
 from spd.settings import PACKAGE_DIR
-from spd.tracking import METRICS_FILE, TIMINGS_FILE, read_metrics
+from spd.tracking import FIGURES, METRICS_FILE, TIMINGS_FILE, read_metrics
 
 TEMPLATE = "report.html.j2"
 REPORT_FILE = "report.html"
@@ -62,7 +63,7 @@ def write_report(run_dir: Path) -> Path:
     )
     page = environment.get_template(TEMPLATE).render(_contents(run_dir))
     path = run_dir / REPORT_FILE
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f".{path.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
     return path
@@ -70,11 +71,11 @@ def write_report(run_dir: Path) -> Path:
 
 def _contents(run_dir: Path) -> dict[str, Any]:
     """Everything that the template shows."""
-    config_text = _text(run_dir / "config.yaml")
+    config_text = _text(run_dir / CONFIG_FILE)
     config = yaml.safe_load(config_text) or {}
-    meta = _json(run_dir / "meta.json")
+    meta = _json(run_dir / META_FILE)
     history = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
-    result = _json(run_dir / "result.json") or _result_so_far(config, meta, history)
+    result = _json(run_dir / RESULT_FILE) or _result_so_far(config, meta, history)
     experiment = str(config.get("experiment", run_dir.parent.name))
     rows = result.get("rows", [])
     last_step = int(max((line["step"] for line in history), default=0))
@@ -92,10 +93,10 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         "site_rows": _site_rows(rows, config.get("sites", {})),
         "loss_rows": _loss_rows(rows, config.get("losses", {})),
         "evaluated": bool(rows),
-        "figures": _images(run_dir / "figures", list(config.get("figures") or {})),
+        "figures": _images(run_dir / FIGURES, list(config.get("figures") or {})),
         "curves": _image(CURVES, png_bytes(loss_curves(history))) if history else None,
-        "target": _target(run_dir / "target" / "training.json"),
-        "target_config": _text(run_dir / "target" / "config.yaml"),
+        "target": _target(run_dir / TARGET / "training.json"),
+        "target_config": _text(run_dir / TARGET / CONFIG_FILE),
         "config_text": config_text,
         "provenance": _provenance(meta, run_dir),
         "tracker": _web_link(meta.get("tracker")),
@@ -221,7 +222,8 @@ def _target(record_file: Path) -> dict[str, Any]:
 
 def _provenance(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
     """Label → value, of what is known."""
-    timings = [json.loads(line) for line in _text(run_dir / TIMINGS_FILE).splitlines() if line]
+    lines = _text(run_dir / TIMINGS_FILE).splitlines(keepends=True)
+    timings = [json.loads(line) for line in lines if line.endswith("\n")]
     known = {
         "status": meta.get("status"),
         "started": meta.get("started"),
@@ -249,12 +251,11 @@ def _commands(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
         commands["The code as it was"] = f"git checkout {meta['commit']}"
     if meta.get("status") in ("interrupted", "running"):
         commands["Go on with this run"] = f"{python} --resume {place}"
-    target = (
-        f" target={shlex.quote(str(run_dir / 'target'))}" if (run_dir / "target").is_dir() else ""
-    )
-    commands["The same run again, in a new directory"] = f"{python} {place}/config.yaml{target}"
-    load = f"from spd.run import load_run; run = load_run({str(run_dir)!r}); print(run.model.sites)"
-    commands["The decomposition in Python"] = f"python -i -c {shlex.quote(load)}"
+    own = run_dir / TARGET
+    target = f" target={shlex.quote(str(own))}" if own.is_dir() else ""
+    commands["The same run again, in a new directory"] = f"{python} {place}/{CONFIG_FILE}{target}"
+    load = ["from spd.run import load_run", f"run = load_run({json.dumps(str(run_dir))})"]
+    commands["The decomposition, in Python"] = "\n".join([*load, "print(run.model.sites)"])
     return commands
 
 
@@ -279,4 +280,4 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

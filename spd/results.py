@@ -1,4 +1,4 @@
-"""The figures of merit of a finished run beside the published ones; pure functions on plain data."""
+"""The figures of merit of a finished run beside the published ones; pure functions on data."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -86,8 +86,8 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Several runs, one line each; the key is the run's name."""
     keys = ("mmcs/linear1", "ml2r/linear1", "errors/total")
     width = max(len(name) for name in results)
-    header = f"{'run':{width}}  {'seed':>4} {'steps':>7}  {'MMCS':>16} {'ML2R':>16} {'errors':>7}  solved"
-    lines = [header]
+    columns = f"{'seed':>4} {'steps':>7}  {'MMCS':>16} {'ML2R':>16} {'errors':>7}  solved"
+    lines = [f"{'run':{width}}  {columns}"]
     for name, result in results.items():
         rows = {row["key"]: row for row in result["rows"]}
         cells = [
@@ -96,14 +96,14 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         solved = {True: "yes", False: "no", None: "–"}[result["solved"]]
         lines.append(
-            f"{name:{width}}  {result['seed']:>4} {result['steps']:>7}  {cells[0]:>16} {cells[1]:>16}"
-            f" {cells[2]:>7}  {solved}"
+            f"{name:{width}}  {result['seed']:>4} {result['steps']:>7}"
+            f"  {cells[0]:>16} {cells[1]:>16} {cells[2]:>7}  {solved}"
         )
     return "\n".join(lines)
 
 
 def format_value(value: float | None, spread: float | None) -> str:
-    """`0.993 ± 0.002`; whole numbers without decimals, small ones in powers of ten, none as a dash."""
+    """`0.993 ± 0.002`; whole numbers without decimals, small ones in powers of ten; `–` for none."""
     if value is None:
         return "–"
     if not math.isfinite(value):

@@ -1,29 +1,38 @@
 """What a run writes while it goes on: local files always, W&B where it is configured.
 
-The only file that imports wandb. A tracker that fails is dropped with one line and never ends a run.
+The only file that imports wandb. A tracker that fails is dropped with one line and never ends a
+run.
 """
 
 import json
 import logging
 import netrc
 import os
-import sys
+import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
 from spd.config import UserError
+from spd.run_files import cut_lines
+from spd.settings import output_root
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
 FIGURES = "figures"
+WANDB_FOLDER = "wandb"
+"""what W&B itself keeps in a run directory"""
+PLAIN_LINE_SECONDS = 10
+"""how far apart the lines of progress stand where there is no terminal"""
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """What the loop tells the outside."""
 
@@ -60,8 +69,11 @@ class WandbRun:
         self.run = run
 
     @property
-    def url(self) -> str | None:
-        return getattr(self.run, "url", None) if self.run is not None else None
+    def place(self) -> str | None:
+        """Where the run can be looked at: its page, or the folder of an offline run."""
+        if self.run is None:
+            return None
+        return self.run.sync_dir if self.run.offline else self.run.url
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._try(lambda run: run.log({"step": step, **values}))
@@ -75,25 +87,30 @@ class WandbRun:
         self._try(send)
 
     def upload(self, directory: Path) -> None:
-        """Upload the finished run directory, so that `wandb:entity/project/run` can be loaded."""
+        """Upload the finished run directory, so that `wandb:entity/project/run-id` can be loaded.
+
+        Below a folder with the directory's name: W&B has a `config.yaml` of its own, and would
+        write it through its link to ours.
+        """
 
         def send(run: Any) -> None:
             for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-                if "wandb" not in path.relative_to(directory).parts:
-                    run.save(str(path), base_path=str(directory), policy="now")
+                parts = path.relative_to(directory).parts
+                if parts[0] != WANDB_FOLDER and not path.name.startswith("."):
+                    run.save(str(path), base_path=str(directory.parent), policy="now")
 
         self._try(send)
 
     def finish(self, exit_code: int) -> None:
         self._try(lambda run: run.finish(exit_code=exit_code))
 
-    def _try(self, action: Any) -> None:
+    def _try(self, action: Callable[[Any], Any]) -> None:
         if self.run is None:
             return
         try:
             action(self.run)
         except Exception as error:
-            logger.warning("W&B failed and is left out from here on: %s", error)
+            logger.warning("W&B failed and is left out from here on: %s", _first_line(error))
             self.run = None
 
 
@@ -114,13 +131,15 @@ class RunTracker:
 
     def start(self, step: int, steps: int) -> None:
         """Cut off what an interrupted run logged at or after `step`."""
-        self.start_step, self.steps = step, steps
+        self.steps = steps
         for name in (METRICS_FILE, TIMINGS_FILE):
             cut_lines(self.directory / name, step)
         self.metrics = (self.directory / METRICS_FILE).open("a", encoding="utf-8")
         self.timings = (self.directory / TIMINGS_FILE).open("a", encoding="utf-8")
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=None, leave=False)
-        self.started = self.last_line = time.perf_counter()
+        self.first: tuple[int, float] | None = None
+        self.started = time.perf_counter()
+        self.last_line = self.started - PLAIN_LINE_SECONDS
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.metrics.write(json.dumps({"step": step, **values}) + "\n")
@@ -143,47 +162,36 @@ class RunTracker:
 
     def _progress(self, step: int, values: Mapping[str, float]) -> None:
         now = time.perf_counter()
-        done = step + 1 - self.start_step
-        seconds = now - self.started
-        left = seconds / done * (self.steps - step - 1)
-        timing = {"step": step, "seconds": round(seconds, 3), "steps_per_second": done / seconds}
+        if self.first is None:  # the first step compiles and says nothing about the pace
+            self.first = (step, now)
+        first_step, first_time = self.first
+        pace = (step - first_step) / (now - first_time) if step > first_step else None
+        timing = {"step": step, "seconds": now - self.started, "steps_per_second": pace}
         self.timings.write(json.dumps(timing) + "\n")
         self.timings.flush()
         l0 = sum(value for key, value in values.items() if key.startswith("l0/"))
         if not self.bar.disable:
             self.bar.set_postfix(loss=f"{values['loss/total']:.2e}", L0=f"{l0:.2f}", refresh=False)
             self.bar.update(step + 1 - self.bar.n)
-        elif now - self.last_line > 10 or step + 1 == self.steps or done == 1:
+        elif now - self.last_line > PLAIN_LINE_SECONDS or step + 1 == self.steps:
             self.last_line = now
+            left = f"  {(self.steps - step - 1) / pace:.0f} s left" if pace else ""
             logger.info(
-                "step %d/%d  loss %.3e  L0 %.2f  %.0f s left",
+                "step %d/%d  loss %.3e  L0 %.2f%s",
                 *(step + 1, self.steps, values["loss/total"], l0, left),
             )
 
 
-def cut_lines(path: Path, step: int) -> None:
-    """Drop lines at or after `step`, and a last line that was cut short, from a JSON-lines file."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] < step:
-                kept.append(line)
-        except ValueError:
-            continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
-
-
 def read_metrics(directory: Path) -> list[dict[str, float]]:
-    """The logged lines of a run, in order."""
+    """The logged lines of a run, in order, without a last one that was cut short."""
     path = directory / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run directory is expected")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path}: a line is not valid JSON: {error}") from None
 
 
 def start_wandb(
@@ -202,6 +210,12 @@ def start_wandb(
     try:
         import wandb
 
+        quiet = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or 60),
+        )
+        wandb.setup(settings=quiet)
         run = wandb.init(
             project=project,
             entity=os.environ.get("WANDB_ENTITY") or None,
@@ -210,35 +224,61 @@ def start_wandb(
             resume="allow",
             dir=str(directory),
             config=dict(config),
-            settings=wandb.Settings(silent=not sys.stderr.isatty(), init_timeout=60),
+            settings=quiet,
         )
         run.define_metric("*", step_metric="step")
     except Exception as error:
-        logger.warning("W&B could not be started, logging locally only: %s", error)
+        logger.warning("W&B could not be started: logging locally only: %s", _first_line(error))
         return None
-    return WandbRun(run)
+    started = WandbRun(run)
+    hint = " (offline; `wandb sync` sends it)" if run.offline else ""
+    logger.info("W&B: %s%s", started.place, hint)
+    return started
 
 
-def download_run(reference: str) -> Path:
-    """A local directory with the files of `wandb:entity/project/run-id`, or a `UserError`."""
-    path = reference.removeprefix("wandb:")
-    if path.count("/") != 2:
+def download_run(reference: str, api: Any = None) -> Path:
+    """A local directory with the files of `wandb:entity/project/run-id`, or a `UserError`.
+
+    It is kept below the output root and appears complete or not at all. `api` is a `wandb.Api`.
+    """
+    parts = reference.removeprefix("wandb:").split("/")
+    if len(parts) != 3 or not all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts):
         raise UserError(f"{reference}: expected wandb:entity/project/run-id")
-    from spd.settings import output_root
-
-    directory = output_root() / "downloads" / path
-    if (directory / "config.yaml").is_file():
+    directory = output_root() / "downloads" / Path(*parts)
+    if directory.is_dir():
         return directory
+    if api is None and not _has_credentials():
+        raise UserError(
+            f"{reference}: W&B needs a key: WANDB_API_KEY, for example in .env, or a login"
+        )
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
-        import wandb
-
-        for file in wandb.Api(timeout=60).run(path).files():
-            file.download(root=str(directory), replace=True)
-    except Exception as error:
-        raise UserError(f"{reference}: cannot be fetched from W&B: {error}") from None
-    if not (directory / "config.yaml").is_file():
-        raise UserError(f"{reference}: this W&B run holds no config.yaml of a run or a target")
+        _download(api, "/".join(parts), partial)
+        if not (partial / parts[-1] / "config.yaml").is_file():
+            raise UserError(f"{reference}: this W&B run holds no run directory of this project")
+        (partial / parts[-1]).rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return directory
+
+
+def _download(api: Any, path: str, directory: Path) -> None:
+    """Fetch what `WandbRun.upload` sent to the run at `path`."""
+    folder = path.rpartition("/")[2] + "/"
+    try:
+        if api is None:
+            import wandb
+
+            api = wandb.Api(timeout=60)
+        for file in api.run(path).files():
+            if file.name.startswith(folder):
+                file.download(root=str(directory), replace=True)
+    except Exception as error:
+        raise UserError(f"wandb:{path}: cannot be fetched from W&B: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _has_credentials() -> bool:

@@ -128,6 +128,7 @@ def test_terms_and_gradients(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize("path", by_kind("losses"), ids=lambda path: path.stem)
 def test_compiled_terms_and_gradients(path: Path) -> None:
     check_case(path, compiled=True)

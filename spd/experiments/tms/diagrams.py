@@ -103,7 +103,7 @@ def draw_vectors(
         zorder=2,
     )
     lengths = np.linalg.norm(xy, axis=1)
-    for j in np.flatnonzero(lengths > 0.15 * scale.limit):
+    for j in np.flatnonzero(lengths > 0.25 * scale.limit):
         tip = xy[j] * (1 + 0.13 * scale.limit / lengths[j])
         ax.text(tip[0], tip[1], str(j), fontsize=8, color=DARK, ha="center", va="center")
     ax.set_xlim(-scale.limit, scale.limit)
@@ -114,6 +114,9 @@ def draw_vectors(
     ax.set_yticks(ticks)
     ax.tick_params(labelsize=7, length=2, labelleft=named)
     ax.spines[:].set_color("#b0b0b0")
+    if named:
+        ax.set_xlabel("hidden 0", fontsize=7.5, labelpad=1)
+        ax.set_ylabel("hidden 1", fontsize=7.5, labelpad=1)
 
 
 def draw_network(
@@ -148,12 +151,16 @@ def node_places(n: int) -> np.ndarray:
 
 
 def _edges(strength: np.ndarray, *, top: int) -> LineCollection:
-    """Lines for the entries of one matrix, given relative to the largest."""
+    """Lines for the entries of one matrix, given relative to the largest; thin where they crowd."""
     starts, ends = (node_places(n) for n in strength.shape)
+    shown = np.argwhere(np.abs(strength) > LEAST_SHOWN)
+    crowding = min(1.0, 30 / max(len(shown), 1)) ** 0.4
     lines, widths, colours = [], [], []
-    for j, k in np.argwhere(np.abs(strength) > LEAST_SHOWN):
+    for j, k in shown:
         size = min(abs(float(strength[j, k])), 1.0)
         lines.append([(starts[j], top), (ends[k], top - 1)])
-        widths.append(0.4 + 2.2 * size)
-        colours.append(to_rgba(BLUE if strength[j, k] > 0 else ORANGE, 0.1 + 0.9 * size))
+        widths.append(0.3 + 2.3 * size * crowding)
+        colours.append(
+            to_rgba(BLUE if strength[j, k] > 0 else ORANGE, 0.1 + 0.9 * size ** (1 / crowding))
+        )
     return LineCollection(lines, linewidths=widths, colors=colours, zorder=0)

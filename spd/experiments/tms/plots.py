@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from spd import settings
+from spd.command import console_log, user_errors
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, UserError
 from spd.experiments.tms.vectors import vectors_figure
@@ -22,7 +23,9 @@ from spd.metrics import probe_importances
 from spd.optimize import draw
 from spd.problem import Problem
 from spd.report import write_report
-from spd.run import FIGURES, RESULT_FILE, Run, console_log, load_run, results_table, user_errors
+from spd.run import Run, load_run, results_table
+from spd.run_files import RESULT_FILE
+from spd.tracking import FIGURES
 
 
 class TMSVectors(BaseConfig):

@@ -3,12 +3,14 @@
 python spd/experiments/tms/tms_decomposition.py spd/experiments/tms/tms_5-2_config.yaml [key=value ...]
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from pydantic import Field
 
-from spd.config import UserError, tagged_mapping
+from spd.config import BY_TYPE, NAME_IS_TYPE, UserError
 from spd.data import SparseFeatureConfig, SparseFeatures
 from spd.experiments.targets import resolve_target
 from spd.experiments.tms.plots import TMSVectors
@@ -17,16 +19,19 @@ from spd.figures import FigureSpec
 from spd.problem import Dense, Identity, Pattern, Problem
 from spd.run import ExperimentConfig, cli
 
+TMSFigures = Annotated[Mapping[str, Annotated[FigureSpec | TMSVectors, BY_TYPE]], NAME_IS_TYPE]
+
 
 class TMSConfig(ExperimentConfig):
     """A decomposition of a `TMSModel`."""
 
+    target: str = Field()  # pyright: ignore[reportIncompatibleVariableOverride]
     data: SparseFeatureConfig = SparseFeatureConfig()
     batch_size: int = Field(ge=1)
     eval_batch_size: int = Field(default=1024, ge=1)
     tied_sites: tuple[tuple[str, str], ...] = ()
     """(source, tied): `tied` shares the subcomponents of `source`, transposed"""
-    figures: tagged_mapping(FigureSpec | TMSVectors) = Field(default={})  # pyright: ignore
+    figures: TMSFigures = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def build(config: TMSConfig, device: torch.device) -> Problem:

@@ -19,6 +19,7 @@ from spd.drawing import (
     PALETTE,
     DescribedFigure,
     FigureText,
+    colour_bar,
     column_order,
     heat_map,
 )
@@ -122,18 +123,20 @@ def _rows(
     if len(columns) > n_single:
         heading += f", {n_single} of them shown"
     scale = Scale(
-        limit=1.3 * max(float(weight.norm(dim=1).max()), 1e-12),
+        limit=1.4 * max(float(weight.norm(dim=1).max()), 1e-12),
         largest=[max(float(w.abs().max()), 1e-12) for w in layer_weights(model).values()],
-        colours=_colours(weight.shape[0]),
+        colours=_colours(weight.shape[0], of_features=path == "linear1"),
         row_names=["inputs", *["hidden"] * (len(parts[0].layers) - 1), "outputs"],
     )
     lines = [parts[i : i + PER_ROW] for i in range(0, len(parts), PER_ROW)]
     return [Row(heading if i == 0 else "", line, scale) for i, line in enumerate(lines)]
 
 
-def _colours(n: int) -> list[str]:
-    if n <= len(PALETTE):
-        return list(PALETTE[:n])
+def _colours(n: int, *, of_features: bool) -> list[str]:
+    """Others for hidden dimensions than for features."""
+    palette: list[str] = [*PALETTE] if of_features else [*reversed(PALETTE)]
+    if n <= len(palette):
+        return palette[:n]
     return [to_hex(colormaps["viridis"](0.9 * j / (n - 1))) for j in range(n)]
 
 
@@ -172,7 +175,7 @@ def _space_figure(rows: Sequence[Row], model: ComponentModel) -> DescribedFigure
         f"Cosine matrices (mean best cosine {float(match.mmcs.mean()):.3f}, mean ratio of norms"
         f" {float(match.ml2r.mean()):.3f}) and network diagrams.",
     )
-    heights = [3.7, *(row_height(row) for row in rows)]
+    heights = [3.5, *(row_height(row) for row in rows)]
     figure = DescribedFigure(text, figsize=(MAX_WIDTH + 0.5, sum(heights)))
     places = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     directions = F.normalize(weight, dim=1)
@@ -200,22 +203,23 @@ def _cosine_panels(
     for ax in (left, middle):
         ax.set_aspect("equal")
         ax.tick_params(labelsize=8)
-    figure.colorbar(image, ax=[left, middle], label="cosine", fraction=0.05, pad=0.02)
+    colour_bar(figure, image, [left, middle], "cosine")
     _match_panel(right, match)
 
 
 def _match_panel(ax: Axes, match: ColumnMatch) -> None:
     ax.axhline(1, color="#b0b0b0", linewidth=1)
     for values, colour, marker, label in (
-        (match.ml2r, ORANGE, "s", "norm over the target's"),
         (match.mmcs, BLUE, "o", "cosine"),
+        (match.ml2r, ORANGE, "s", "norm over the target's"),
     ):
         ax.plot(
             values.numpy(force=True), marker, color=colour, markersize=4, alpha=0.9, label=label
         )
-    low = float(torch.minimum(match.mmcs, match.ml2r).min())
-    high = float(torch.maximum(match.mmcs, match.ml2r).max())
-    ax.set_ylim(min(low, 0.95) - 0.02, max(high, 1.05) + 0.02)
+    low = min(float(torch.minimum(match.mmcs, match.ml2r).min()), 0.95)
+    high = max(float(torch.maximum(match.mmcs, match.ml2r).max()), 1.05)
+    ax.set_box_aspect(0.8)
+    ax.set_ylim(low - 0.2 * (high - low), high + 0.05 * (high - low))  # room for the legend
     ax.set_title("best subcomponent of each feature", fontsize=10)
     ax.set_xlabel("input feature", fontsize=9)
     ax.tick_params(labelsize=8)

@@ -1,0 +1,1 @@
+"""Residual MLPs: compressed computation and cross-layer distributed representations."""

@@ -1,0 +1,88 @@
+"""What lies where in a run directory, and its small records. Knows no model and starts nothing."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from filelock import FileLock, Timeout
+from pydantic import AfterValidator
+
+from spd.config import UserError
+
+CONFIG_FILE, META_FILE, RESULT_FILE, LOG_FILE = "config.yaml", "meta.json", "result.json", "log.txt"
+CHECKPOINTS, TARGET, LOCK_FILE = "checkpoints", "target", ".lock"
+META_KEYS = ("entry", "seconds")
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(
+            f"{name!r} cannot name a folder: up to 100 letters, digits, '.', '_' and '-' are"
+            " allowed, beginning with a letter or digit"
+        )
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+
+
+def cut_lines(path: Path, step: int) -> None:
+    """Drop lines at or after `step`, and a last line that was cut short, from a JSON-lines file."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] < step:
+                kept.append(line)
+        except ValueError:
+            continue
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """What is recorded about a run, or a `UserError` if `directory` does not hold one."""
+    for name in (CONFIG_FILE, META_FILE):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory}: no {name} there; a run directory is expected")
+    meta = read_json(directory / META_FILE)
+    missing = [key for key in META_KEYS if not isinstance(meta, dict) or key not in meta]
+    if missing:
+        raise UserError(
+            f"{directory / META_FILE}: not the record of a run, {missing[0]!r} is missing"
+        )
+    return meta
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file, or a `UserError` if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+@contextmanager
+def sole_use(directory: Path) -> Iterator[None]:
+    """Keep other processes away from a run, or raise a `UserError` if one is working on it."""
+    lock = FileLock(directory / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{directory}: another process is working on this run") from None
+    try:
+        yield
+    finally:
+        lock.release()

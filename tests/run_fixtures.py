@@ -1,0 +1,194 @@
+"""The real scripts in processes of their own, with a target that needs no training.
+
+The processes are forked from a server that has imported what the scripts import: each costs a
+fraction of a second. They run without shape checks, as a user's command does.
+"""
+
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from spd.settings import PACKAGE_DIR
+
+EXPERIMENTS = PACKAGE_DIR / "experiments"
+TMS_SCRIPT = EXPERIMENTS / "tms" / "tms_decomposition.py"
+TMS_CONFIG = EXPERIMENTS / "tms" / "tms_5-2_config.yaml"
+QUICK = (
+    *("steps=6", "log_every=1", "eval_every=4", "save_every=2", "sites={linear1: 6, linear2: 6}"),
+    *("batch_size=8", "eval_batch_size=8", "n_eval_batches=1", "figures={}", "metrics={}"),
+    "losses={faithfulness: {coeff: 1}, stochastic_recon: {coeff: 1}}",
+)
+"""a run of less than a second that logs, evaluates and saves several times"""
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.run_server"])
+
+
+class Finished(NamedTuple):
+    """A command that has ended."""
+
+    status: int
+    """exit status; the negative number of the signal that killed it"""
+    out: str
+    err: str
+    events: list[str]
+    """what it did to files below the output root, in order"""
+
+
+class Command:
+    """Runs scripts under one output root, away from the user's own settings and logins."""
+
+    def __init__(self, folder: Path, target: Path) -> None:
+        self.folder, self.target = folder, target
+        self.home = folder / "home"
+        self.out = folder / "out"
+        self.home.mkdir()
+
+    def run(
+        self,
+        script: Path,
+        *args: str | Path,
+        env: Mapping[str, str] | None = None,
+        stop: tuple[int, int] | None = None,
+    ) -> Finished:
+        """`python SCRIPT ARGS`; `stop=(n, signum)`: the signal comes at the n-th event, from 0."""
+        settings = {"HOME": str(self.home), "SPD_OUT_DIR": str(self.out), **(env or {})}
+        logs = [self.folder / name for name in ("stdout", "stderr", "events")]
+        for log in logs:
+            log.write_bytes(b"")
+        process = _SERVER.Process(
+            target=_child,
+            args=(str(script), [str(arg) for arg in args], settings, self.home, logs, stop),
+        )
+        process.start()
+        process.join(timeout=120)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            pytest.fail(f"{script.name} {args} took too long: {logs[1].read_text()}")
+        out, err, events = (log.read_text(encoding="utf-8") for log in logs)
+        process_status = process.exitcode
+        process.close()
+        return Finished(process_status, out, err, events.splitlines())
+
+    def tms(self, *args: str | Path, **options: Any) -> Finished:
+        """A quick decomposition of the small target; `args` come after the defaults."""
+        return self.run(TMS_SCRIPT, TMS_CONFIG, f"target={self.target}", *QUICK, *args, **options)
+
+    def resume(self, directory: Path, *args: str | Path, **options: Any) -> Finished:
+        return self.run(TMS_SCRIPT, *args, "--resume", directory, **options)
+
+    def runs(self) -> list[Path]:
+        """The run directories there are."""
+        return sorted(self.out.glob("*/*-*-*"))
+
+    def only_run(self) -> Path:
+        (directory,) = self.runs()
+        return directory
+
+
+def make_tms_target(directory: Path, name: str = "tms_5-2", seed: int = 0) -> Path:
+    """A target directory as training leaves it, with weights as they were before training."""
+    import torch
+
+    from spd.config import load_config
+    from spd.experiments.target_training import training_record
+    from spd.experiments.targets import TrainedTarget, save_target
+    from spd.experiments.tms.model import empty_model, initial_weights, with_tie
+    from spd.experiments.tms.train_tms import TMSTrainConfig, outputs_at_probe
+
+    config = load_config(TMSTrainConfig, EXPERIMENTS / "tms" / f"{name}_target.yaml")
+    generator = torch.Generator().manual_seed(seed)
+    weights = with_tie(initial_weights(config.model, generator=generator))
+    outputs = outputs_at_probe(empty_model(config.model), {n: w[None] for n, w in weights.items()})
+    record = training_record(
+        outputs, torch.zeros(1), required=0.375, probe=0.75, seeds=[0], seconds=0.0
+    )
+    contiguous = torch.contiguous_format
+    copies = {name: w.clone(memory_format=contiguous) for name, w in weights.items()}
+    save_target(directory, config, TrainedTarget(copies, record))
+    return directory
+
+
+@pytest.fixture(scope="session", name="tms_target")
+def target_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tms_target(tmp_path_factory.mktemp("targets") / "tms_5-2")
+
+
+@pytest.fixture(name="command")
+def command_fixture(tmp_path: Path, tms_target: Path) -> Command:
+    return Command(tmp_path, tms_target)
+
+
+def finished_run(command: Command, *args: str) -> Finished:
+    done = command.tms(*args)
+    assert done.status == 0, done.err
+    return done
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` and what is in it."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def log_lines(directory: Path) -> list[dict[str, float]]:
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# --- what runs in the processes ------------------------------------------------------------------
+
+
+def _child(
+    script: str,
+    args: list[str],
+    settings: dict[str, str],
+    cwd: Path,
+    logs: list[Path],
+    stop: tuple[int, int] | None,
+) -> None:
+    import torch
+
+    for number, log in zip((1, 2), logs, strict=False):
+        os.dup2(os.open(log, os.O_WRONLY), number)
+    for name in [n for n in os.environ if n.startswith(("WANDB_", "SPD_", "NETRC"))]:
+        del os.environ[name]
+    os.environ.update(settings)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    sys.argv = [script, *args]
+    _watch_files(settings["SPD_OUT_DIR"], os.open(logs[2], os.O_WRONLY), stop)
+    runpy.run_path(script, run_name="__main__")
+
+
+def _watch_files(root: str, log: int, stop: tuple[int, int] | None) -> None:
+    """Record what happens to files below `root`, and signal this process just before one event."""
+    seen = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove"):
+            return
+        if not isinstance(args[0], str | os.PathLike) or not str(args[0]).startswith(root):
+            return
+        if stop is not None and seen == stop[0]:
+            os.kill(os.getpid(), stop[1])
+        seen += 1
+        os.write(log, f"{event} {str(args[0]).removeprefix(root)}\n".encode())
+
+    sys.addaudithook(hook)
+
+
+KILL, TERMINATE, INTERRUPT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
