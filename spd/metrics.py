@@ -190,8 +190,10 @@ class PatternErrorsMetric(BaseConfig):
     type: Literal["pattern_errors"] = "pattern_errors"
 
     def build(self, model: ComponentModel, problem: Problem) -> Metric:
-        if problem.probes is None or not problem.solution:
-            raise UserError("metrics.pattern_errors: this problem has no known solution; remove it")
+        if problem.probes is None or not problem.solution.keys() & model.sites.keys():
+            raise UserError(
+                "metrics.pattern_errors: these sites have no known solution; remove the metric"
+            )
         return _PatternErrors(model, problem.probes, problem.solution)
 
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor, nn
 
 from spd import checkpoint
 from spd.compilation import CompiledStep
 from spd.component_model import ComponentModel
-from spd.config import BaseConfig, UserError
+from spd.config import BaseConfig, RunError, UserError
 from spd.data import derive_seed
-from spd.figures import Figures
+from spd.figures import Figure, Figures
 from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
 from spd.losses import Losses, Noise, StepContext, loss_terms, noise_key
 from spd.metrics import L0_THRESHOLD, HeldOutLosses, Metric, Metrics, collect
@@ -236,7 +235,7 @@ def to_floats(terms: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A term became NaN or infinite."""
 
 

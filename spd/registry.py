@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from spd.config import UserError, nearest
@@ -57,6 +58,13 @@ def get_experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
+def command_line(name: str, arguments: Sequence[str] = ()) -> list[str]:
+    """What runs the experiment of that name; `arguments` come after its configuration."""
+    experiment = get_experiment(name)
+    config = str(PACKAGE_DIR / experiment.config)
+    return [sys.executable, "-m", experiment.module, config, *arguments]
+
+
 def main(argv: list[str] | None = None) -> None:
     """`spd-run NAME [key=value …]`: run a registered experiment by name."""
     parser = argparse.ArgumentParser(prog="spd-run", description="Run a registered experiment.")
@@ -69,12 +77,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
-        experiment = get_experiment(args.experiment)
+        command = command_line(args.experiment, args.arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    config = str(PACKAGE_DIR / experiment.config)
-    command = [sys.executable, "-m", experiment.module, config, *args.arguments]
     os.execv(sys.executable, command)
 
 

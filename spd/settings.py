@@ -9,9 +9,9 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 REPO_DIR = PACKAGE_DIR.parent
 
 
-def load_env() -> None:
+def load_env(root: Path = REPO_DIR) -> None:
     """Load `.env` from the working directory, then from the repository root; the shell wins."""
-    for folder in (Path.cwd(), REPO_DIR):
+    for folder in (Path.cwd(), root):
         if (folder / ".env").is_file():
             load_dotenv(folder / ".env", override=False)
 

@@ -10,6 +10,7 @@ import netrc
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,7 +97,7 @@ class WandbRun:
         def send(run: Any) -> None:
             for path in sorted(p for p in directory.rglob("*") if p.is_file()):
                 parts = path.relative_to(directory).parts
-                if parts[0] != WANDB_FOLDER and not path.name.startswith("."):
+                if parts[0] != WANDB_FOLDER and not any(part.startswith(".") for part in parts):
                     run.save(str(path), base_path=str(directory.parent), policy="now")
 
         self._try(send)
@@ -166,7 +167,8 @@ class RunTracker:
             self.first = (step, now)
         first_step, first_time = self.first
         pace = (step - first_step) / (now - first_time) if step > first_step else None
-        timing = {"step": step, "seconds": now - self.started, "steps_per_second": pace}
+        seconds = now - self.started
+        timing = {"step": step, "seconds": seconds, "steps_per_second": pace or 1 / seconds}
         self.timings.write(json.dumps(timing) + "\n")
         self.timings.flush()
         l0 = sum(value for key, value in values.items() if key.startswith("l0/"))
@@ -251,14 +253,14 @@ def download_run(reference: str, api: Any = None) -> Path:
         raise UserError(
             f"{reference}: W&B needs a key: WANDB_API_KEY, for example in .env, or a login"
         )
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    try:
-        _download(api, "/".join(parts), partial)
-        if not (partial / parts[-1] / "config.yaml").is_file():
+    with tempfile.TemporaryDirectory() as folder:
+        _download(api, "/".join(parts), Path(folder))
+        fetched = Path(folder) / parts[-1]
+        if not (fetched / "config.yaml").is_file():
             raise UserError(f"{reference}: this W&B run holds no run directory of this project")
-        (partial / parts[-1]).rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+        shutil.copytree(fetched, partial)
+        partial.rename(directory)
     return directory
 
 

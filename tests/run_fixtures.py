@@ -4,18 +4,24 @@ The processes are forked from a server that has imported what the scripts import
 fraction of a second. They run without shape checks, as a user's command does.
 """
 
+import fcntl
+import fnmatch
 import json
 import multiprocessing
 import os
 import runpy
-import signal
+import struct
 import sys
+import termios
+import threading
 from collections.abc import Mapping
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from spd import registry
 from spd.settings import PACKAGE_DIR
 
 EXPERIMENTS = PACKAGE_DIR / "experiments"
@@ -23,13 +29,21 @@ TMS_SCRIPT = EXPERIMENTS / "tms" / "tms_decomposition.py"
 TMS_CONFIG = EXPERIMENTS / "tms" / "tms_5-2_config.yaml"
 QUICK = (
     *("steps=6", "log_every=1", "eval_every=4", "save_every=2", "sites={linear1: 6, linear2: 6}"),
-    *("batch_size=8", "eval_batch_size=8", "n_eval_batches=1", "figures={}", "metrics={}"),
-    "losses={faithfulness: {coeff: 1}, stochastic_recon: {coeff: 1}}",
+    *("batch_size=16", "eval_batch_size=16", "n_eval_batches=1", "figures={}", "metrics={}"),
+    *("losses={stochastic_recon: {coeff: 1}}", "data.feature_probability=0.5"),
 )
 """a run of less than a second that logs, evaluates and saves several times"""
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.run_server"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.run_server"])
+
+
+class Stop(NamedTuple):
+    """A signal that comes just before something happens to a file below the output root."""
+
+    signum: int
+    event: str | int
+    """the first that matches this pattern (`fnmatch`), or the one with this number, from 0"""
 
 
 class Finished(NamedTuple):
@@ -43,6 +57,30 @@ class Finished(NamedTuple):
     """what it did to files below the output root, in order"""
 
 
+class Terminal:
+    """A terminal that others write to, 120 columns wide."""
+
+    def __init__(self) -> None:
+        self.shown = b""
+        self.master, self.slave = os.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+        self.path = Path(os.ttyname(self.slave))
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        while not self.shown.endswith(b"\0"):
+            self.shown += os.read(self.master, 65536)
+
+    def close(self) -> bytes:
+        """What was written."""
+        os.write(self.slave, b"\0")
+        self.reader.join()
+        os.close(self.master)
+        os.close(self.slave)
+        return self.shown[:-1]
+
+
 class Command:
     """Runs scripts under one output root, away from the user's own settings and logins."""
 
@@ -50,34 +88,45 @@ class Command:
         self.folder, self.target = folder, target
         self.home = folder / "home"
         self.out = folder / "out"
-        self.home.mkdir()
+        self.home.mkdir(parents=True)
+        self.environment = {
+            **{"HOME": str(self.home), "SPD_OUT_DIR": str(self.out)},
+            **{"WANDB_API_KEY": "", "WANDB_ENTITY": "", "WANDB_MODE": ""},  # whatever .env says
+        }
 
     def run(
         self,
         script: Path,
         *args: str | Path,
-        env: Mapping[str, str] | None = None,
-        stop: tuple[int, int] | None = None,
+        env: Mapping[str, str | None] | None = None,
+        stop: Stop | None = None,
+        terminal: bool = False,
     ) -> Finished:
-        """`python SCRIPT ARGS`; `stop=(n, signum)`: the signal comes at the n-th event, from 0."""
-        settings = {"HOME": str(self.home), "SPD_OUT_DIR": str(self.out), **(env or {})}
+        """`python SCRIPT ARGS`, sent a signal where `stop` says, its messages on a terminal or not."""
+        settings = {**self.environment, **(env or {})}
         logs = [self.folder / name for name in ("stdout", "stderr", "events")]
         for log in logs:
             log.write_bytes(b"")
-        process = _SERVER.Process(
+        screen = Terminal() if terminal else None
+        if screen is not None:
+            logs[1] = screen.path
+        process = SERVER.Process(
             target=_child,
-            args=(str(script), [str(arg) for arg in args], settings, self.home, logs, stop),
+            args=(str(script), [str(arg) for arg in args], settings, self.folder, logs, stop),
         )
         process.start()
-        process.join(timeout=120)
+        process.join(timeout=300)
         if process.exitcode is None:
             process.kill()
             process.join()
-            pytest.fail(f"{script.name} {args} took too long: {logs[1].read_text()}")
-        out, err, events = (log.read_text(encoding="utf-8") for log in logs)
-        process_status = process.exitcode
+            pytest.fail(f"{script.name} {args} took too long")
+        status = process.exitcode
         process.close()
-        return Finished(process_status, out, err, events.splitlines())
+        if screen is not None:
+            logs[1] = self.folder / "stderr"
+            logs[1].write_bytes(screen.close())
+        out, err, events = (log.read_bytes().decode("utf-8") for log in logs)
+        return Finished(status, out, err, events.splitlines())
 
     def tms(self, *args: str | Path, **options: Any) -> Finished:
         """A quick decomposition of the small target; `args` come after the defaults."""
@@ -96,7 +145,7 @@ class Command:
 
 
 def make_tms_target(directory: Path, name: str = "tms_5-2", seed: int = 0) -> Path:
-    """A target directory as training leaves it, with weights as they were before training."""
+    """A target directory as training leaves it: initial weights, but no output is always 0."""
     import torch
 
     from spd.config import load_config
@@ -107,7 +156,8 @@ def make_tms_target(directory: Path, name: str = "tms_5-2", seed: int = 0) -> Pa
 
     config = load_config(TMSTrainConfig, EXPERIMENTS / "tms" / f"{name}_target.yaml")
     generator = torch.Generator().manual_seed(seed)
-    weights = with_tie(initial_weights(config.model, generator=generator))
+    initial = initial_weights(config.model, generator=generator)
+    weights = with_tie({**initial, "linear2.bias": initial["linear2.bias"].abs()})
     outputs = outputs_at_probe(empty_model(config.model), {n: w[None] for n, w in weights.items()})
     record = training_record(
         outputs, torch.zeros(1), required=0.375, probe=0.75, seeds=[0], seconds=0.0
@@ -118,8 +168,15 @@ def make_tms_target(directory: Path, name: str = "tms_5-2", seed: int = 0) -> Pa
     return directory
 
 
+def make_target(directory: Path, name: str) -> Path:
+    """A target for the registered experiment `name`."""
+    family = Path(registry.EXPERIMENTS[name].config).parent.name
+    return {"tms": make_tms_target}[family](directory, name)
+
+
 @pytest.fixture(scope="session", name="tms_target")
 def target_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ensure_running()  # now, before a test changes the environment that the server inherits
     return make_tms_target(tmp_path_factory.mktemp("targets") / "tms_5-2")
 
 
@@ -154,10 +211,10 @@ def log_lines(directory: Path) -> list[dict[str, float]]:
 def _child(
     script: str,
     args: list[str],
-    settings: dict[str, str],
-    cwd: Path,
+    settings: dict[str, str | None],
+    folder: Path,
     logs: list[Path],
-    stop: tuple[int, int] | None,
+    stop: Stop | None,
 ) -> None:
     import torch
 
@@ -165,30 +222,33 @@ def _child(
         os.dup2(os.open(log, os.O_WRONLY), number)
     for name in [n for n in os.environ if n.startswith(("WANDB_", "SPD_", "NETRC"))]:
         del os.environ[name]
-    os.environ.update(settings)
-    os.chdir(cwd)
+    os.environ.update({name: value for name, value in settings.items() if value is not None})
+    os.chdir(folder / "home")
     torch.set_num_threads(1)
     sys.argv = [script, *args]
-    _watch_files(settings["SPD_OUT_DIR"], os.open(logs[2], os.O_WRONLY), stop)
+    _watch_files(str(folder / "out"), os.open(logs[2], os.O_WRONLY), stop)
     runpy.run_path(script, run_name="__main__")
 
 
-def _watch_files(root: str, log: int, stop: tuple[int, int] | None) -> None:
-    """Record what happens to files below `root`, and signal this process just before one event."""
-    seen = 0
+def _is_event(wanted: str | int, line: str, number: int) -> bool:
+    return number == wanted if isinstance(wanted, int) else fnmatch.fnmatchcase(line, wanted)
+
+
+def _watch_files(root: str, log: int, stop: Stop | None) -> None:
+    """Record what happens to files below `root`, and signal this process once, before an event."""
+    seen, sent = 0, False
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen
+        nonlocal seen, sent
         if event not in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove"):
             return
         if not isinstance(args[0], str | os.PathLike) or not str(args[0]).startswith(root):
             return
-        if stop is not None and seen == stop[0]:
-            os.kill(os.getpid(), stop[1])
+        line = f"{event} {str(args[0]).removeprefix(root)}"
+        if stop is not None and not sent and _is_event(stop.event, line, seen):
+            sent = True
+            os.kill(os.getpid(), stop.signum)
         seen += 1
-        os.write(log, f"{event} {str(args[0]).removeprefix(root)}\n".encode())
+        os.write(log, f"{line}\n".encode())
 
     sys.addaudithook(hook)
-
-
-KILL, TERMINATE, INTERRUPT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT

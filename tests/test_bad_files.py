@@ -234,8 +234,8 @@ def test_what_is_no_run_cannot_go_on(command: Command):
     [
         (("config.yaml", "steps=7"), ["steps is 7 here", "6 in the run's config.yaml"]),
         (
-            ("config.yaml", "losses.faithfulness.coeff=2", "figures={mean_activity: {}}"),
-            ["losses.faithfulness.coeff is 2.0 here, but 1.0", "figures.mean_activity", "None"],
+            ("config.yaml", "losses.stochastic_recon.coeff=2", "figures={mean_activity: {}}"),
+            ["losses.stochastic_recon.coeff is 2.0 here, but 1.0", "figures.mean_activity", "None"],
         ),
         (("steps=7",), ["'steps=7'", "its own configuration"]),
         (("nowhere.yaml",), ["nowhere.yaml", "no such file"]),

@@ -14,8 +14,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     # misspelt names
     "key": (["stepz=5"], ["stepz: unknown key", "did you mean 'steps'", "batch_size"]),
     "key of a loss": (
-        ["losses.faithfulness.coef=1"],
-        ["losses.faithfulness.coef: unknown key", "did you mean 'coeff'"],
+        ["losses.stochastic_recon.coef=1"],
+        ["losses.stochastic_recon.coef: unknown key", "did you mean 'coeff'"],
     ),
     "key of the data": (
         ["data.feature_probabilty=0.1"],
@@ -41,11 +41,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "infinite rate": (["lr=.inf"], ["lr: ", "finite", "inf"]),
     "negative seed": (["seed=-1"], ["seed: ", "greater than or equal to 0", "-1"]),
     "nan coefficient": (
-        ["losses.faithfulness.coeff=.nan"],
-        ["losses.faithfulness", "coeff", "finite", "nan"],
+        ["losses.stochastic_recon.coeff=.nan"],
+        ["losses.stochastic_recon.coeff", "finite", "nan"],
     ),
-    "infinite coefficient": (["losses.faithfulness.coeff=.inf"], ["coeff", "finite", "inf"]),
-    "negative coefficient": (["losses.faithfulness.coeff=-1"], ["coeff", "equal to 0", "-1"]),
+    "infinite coefficient": (["losses.stochastic_recon.coeff=.inf"], ["coeff", "finite", "inf"]),
+    "negative coefficient": (["losses.stochastic_recon.coeff=-1"], ["coeff", "equal to 0", "-1"]),
     "all coefficients 0": (
         ["losses={faithfulness: {coeff: 0}, recon: {coeff: 0}}"],
         ["losses", "above 0"],

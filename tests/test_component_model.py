@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spd.component_model import ComponentModel, resolve_sites
+from spd.component_model import ComponentModel, Site, resolve_sites
 from spd.config import UserError
 from tests.toy import MLP, MLP_SITES, TokenModel, decompose, make_objective
 
@@ -13,6 +13,11 @@ from tests.toy import MLP, MLP_SITES, TokenModel, decompose, make_objective
 def model() -> ComponentModel:
     torch.manual_seed(0)
     return decompose(MLP(), MLP_SITES)
+
+
+def original(site: Site, x: Tensor) -> Tensor:
+    """What the `nn.Linear` at a site computes."""
+    return nn.functional.linear(x, site.weight, site.bias)
 
 
 # --- the target stays what it was ------------------------------------------------------------------
@@ -59,8 +64,8 @@ def test_what_the_target_feeds_to_each_site(model: ComponentModel):
     first, mid = model.sites["first"], model.sites["deep.mid"]
     assert list(inputs) == ["first", "deep.mid", "last"]
     assert torch.equal(inputs["first"], x)
-    torch.testing.assert_close(inputs["deep.mid"], (x @ first.weight.T + first.bias).relu())
-    torch.testing.assert_close(inputs["last"], (inputs["deep.mid"] @ mid.weight.T).relu())
+    torch.testing.assert_close(inputs["deep.mid"], original(first, x).relu())
+    torch.testing.assert_close(inputs["last"], original(mid, inputs["deep.mid"]).relu())
     assert not output.requires_grad and not inputs["last"].requires_grad
     assert all(site.kept_inputs is None for site in model.sites.values()), "memory is let go"
 
@@ -94,14 +99,14 @@ def test_only_the_sites_named_in_the_masks_are_replaced(model: ComponentModel):
     masks = {path: torch.rand(6, C) for path, C in MLP_SITES.items()}
 
     def rebuilt(path: str, h: Tensor) -> Tensor:
-        parts = model.sites[path].subcomponents
-        return ((h @ parts.V) * masks[path]) @ parts.U
+        site = model.sites[path]
+        out = ((h @ site.subcomponents.V) * masks[path]) @ site.subcomponents.U
+        return out if site.bias is None else out + site.bias
 
-    hidden = (x @ first.weight.T + first.bias).relu()
-    only_mid = rebuilt("deep.mid", hidden).relu() @ last.weight.T + last.bias
+    hidden = original(first, x).relu()
+    only_mid = original(last, rebuilt("deep.mid", hidden).relu())
     torch.testing.assert_close(model(x, {"deep.mid": masks["deep.mid"]}), only_mid)
-    hidden = (rebuilt("first", x) + first.bias).relu()
-    two = rebuilt("last", (hidden @ mid.weight.T).relu()) + last.bias
+    two = rebuilt("last", original(mid, rebuilt("first", x).relu()).relu())
     torch.testing.assert_close(model(x, {p: masks[p] for p in ("first", "last")}), two)
 
 

@@ -91,7 +91,10 @@ def noise_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def grad_key(parameter: str) -> str:
     """`linear1.subcomponents.V` is `grad.V.linear1`; importance functions likewise."""
-    for infix, form in ((".subcomponents.", "grad.{1}.{0}"), (".importance.", "grad.ci_fn.{0}.{1}")):
+    for infix, form in (
+        (".subcomponents.", "grad.{1}.{0}"),
+        (".importance.", "grad.ci_fn.{0}.{1}"),
+    ):
         path, found, rest = parameter.rpartition(infix)
         if found:
             return form.format(path, rest)
@@ -106,8 +109,7 @@ def check_case(path: Path, *, compiled: bool) -> None:
     total.backward()
 
     expected = {
-        f"loss/{TERM_OF_COEFF.get(name, name)}": terms[f"loss/{name}"]
-        for name in objective.losses
+        f"loss/{TERM_OF_COEFF.get(name, name)}": terms[f"loss/{name}"] for name in objective.losses
     }
     assert expected.keys() == case["terms"].keys()
     for name, value in expected.items():

@@ -1,6 +1,7 @@
 """Causal importance functions and leaky hard sigmoids, values and gradients."""
 
 import math
+
 import pytest
 import torch
 from torch import Tensor, nn

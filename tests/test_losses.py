@@ -105,7 +105,9 @@ def test_terms_and_gradients_equal_plain_loops(
     total, logged = objective(batch, torch.tensor(0.0), noise)
     for name, value in expected.items():
         torch.testing.assert_close(logged[f"loss/{name}"], value.detach(), msg=name)
-    weighted = torch.stack([ALL_LOSSES[name]["coeff"] * term for name, term in expected.items()]).sum()
+    weighted = torch.stack(
+        [ALL_LOSSES[name]["coeff"] * term for name, term in expected.items()]
+    ).sum()
     torch.testing.assert_close(total, weighted)
     own = torch.autograd.grad(total, list(parameters.values()))
     other = torch.autograd.grad(weighted, list(parameters.values()))
@@ -184,8 +186,9 @@ def test_powers_below_one_have_finite_gradients_at_zero(model: ComponentModel):
     torch.testing.assert_close(slope, torch.tensor([0.0, 1.0, 0.5]))
 
     upper = {  # sites of different C, one of them without any importance at all
-        path: torch.rand(5, C).double().requires_grad_() if path == "last" else
-        torch.zeros(5, C).double().requires_grad_()
+        path: torch.rand(5, C).double().requires_grad_()
+        if path == "last"
+        else torch.zeros(5, C).double().requires_grad_()
         for path, C in MLP_SITES.items()
     }
     for term in (importance_minimality(upper, 0.5), schatten(upper, model.sites, 0.5)):

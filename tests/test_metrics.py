@@ -151,8 +151,10 @@ def test_importances_on_probes_are_clipped():
 
 def test_pattern_errors_need_a_known_solution():
     model = decompose(TiedMLP(), {"enc": 3})
-    with pytest.raises(UserError, match="no known solution"):
-        PatternErrorsMetric().build(model, problem_of(model))
+    elsewhere = problem_of(model, probes=torch.eye(5), solution={"dec": Identity(5)})
+    for problem in (problem_of(model), elsewhere):
+        with pytest.raises(UserError, match="no known solution"):
+            PatternErrorsMetric().build(model, problem)
 
 
 # --- sparsity --------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def test_held_out_losses_are_the_mean_over_the_batches():
     with torch.no_grad():
         found = collect([HeldOutLosses(objective.losses)], contexts)
         direct = [loss_terms(objective.losses, ctx) for ctx in contexts]
-    for name, spec in losses.items():
+    for name in losses:
         values = [terms[name].item() for terms in direct]
         assert found[f"loss/{name}"] == pytest.approx(sum(values) / 3)
     weighted = sum(losses[name]["coeff"] * found[f"loss/{name}"] for name in losses)

@@ -82,7 +82,7 @@ def test_noise_depends_on_seed_step_term_sample_and_site_alone():
     for key, value in all_of_them.items():
         term, sample, site = key.split(".", 2)
         assert term in ALL_LOSSES and sample in "012"
-        assert value.shape == (5, MLP_SITES[site]) and 0 <= value.min() and value.max() < 1
+        assert value.shape == (5, MLP_SITES[site]) and value.min() >= 0 and value.max() < 1
     first_columns = [tuple(value[:, 0].tolist()) for value in all_of_them.values()]
     assert len(set(first_columns)) == len(first_columns), "every draw is another one"
     for other in (draw(alone, step=8), draw(alone, seed=4), draw(alone, stream="eval")):
@@ -161,9 +161,7 @@ def test_the_step_never_asks_for_a_value():
 @pytest.mark.parametrize("shape", [(6,), (2, 3)], ids=["batch", "batch and position"])
 def test_one_compiled_graph_equals_eager_execution(leak: Any, shape: tuple[int, ...]):
     torch.manual_seed(0)
-    tied = decompose(
-        TiedMLP(), {"enc": 6, "dec": 6}, tied_sites=(("enc", "dec"),), lower_leak=leak
-    )
+    tied = decompose(TiedMLP(), {"enc": 6, "dec": 6}, tied_sites=(("enc", "dec"),), lower_leak=leak)
     plain = decompose(MLP(), MLP_SITES, lower_leak=leak)
     for model, d_in in ((tied, 5), (plain, 4)):
         objective = make_objective(model, ALL_LOSSES)

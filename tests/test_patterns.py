@@ -64,6 +64,7 @@ def test_the_number_of_probes_must_be_that_of_the_pattern():
 W = torch.diag(torch.tensor([2.0, 1.0]))
 V = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
 U = torch.tensor([[2.0, 0], [0, 1.0], [0, 0], [0, 0]])
+TWO = Dense(2)
 G = torch.tensor(
     [
         [0.9, 0.4, 0.0, 0.0],
@@ -74,7 +75,7 @@ G = torch.tensor(
 
 
 def errors_of(
-    g: Tensor = G, weight: Tensor = W, V: Tensor = V, U: Tensor = U, pattern: Dense = Dense(2)
+    g: Tensor = G, weight: Tensor = W, V: Tensor = V, U: Tensor = U, pattern: Dense = TWO
 ) -> int:
     found = dense_errors(g, pattern, weight=weight, V=V, U=U)
     for _ in range(3):
@@ -129,7 +130,10 @@ def test_columns_in_use_that_lack_rank():
     halves = torch.tensor([[1.0, 0], [1.0, 0], [0, 0], [0, 0]])
     assert errors_of(weight=weight, V=shared, U=halves) == 1
     a_tenth = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
-    assert errors_of(weight=weight, V=a_tenth, U=torch.diag(torch.tensor([2, 0.016, 0, 0]))[:, :2]) == 0
+    assert (
+        errors_of(weight=weight, V=a_tenth, U=torch.diag(torch.tensor([2, 0.016, 0, 0]))[:, :2])
+        == 0
+    )
 
 
 def test_what_nothing_reads_downstream_does_not_count():

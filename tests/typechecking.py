@@ -5,7 +5,6 @@ from typing import Any, Self
 
 from beartype import BeartypeConf, beartype
 
-
 beartype_ = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as in PEP 484
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spd.compilation import CompiledStep
-from spd.config import BaseConfig
+from spd.config import BaseConfig, RunError
 from spd.data import derive_seed
 from spd.schedule import ScheduleConfig, schedule_factor
 
@@ -28,7 +28,7 @@ LossFn = Callable[[Weights, Tensor], Float[Tensor, ""]]
 N_EVAL_BATCHES = 10
 
 
-class TargetError(RuntimeError):
+class TargetError(RunError):
     """The training ran, but gave no target that is fit to be decomposed: exit status 1."""
 
 

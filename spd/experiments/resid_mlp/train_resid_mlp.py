@@ -1,6 +1,7 @@
 """Train residual MLPs to compute more functions than they have neurons; the best seed is kept.
 
-python spd/experiments/resid_mlp/train_resid_mlp.py spd/experiments/resid_mlp/resid_mlp1_target.yaml [key=value ...]
+python spd/experiments/resid_mlp/train_resid_mlp.py \
+    spd/experiments/resid_mlp/resid_mlp1_target.yaml [key=value ...]
 """
 
 import sys
@@ -84,7 +85,8 @@ def train(config: ResidMLPTrainConfig, device: torch.device) -> TrainedTarget:
     """The best of `config.n_seeds` models; `TargetError` if it is no better than a linear one."""
     start = time.perf_counter()
     weights = train_seeds(config, device)
-    losses = eval_losses(resid_mlp_loss(config), weights, _batches(config, "target eval", device))
+    held_out = _batches(config, "target eval", device)
+    losses = eval_losses(resid_mlp_loss(config, device), weights, held_out)
     record = training_record(
         bends_at_probe(config, weights),
         losses,
@@ -112,7 +114,7 @@ def train_seeds(config: ResidMLPTrainConfig, device: torch.device) -> Weights:
     fixed = () if config.model.embedding == "trained" else ("W_E", "W_U")
     frozen = {name: initial[name] for name in fixed}
     trained = train_side_by_side(
-        resid_mlp_loss(config),
+        resid_mlp_loss(config, device),
         {name: w for name, w in initial.items() if name not in frozen},
         _batches(config, "target train", device),
         frozen=frozen,
@@ -121,11 +123,12 @@ def train_seeds(config: ResidMLPTrainConfig, device: torch.device) -> Weights:
     return {**trained, **frozen}
 
 
-def resid_mlp_loss(config: ResidMLPTrainConfig) -> LossFn:
+def resid_mlp_loss(config: ResidMLPTrainConfig, device: torch.device) -> LossFn:
     """The loss of one seed, by `config.loss`."""
+    labels_of = make_labels(config.labels, config.model, device)
 
     def loss_fn(weights: Weights, batch: Float[Tensor, "batch n_features"]) -> Float[Tensor, ""]:
-        labels = make_labels(config.labels, config.model, batch.device)(batch)
+        labels = labels_of(batch)
         if config.loss == "residual":
             residual = folded_forward(config.model, weights, batch, read=None)
             return (residual - labels @ weights["W_E"]).square().mean()
@@ -135,9 +138,7 @@ def resid_mlp_loss(config: ResidMLPTrainConfig) -> LossFn:
     return loss_fn
 
 
-def weighted_mse(
-    error: Float[Tensor, "batch n_features"], importance: float
-) -> Float[Tensor, ""]:
+def weighted_mse(error: Float[Tensor, "batch n_features"], importance: float) -> Float[Tensor, ""]:
     """Mean over batch and features of `importance^i · error_i²`."""
     powers = torch.arange(error.shape[-1], device=error.device)
     return (error.square() * importance**powers).mean()

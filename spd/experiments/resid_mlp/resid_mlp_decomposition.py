@@ -1,0 +1,86 @@
+"""Decompose a residual MLP (paper, section 3.2).
+
+python spd/experiments/resid_mlp/resid_mlp_decomposition.py \
+    spd/experiments/resid_mlp/resid_mlp1_config.yaml [key=value ...]
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from spd.config import BY_TYPE, NAME_IS_TYPE, UserError
+from spd.data import SparseFeatureConfig, SparseFeatures
+from spd.experiments.resid_mlp.metrics import LabelPerformanceMetric, NeuronContributionsMetric
+from spd.experiments.resid_mlp.model import make_labels
+from spd.experiments.resid_mlp.plots import (
+    ContributionScatter,
+    NeuronContributionsFigure,
+    ResponseCurves,
+)
+from spd.experiments.resid_mlp.problem import ResidMLPProblem, known_solution
+from spd.experiments.resid_mlp.train_resid_mlp import (
+    PROBE,
+    RESID_MLP_TARGET,
+    load_resid_mlp_target,
+)
+from spd.experiments.targets import resolve_target
+from spd.figures import FigureSpec
+from spd.metrics import MetricSpec
+from spd.run import ExperimentConfig, cli
+
+ResidMLPMetric = MetricSpec | NeuronContributionsMetric | LabelPerformanceMetric
+ResidMLPMetrics = Annotated[Mapping[str, Annotated[ResidMLPMetric, BY_TYPE]], NAME_IS_TYPE]
+ResidMLPFigure = FigureSpec | NeuronContributionsFigure | ContributionScatter | ResponseCurves
+ResidMLPFigures = Annotated[Mapping[str, Annotated[ResidMLPFigure, BY_TYPE]], NAME_IS_TYPE]
+
+
+class ResidMLPConfig(ExperimentConfig):
+    """A decomposition of a `ResidMLP`."""
+
+    target: str = Field()  # pyright: ignore[reportIncompatibleVariableOverride]
+    data: SparseFeatureConfig = SparseFeatureConfig()
+    batch_size: int = Field(ge=1)
+    eval_batch_size: int = Field(default=1024, ge=1)
+    metrics: ResidMLPMetrics = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+    figures: ResidMLPFigures = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def build(config: ResidMLPConfig, device: torch.device) -> ResidMLPProblem:
+    """Target, data, labels and the known solution: each feature read alone, all neurons written."""
+    directory = resolve_target(
+        config.target, RESID_MLP_TARGET, device=device, folders=(Path(__file__).parent,)
+    )
+    target, training = load_resid_mlp_target(directory, device)
+    n_features = training.model.n_features
+    try:
+        config.data.check_n_features(n_features)
+    except ValueError as error:
+        raise UserError(f"data: {error}") from None
+
+    def batches(stream: str, batch_size: int) -> SparseFeatures:
+        return SparseFeatures(
+            config.data,
+            n_features,
+            batch_size=batch_size,
+            seed=config.seed,
+            stream=stream,
+            device=device,
+        )
+
+    return ResidMLPProblem(
+        target=target,
+        train_batches=batches("train", config.batch_size),
+        eval_batches=batches("eval", config.eval_batch_size),
+        probes=PROBE * torch.eye(n_features, device=device),
+        solution=known_solution(target),
+        target_dir=directory,
+        device=device,
+        labels=make_labels(training.labels, training.model, device),
+    )
+
+
+if __name__ == "__main__":
+    cli(ResidMLPConfig, build)

@@ -1,0 +1,162 @@
+"""When a step is compiled, and what happens where that is impossible."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spd.compilation import WORTHWHILE_STEPS, CompiledStep, require_compiler
+from spd.config import UserError
+from tests.run_fixtures import (
+    QUICK,
+    TMS_CONFIG,
+    TMS_SCRIPT,
+    Command,
+    Stop,
+    command_fixture,
+    finished_run,
+    log_lines,
+    target_fixture,
+)
+
+__all__ = ["command_fixture", "target_fixture"]
+
+X = torch.arange(4.0)
+
+
+def square(x: torch.Tensor) -> torch.Tensor:
+    return (x * x).sum()
+
+
+@pytest.fixture
+def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One that is there and compiles nothing."""
+    path = tmp_path / "g++"
+    path.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("CXX", str(path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("setting", "n_steps", "compiled"),
+    [
+        ("auto", WORTHWHILE_STEPS - 1, False),
+        ("auto", WORTHWHILE_STEPS, True),
+        (True, 1, True),
+        (False, 10 * WORTHWHILE_STEPS, False),
+    ],
+)
+def test_auto_compiles_long_runs_alone(compiler: Path, setting: bool, n_steps: int, compiled: bool):
+    step = CompiledStep(square, setting, n_steps)  # pyright: ignore[reportArgumentType]
+    assert (step.fast is not None) == compiled
+    assert step.compiled is None  # not before the first call
+
+
+def test_without_compiling_the_function_itself_is_called(compiler: Path):
+    step = CompiledStep(square, False, 10_000)
+    assert step(X) == 14 and step.compiled is False
+
+
+def test_auto_goes_on_without_a_compiler_and_says_so_in_one_line(
+    no_compiler: None, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    step = CompiledStep(square, "auto", 10_000)
+    assert step.fast is None and step(X) == 14 and step.compiled is False
+    (line,) = caplog.messages
+    assert "no C++ compiler found" in line and "slower" in line
+
+
+@pytest.mark.parametrize("call", [require_compiler, lambda: CompiledStep(square, True, 10)])
+def test_true_without_a_compiler_is_a_mistake(no_compiler: None, call):
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler.*no g\+\+ or clang\+\+"):
+        call()
+
+
+def test_cxx_alone_counts_where_it_is_set(compiler: Path, monkeypatch: pytest.MonkeyPatch):
+    require_compiler()
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(UserError, match="'/nowhere/g\\+\\+'"):
+        require_compiler()
+    assert CompiledStep(square, "auto", 10_000).fast is None
+    monkeypatch.setenv("CXX", "")
+    require_compiler()
+
+
+def test_auto_falls_back_where_the_compiler_fails(compiler: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    step = CompiledStep(square, "auto", 10_000)
+    assert step.fast is not None and step(X) == 14 and step.compiled is False
+    (line,) = [line for line in caplog.messages if "torch.compile" in line]
+    assert line.startswith("torch.compile failed, running without it, which is slower: ")
+    assert "\n" not in line and step(X) == 14
+
+
+@pytest.mark.slow
+def test_a_run_that_falls_back_is_an_eager_run(command: Command, compiler: Path):
+    """With the numbers of a run that was never to be compiled."""
+    env = {**os.environ, **command.environment, "CXX": str(compiler)}
+    steps = (f"steps={WORTHWHILE_STEPS}", "log_every=100", "save_every=500", "eval_every=500")
+    arguments = (TMS_SCRIPT, TMS_CONFIG, f"target={command.target}", *QUICK, *steps)
+    # a process of its own: torch reads CXX when it is imported
+    done = subprocess.run(
+        [sys.executable, *arguments], env=env, cwd=command.home, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("torch.compile failed, running without it, which is slower: ") == 1
+    assert "Traceback" not in done.stderr
+    (run,) = command.runs()
+    state = torch.load(run / "checkpoints/00000500/training_state", weights_only=True)
+    assert state["compiled"] is False
+    finished_run(command, *steps, "compile=false")
+    (other,) = [path for path in command.runs() if path != run]
+    assert (run / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_compiled_runs_are_equal_byte_for_byte_also_resumed(command: Command):
+    done = finished_run(command, "compile=true")
+    assert "compiled the training step in " in done.err
+    first = command.only_run()
+    assert command.tms("compile=true", stop=Stop(signal.SIGKILL, "*.00000006.partial")).status == -9
+    (second,) = [path for path in command.runs() if path != first]
+    newest = sorted((second / "checkpoints").iterdir())[-1]
+    assert newest.name == "00000004"
+    assert torch.load(newest / "training_state", weights_only=True)["compiled"] is True
+    assert command.resume(second).status == 0
+    for name in ("metrics.jsonl", "checkpoints/00000006/model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_decision_is_kept_by_a_resumed_run(command: Command):
+    """Compiled stays compiled: without a compiler the run does not go on; eager stays eager."""
+    finished_run(command, "compile=true", "steps=4")
+    run = command.only_run()
+    done = command.resume(run, env={"CXX": "/nowhere/g++"})
+    assert done.status == 2 and "/nowhere/g++" in done.err
+    steps = (f"steps={WORTHWHILE_STEPS}", "save_every=100", "log_every=50", "eval_every=500")
+    eager = Command(command.folder / "eager", command.target)
+    assert (
+        eager.tms(
+            *steps, env={"CXX": "/nowhere/g++"}, stop=Stop(signal.SIGKILL, "*.00000300.partial")
+        ).status
+        == -9
+    )
+    assert "compiled the" not in eager.resume(eager.only_run()).err
+    assert len(log_lines(eager.only_run())) == 12

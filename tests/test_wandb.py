@@ -1,0 +1,135 @@
+"""Runs with the real W&B library: offline, without a server, stopped by a signal."""
+
+import json
+import signal
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.run_fixtures import (
+    Command,
+    Stop,
+    command_fixture,
+    finished_run,
+    listing,
+    log_lines,
+    target_fixture,
+)
+
+__all__ = ["command_fixture", "target_fixture"]
+
+OFFLINE = {"WANDB_MODE": "offline"}
+BLOCK, HEADER = 32 * 1024, 7
+
+
+def recorded(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: a LevelDB log of protocol buffers, after a header of its own."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = path.read_bytes()
+    assert data.startswith(b":W&B")
+    position, parts = HEADER, []
+    while position + HEADER <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:  # the end of a block is padded
+            position += left
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + HEADER])
+        parts.append(data[position + HEADER : position + HEADER + length])
+        position += HEADER + length
+        if kind in (1, 4):  # whole, or the last part of one
+            record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
+            record.ParseFromString(b"".join(parts))
+            parts = []
+            yield record
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """What W&B recorded, row by row, without what it adds itself."""
+    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    rows = [
+        {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in recorded(path)
+        if record.HasField("history")
+    ]
+    return [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
+
+
+@pytest.fixture(scope="module", name="offline")
+def offline_fixture(tmp_path_factory: pytest.TempPathFactory, tms_target: Path) -> Path:
+    command = Command(tmp_path_factory.mktemp("offline"), tms_target)
+    command.environment.update(OFFLINE)
+    done = finished_run(command, "figures={mean_activity: {}}")
+    run = command.only_run()
+    sync = next(run.glob("wandb/offline-run-*"))
+    assert f"W&B: {sync} (offline; `wandb sync` sends it)\n" in done.err
+    assert "wandb: " not in done.err  # it says nothing itself
+    return run
+
+
+def test_the_recorded_history_is_that_of_metrics_jsonl(offline: Path):
+    rows = history(offline)
+    assert [row for row in rows if "mean_activity/_type" not in row] == log_lines(offline)
+    (figures,) = [row for row in rows if "mean_activity/_type" in row]
+    assert figures["step"] == 6 and figures["mean_activity/_type"] == "image-file"
+
+
+def test_the_recorded_run_bears_name_project_and_settings(offline: Path):
+    (path,) = offline.glob("wandb/offline-run-*/*.wandb")
+    (run, *_) = [record.run for record in recorded(path) if record.HasField("run")]
+    assert (run.run_id, run.project) == (offline.name, "spd-tms")
+    assert run.display_name == f"tms_5-2-seed0-{offline.name}"
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["steps"] == 6 and config["sites"] == {"linear1": 6, "linear2": 6}
+    exits = [record.exit.exit_code for record in recorded(path) if record.HasField("exit")]
+    assert exits == [0]
+
+
+def test_the_run_directory_is_as_without_wandb_but_for_its_folder(offline: Path):
+    ours = {name for name in listing(offline) if not name.startswith("wandb/")}
+    assert {"config.yaml", "metrics.jsonl", "result.json", "report.html"} <= ours
+    assert (offline / "config.yaml").read_text(encoding="utf-8").startswith("sites:")
+    meta = json.loads((offline / "meta.json").read_text())
+    assert Path(meta["tracker"]).is_dir() and Path(meta["tracker"]).parent == offline / "wandb"
+    links = [path for path in offline.rglob("*") if path.is_symlink() and path.is_file()]
+    sent = {str(path.relative_to(path.parents[-1])).rpartition("/files/")[2] for path in links}
+    assert {f"{offline.name}/{name}" for name in ours - {".lock"}} <= sent
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+)
+def test_signals_are_heard_beside_wandb(command: Command, signum: int, status: int):
+    done = command.tms(env=OFFLINE, stop=Stop(signum, "open *.00000004.partial"))
+    run = command.only_run()
+    assert done.status == status and "Traceback" not in done.err
+    assert f"stopped before step 5 of 6; continue with --resume {run}\n" in done.err
+    assert json.loads((run / "meta.json").read_text())["status"] == "interrupted"
+    assert history(run) == log_lines(run)
+    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    exits = [record.exit.exit_code for record in recorded(path) if record.HasField("exit")]
+    assert exits == [1]
+
+
+def test_a_server_that_does_not_answer_does_not_stop_the_run(command: Command):
+    env = {
+        **{"WANDB_MODE": None, "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "1"},
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+    }
+    done = command.tms(env=env)
+    assert done.status == 0, done.err
+    (line,) = [line for line in done.err.splitlines() if "W&B could not be started" in line]
+    assert "logging locally only" in line
+    assert len(log_lines(command.only_run())) == 9
+
+
+def test_a_project_that_wandb_refuses_does_not_stop_the_run(command: Command):
+    done = command.tms("wandb_project=a/b", env=OFFLINE)
+    assert done.status == 0 and done.err.count("W&B could not be started") == 1
+    assert "Invalid project name" in done.err and len(log_lines(command.only_run())) == 9
