@@ -150,7 +150,7 @@ def test_the_targets_are_trained_as_published(name: str):
 
     decomposition, path = registered(name)
     assert decomposition.target == f"{name}_target.yaml"
-    target = load_config(TMSTrainConfig, path.with_name(decomposition.target))
+    target = load_config(TMSTrainConfig, path.with_name(f"{name}_target.yaml"))
     assert_settings(target.model_dump(mode="json"), PUBLISHED_TARGETS[name])
     if name.startswith("tms_5-2"):  # only about a quarter of the seeds represent all five features
         assert target.n_seeds >= 16

@@ -114,8 +114,8 @@ def test_response_curves_are_the_outputs_of_single_features():
     figure = drawn(ResponseCurves(n_features=2), prepared)
     assert [ax.get_title() for ax in figure.axes] == ["feature 0", "feature 1"]
     curves = {str(line.get_label()): np.asarray(line.get_ydata()) for line in figure.axes[1].lines}
-    for name in ("label", "target", "decomposition"):
-        np.testing.assert_allclose(curves[name], getattr(found, name)[1, :, 1].numpy())
+    for name, outputs in zip(("label", "target", "decomposition"), found[1:], strict=True):
+        np.testing.assert_allclose(curves[name], outputs[1, :, 1].numpy())
     others = [line for line in figure.axes[1].lines if line.get_linestyle() == "--"]
     spill = found.target[1].abs()
     spill[:, 1] = 0
