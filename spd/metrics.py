@@ -59,13 +59,14 @@ def column_match(
     """Per feature j the c with the best cosine between U_c V_jc and W[:, j].
 
     Only subcomponents with ‖U_c V_jc‖ ≥ `min_ratio` · ‖W[:, j]‖ compete; 0 is the paper's definition,
-    in which an inert subcomponent can win by chance. Without any competitor feature j counts 0.
+    in which an inert subcomponent can win by chance. Without any competitor, or with W[:, j] = 0,
+    feature j counts 0.
     """
     norms = V.abs() * U.norm(dim=1)
     target_norms = weight.norm(dim=1, keepdim=True)
     directions = torch.nn.functional.normalize(U, dim=1)
     cosines = V.sign() * (torch.nn.functional.normalize(weight, dim=1) @ directions.mT)
-    eligible = norms >= min_ratio * target_norms
+    eligible = (norms >= min_ratio * target_norms) & (target_norms > 0)
     cosine, best = cosines.masked_fill(~eligible, -torch.inf).max(dim=1)
     ratio = (norms / target_norms).gather(1, best[:, None]).squeeze(1)
     any_eligible = eligible.any(dim=1)

@@ -132,6 +132,11 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
     for spec in objective.losses.values():
         spec.check(model)
     eval_batches = list(islice(problem.eval_batches, config.n_eval_batches))
+    if len(eval_batches) < config.n_eval_batches:
+        raise UserError(
+            f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
+            f" {len(eval_batches)}"
+        )
     prepared = Prepared(problem, config, objective, eval_batches)
     build_metrics(prepared)
     for spec in config.figures.values():
@@ -177,7 +182,7 @@ def run_steps(
         lr = config.lr * schedule_factor(config.lr_schedule, step, config.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = next(problem.train_batches)
+        batch = _next_batch(problem.train_batches, step, config.steps)
         noise = objective.draw_noise(batch, stream="train", seed=config.seed, step=step)
         progress = torch.tensor(step / config.steps, device=batch.device)
 
@@ -243,6 +248,13 @@ def check_finite(values: Mapping[str, float], step: int) -> None:
     bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(f"step {step}: {', '.join(bad)}; the run stops here")
+
+
+def _next_batch(batches: Iterator[Tensor], step: int, steps: int) -> Tensor:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise RunError(f"the training data ended before step {step} of {steps}") from None
 
 
 def _save(

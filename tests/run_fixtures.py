@@ -115,7 +115,7 @@ class Command:
             args=(str(script), [str(arg) for arg in args], settings, self.folder, logs, stop),
         )
         process.start()
-        process.join(timeout=300)
+        process.join(timeout=600)
         if process.exitcode is None:
             process.kill()
             process.join()

@@ -159,4 +159,4 @@ def test_the_decision_is_kept_by_a_resumed_run(command: Command):
         == -9
     )
     assert "compiled the" not in eager.resume(eager.only_run()).err
-    assert len(log_lines(eager.only_run())) == 12
+    assert len(log_lines(eager.only_run())) == 13
