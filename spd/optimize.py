@@ -293,10 +293,12 @@ def _restore(
         prepared.objective.model.load_subcomponents(checkpoint.load_parameters(newest))
         optimizer.load_state_dict(state["optimizer"])
         batches.load_state_dict(state["data"])
+        torch.set_rng_state(state["rng"])
+        torch.set_num_threads(state["num_threads"])
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{newest}: the checkpoint does not fit this configuration: {error}"
         ) from None
-    torch.set_rng_state(state["rng"])
-    torch.set_num_threads(state["num_threads"])
     return state

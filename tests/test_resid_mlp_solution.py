@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spd.component_model import ComponentModel
+from spd.component_model import ComponentModel, Site
 from spd.experiments.resid_mlp.model import (
     LabelConfig,
     ResidMLP,
@@ -82,7 +82,7 @@ def _solve(model: ComponentModel, target: ResidMLP, layer: int) -> None:
         set_importance(model, path, slope, offset)
 
 
-def neurons_of(site: torch.nn.Module) -> list[int]:
+def neurons_of(site: Site) -> list[int]:
     return list(range(2, 2 + len(site.target_weight)))
 
 
@@ -119,7 +119,9 @@ def test_the_solution_names_every_site_and_reads_through_the_unembedding():
 def test_what_nothing_reads_may_be_left_out_of_mlp_out_and_what_is_read_may_not():
     prepared = solved_resid_mlp()
     site = prepared.objective.model.sites[mlp_out_path(0)]
-    basis = read_basis(prepared.objective.model.target.W_U)
+    W_U = prepared.objective.model.target.W_U
+    assert isinstance(W_U, torch.Tensor)
+    basis = read_basis(W_U)
     unread = torch.eye(12) - basis @ basis.mT
     with torch.no_grad():
         site.subcomponents.U.copy_(site.subcomponents.U @ (torch.eye(12) - unread))
