@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from spd import checkpoint
@@ -46,6 +46,13 @@ class SPDConfig(BaseConfig):
     eval_every: int = Field(default=1000, ge=1)
     save_every: int = Field(default=5000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+
+    @field_validator("losses")
+    @classmethod
+    def _some_loss(cls, losses: Losses) -> Losses:
+        if not any(spec.coeff > 0 for spec in losses.values()):
+            raise ValueError("at least one needs a coefficient above 0")
+        return losses
 
 
 class Objective(nn.Module):
@@ -127,8 +134,6 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
         seed=config.seed,
     )
     objective = Objective(model, config, problem)
-    if not objective.losses:
-        raise UserError("losses: at least one needs a coefficient above 0")
     for spec in objective.losses.values():
         spec.check(model)
     eval_batches = list(islice(problem.eval_batches, config.n_eval_batches))

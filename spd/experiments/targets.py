@@ -55,13 +55,19 @@ class TargetKind(NamedTuple):
 
 
 def resolve_target(
-    target: str, kind: TargetKind, *, device: torch.device, folders: Iterable[Path] = ()
+    target: str,
+    kind: TargetKind,
+    *,
+    device: torch.device,
+    folders: Iterable[Path] = (),
+    check: Callable[[Any], None] = lambda config: None,
 ) -> Path:
     """The local directory of the target that a decomposition names.
 
     `target` is a trained directory (or a run directory, whose target is taken), a `wandb:`
     reference, or a training YAML, which is trained on first use. Relative paths are looked for in
-    the working directory, then in `folders`.
+    the working directory, then in `folders`. `check` sees a training's configuration before any
+    time is spent on it, and raises what is wrong with the decomposition.
     """
     start = time.perf_counter()
     if target.startswith(WANDB_PREFIX):
@@ -74,6 +80,7 @@ def resolve_target(
             directory, what = target_directory(path), "trained directory"
         else:
             config = load_config(kind.config_class, path)
+            check(config)
             directory, trained = cached_target(path.stem, config, kind, device=device)
             what = f"trained from {path}:" if trained else f"trained earlier from {path}:"
     check_target(directory, kind)

@@ -10,9 +10,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from spd.component_model import resolve_sites
 from spd.config import BY_TYPE, NAME_IS_TYPE, UserError
 from spd.data import SparseFeatureConfig, SparseFeatures
 from spd.experiments.targets import resolve_target
+from spd.experiments.tms.model import TMSModelConfig, empty_model
 from spd.experiments.tms.plots import TMSVectors
 from spd.experiments.tms.train_tms import PROBE, TMS_TARGET, load_tms_target
 from spd.figures import FigureSpec
@@ -37,14 +39,15 @@ class TMSConfig(ExperimentConfig):
 def build(config: TMSConfig, device: torch.device) -> Problem:
     """Target, data and the known solution: one subcomponent per feature, all of an identity layer."""
     directory = resolve_target(
-        config.target, TMS_TARGET, device=device, folders=(Path(__file__).parent,)
+        config.target,
+        TMS_TARGET,
+        device=device,
+        folders=(Path(__file__).parent,),
+        check=lambda training: _check_fit(config, training.model),
     )
     target, training = load_tms_target(directory, device)
+    _check_fit(config, training.model)
     n_features, n_hidden = training.model.n_features, training.model.n_hidden
-    try:
-        config.data.check_n_features(n_features)
-    except ValueError as error:
-        raise UserError(f"data: {error}") from None
 
     def batches(stream: str, batch_size: int) -> SparseFeatures:
         return SparseFeatures(
@@ -72,6 +75,15 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
         target_dir=directory,
         device=device,
     )
+
+
+def _check_fit(config: TMSConfig, model: TMSModelConfig) -> None:
+    """What can be wrong between a decomposition and its target, before that is trained."""
+    resolve_sites(empty_model(model), config.sites)
+    try:
+        config.data.check_n_features(model.n_features)
+    except ValueError as error:
+        raise UserError(f"data: {error}") from None
 
 
 if __name__ == "__main__":
