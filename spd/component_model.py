@@ -286,6 +286,11 @@ def _check_ties(
             )
         if tied in source_of or source in source_of:
             raise UserError(f"tied_sites: {tied!r} or {source!r} is tied twice")
+        if isinstance(target.get_submodule(tied), nn.Embedding):
+            raise UserError(
+                f"tied_sites: {tied!r} is an embedding, which cannot share the subcomponents of another"
+                " site; name it first"
+            )
         source_of[tied] = source
     return source_of
 
@@ -294,7 +299,7 @@ def _make_subcomponents(
     original: nn.Module, C: int, tie: Site | None, generator: torch.Generator
 ) -> LinearSubcomponents | EmbeddingSubcomponents | TiedSubcomponents:
     if tie is not None:
-        assert isinstance(tie.subcomponents, LinearSubcomponents), "ties are between linear sites"
+        assert not isinstance(tie.subcomponents, TiedSubcomponents), "its source is no tied site"
         return TiedSubcomponents(tie.subcomponents)
     weight = input_output_weight(original)
     kind = EmbeddingSubcomponents if isinstance(original, nn.Embedding) else LinearSubcomponents

@@ -53,7 +53,7 @@ class TiedSubcomponents(nn.Module):
     published runs alias two parameters onto one storage instead, so that Adam steps it twice.)
     """
 
-    def __init__(self, source: LinearSubcomponents) -> None:
+    def __init__(self, source: LinearSubcomponents | EmbeddingSubcomponents) -> None:
         super().__init__()
         self._source = (source,)  # in a tuple, so that the parameters are registered once
 
