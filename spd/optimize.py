@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from spd import checkpoint
+from spd.activation_checkpointing import checkpoint_layers_
 from spd.compilation import CompiledStep
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, RunError, UserError
@@ -41,6 +42,12 @@ class SPDConfig(BaseConfig):
     passes: Passes = "auto"
     """whether the masked forward passes of a step go back in one graph or `one_by_one`, with the same
     gradients: the first is faster and is what is compiled, the second needs the memory of one pass"""
+    autocast: Literal["bf16"] | None = None
+    """run the target and its replaced sites in mixed precision; importances and losses stay float32"""
+    activation_checkpointing: bool = False
+    """recompute the layers of a Hugging Face target in the backward pass; nothing is compiled then"""
+    grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """largest norm of the gradient of all parameters together"""
     metrics: Metrics = {}
     figures: Figures = {}
     figures_every: int | None = Field(default=None, ge=1)
@@ -149,7 +156,10 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
         tied_sites=problem.tied_sites,
         lower_leak=config.lower_leak,
         seed=config.seed,
+        autocast=torch.bfloat16 if config.autocast == "bf16" else None,
     )
+    if config.activation_checkpointing:
+        checkpoint_layers_(model)
     objective = Objective(model, config, problem)
     for spec in objective.losses.values():
         spec.check(model)
@@ -159,16 +169,24 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
             f" {len(eval_batches)}"
         )
-    if config.compile is True and passes_of(config.passes, eval_batches[0]) == "one_by_one":
+    if config.compile is True and not may_compile(config, eval_batches[0]):
         raise UserError(
-            f"compile: true compiles all passes of a step together; passes is {config.passes!r}, here"
-            " one_by_one: choose passes: together, or compile: auto"
+            "compile: true compiles all passes of a step together, as they are: it needs passes:"
+            f" together (passes is {config.passes!r}, here"
+            f" {passes_of(config.passes, eval_batches[0])}) and activation_checkpointing: false"
+            f" (it is {str(config.activation_checkpointing).lower()})"
         )
     prepared = Prepared(problem, config, objective, eval_batches)
     build_metrics(prepared)
     for spec in config.figures.values():
         spec.build(model, problem)
     return prepared
+
+
+def may_compile(config: SPDConfig, batch: Tensor) -> bool:
+    """Whether a step on such batches is one graph that can be compiled."""
+    together = passes_of(config.passes, batch) == "together"
+    return together and not config.activation_checkpointing
 
 
 def optimize(problem: Problem, config: SPDConfig, tracker: Tracker | None = None) -> ComponentModel:
@@ -186,12 +204,13 @@ def run_steps(
 ) -> ComponentModel:
     """The loop. A checkpoint holds the state before its step; one extra lap evaluates and saves last."""
     problem, config, objective, _ = prepared
-    parameters = objective.model.subcomponent_parameters().values()
+    parameters = list(objective.model.subcomponent_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     state = _restore(prepared, optimizer, checkpoints) if resume and checkpoints else {}
     start = state.get("step", 0)
     together = passes_of(config.passes, prepared.eval_batches[0]) == "together"
-    setting = state.get("compiled", config.compile) if together else False
+    setting = state.get("compiled", config.compile)
+    setting = setting if may_compile(config, prepared.eval_batches[0]) else False
     step_fn = CompiledStep(objective, setting, config.steps)
     tracker.start(start, config.steps)
 
@@ -221,6 +240,8 @@ def run_steps(
             total.backward()
         else:
             terms = objective.backward_one_by_one(batch, progress, noise)
+        if config.grad_clip is not None:
+            nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # ----

@@ -20,7 +20,7 @@ CORE = """
 settings config components divergence problem __init__
 compilation command provenance registry run_files schedule importance data checkpoint
 component_model noise results tracking
-losses
+losses activation_checkpointing
 metrics passes
 drawing
 figures
