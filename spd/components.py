@@ -1,4 +1,4 @@
-"""What can be decomposed, rank-one subcomponents of one weight matrix, and their published initialisation."""
+"""What can be decomposed, rank-one subcomponents of one matrix, and their published initialisation."""
 
 import sys
 
