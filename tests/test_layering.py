@@ -26,6 +26,7 @@ drawing
 figures
 optimize report
 run
+pretrained
 """
 LAYERS = [line.split() for line in CORE.strip().splitlines()]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line}
