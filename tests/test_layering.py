@@ -17,15 +17,16 @@ SPD = settings.PACKAGE_DIR
 # A module imports only from lines above its own; those on one line do not know each other.
 # Experiments stand below all of them, their shared modules above the folders.
 CORE = """
-settings config components problem __init__
+settings config components problem reassociation __init__
 compilation command provenance registry run_files schedule importance data checkpoint
 component_model results tracking
-losses
+losses silent_rows
 metrics
 drawing
 figures
 optimize report
 run
+redraw
 """
 LAYERS = [line.split() for line in CORE.strip().splitlines()]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line}
