@@ -57,8 +57,12 @@ def measure(n_sites: int, passes: str, steps: int) -> Measured:
     n_layers = 8 if n_sites == 24 else 4
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            **{"vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 341},
-            **{"num_hidden_layers": n_layers, "num_attention_heads": 4, "num_key_value_heads": 2},
+            vocab_size=VOCAB,
+            hidden_size=128,
+            intermediate_size=341,
+            num_hidden_layers=n_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             max_position_embeddings=POSITIONS,
             use_cache=False,
         )
