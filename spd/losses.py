@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from spd.component_model import ComponentModel, Site
 from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError, nearest
+from spd.divergence import kl_divergence, mean_over_rows, recon_error
 from spd.importance import CausalImportances
 from spd.problem import ReconKind
 
@@ -60,40 +60,6 @@ def noise_key(term: str, sample: int, site: str) -> str:
 
 
 # --- the mathematics -------------------------------------------------------------------------------
-
-
-def mean_over_rows(
-    values: Float[Tensor, "*rows"], weights: Float[Tensor, " rows"] | None = None
-) -> Float[Tensor, ""]:
-    """Mean over batch and positions; `weights`, one for each row of the batch, have mean 1."""
-    if weights is None:
-        return values.mean()
-    return (values * weights.reshape(-1, *[1] * (values.dim() - 1))).mean()
-
-
-def recon_error(
-    prediction: Float[Tensor, "*rows d"],
-    target: Float[Tensor, "*rows d"],
-    kind: ReconKind,
-    weights: Float[Tensor, " rows"] | None = None,
-) -> Float[Tensor, ""]:
-    """D: mean squared error over every element, or KL(target ‖ prediction) of logits, mean over rows."""
-    if kind == "kl":
-        return kl_divergence(prediction, target, weights)
-    if weights is None:
-        return (prediction - target).square().mean()
-    return mean_over_rows((prediction - target).square().mean(dim=-1), weights)
-
-
-def kl_divergence(
-    logits: Float[Tensor, "*rows d"],
-    target_logits: Float[Tensor, "*rows d"],
-    weights: Float[Tensor, " rows"] | None = None,
-) -> Float[Tensor, ""]:
-    """KL(target ‖ prediction) over the last axis, mean over the rest."""
-    log_q = F.log_softmax(logits, dim=-1)
-    log_p = F.log_softmax(target_logits, dim=-1)
-    return mean_over_rows((log_p.exp() * (log_p - log_q)).sum(dim=-1), weights)
 
 
 def faithfulness(sites: Mapping[str, Site]) -> Float[Tensor, ""]:
@@ -162,7 +128,7 @@ class LossSpec(BaseConfig):
         return 0
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        """0-d tensors whose sum is the (unweighted) term."""
+        """0-d tensors whose sum is the (unweighted) term; they share no graph but that of `ctx.ci`."""
         raise NotImplementedError
 
     def check(self, model: ComponentModel) -> None:
@@ -217,8 +183,7 @@ class ReconLayerwise(LossSpec):
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for path, g in ctx.ci.lower.items():
-            out = ctx.model(ctx.batch, {path: g})
-            yield ctx.error(out) / len(ctx.ci.lower)
+            yield ctx.error(ctx.model(ctx.batch, {path: g})) / len(ctx.ci.lower)
 
 
 class _Sampled(LossSpec):
@@ -229,9 +194,10 @@ class _Sampled(LossSpec):
         return self.n_samples
 
     def masks(self, ctx: StepContext, sample: int) -> Masks:
-        return {
-            path: stochastic_mask(g, ctx.uniform(sample, path)) for path, g in ctx.ci.lower.items()
-        }
+        return {path: self.mask(ctx, sample, path) for path in ctx.ci.lower}
+
+    def mask(self, ctx: StepContext, sample: int, path: str) -> Tensor:
+        return stochastic_mask(ctx.ci.lower[path], ctx.uniform(sample, path))
 
 
 class StochasticRecon(_Sampled):
@@ -241,8 +207,7 @@ class StochasticRecon(_Sampled):
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for sample in range(self.n_samples):
-            out = ctx.model(ctx.batch, self.masks(ctx, sample))
-            yield ctx.error(out) / self.n_samples
+            yield ctx.error(ctx.model(ctx.batch, self.masks(ctx, sample))) / self.n_samples
 
 
 class StochasticReconLayerwise(_Sampled):
@@ -252,9 +217,10 @@ class StochasticReconLayerwise(_Sampled):
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for sample in range(self.n_samples):
-            for path, mask in self.masks(ctx, sample).items():
-                out = ctx.model(ctx.batch, {path: mask})
-                yield ctx.error(out) / (self.n_samples * len(ctx.ci.lower))
+            for path in ctx.ci.lower:
+                masks = {path: self.mask(ctx, sample, path)}
+                error = ctx.error(ctx.model(ctx.batch, masks))
+                yield error / (self.n_samples * len(ctx.ci.lower))
 
 
 class EmbeddingRecon(_Sampled):

@@ -11,14 +11,16 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from spd import checkpoint
+from spd.activation_checkpointing import checkpoint_layers_
 from spd.compilation import CompiledStep
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, RunError, UserError
-from spd.data import derive_seed
 from spd.figures import Figure, Figures
 from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
 from spd.losses import Losses, Noise, StepContext, loss_terms, noise_key
 from spd.metrics import L0_THRESHOLD, HeldOutLosses, Metric, Metrics, collect
+from spd.noise import StepNoise
+from spd.passes import Passes, backward_one_by_one, passes_of
 from spd.problem import Problem, ReconKind, Resumable
 from spd.schedule import ScheduleConfig, schedule_factor
 from spd.silent_rows import SilentRows
@@ -38,6 +40,15 @@ class SPDConfig(BaseConfig):
     lr_schedule: ScheduleConfig = ScheduleConfig()
     seed: int = Field(default=0, ge=0)
     compile: Literal["auto"] | bool = "auto"
+    passes: Passes = "auto"
+    """whether the masked forward passes of a step go back in one graph or `one_by_one`, with the same
+    gradients: the first is faster and is what is compiled, the second needs the memory of one pass"""
+    autocast: Literal["bf16"] | None = None
+    """run the target and its replaced sites in mixed precision; importances and losses stay float32"""
+    activation_checkpointing: bool = False
+    """recompute the layers of a Hugging Face target in the backward pass; nothing is compiled then"""
+    grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """largest norm of the gradient of all parameters together"""
     metrics: Metrics = {}
     figures: Figures = {}
     figures_every: int | None = Field(default=None, ge=1)
@@ -88,7 +99,19 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ coefficient × term, and what is worth logging (detached)."""
         ctx = self.context(batch, progress, noise, row_weights)
-        terms = loss_terms(self.losses, ctx)
+        return self._results(ctx, loss_terms(self.losses, ctx))
+
+    def backward_one_by_one(
+        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What `forward` and the backward pass of its total do, in the memory of one forward pass."""
+        ctx = self.context(batch, progress, noise, row_weights)
+        _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx))
+        return logged
+
+    def _results(
+        self, ctx: StepContext, terms: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         total = torch.stack([self.losses[name].coeff * term for name, term in terms.items()]).sum()
         logged = {"loss/total": total.detach()}
         logged |= {f"loss/{name}": term.detach() for name, term in terms.items()}
@@ -96,18 +119,19 @@ class Objective(nn.Module):
             logged[f"l0/{path}"] = ctx.mean((g.detach() > L0_THRESHOLD).float().sum(dim=-1))
         return total, logged
 
-    def draw_noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> dict[str, Tensor]:
+    def noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> StepNoise:
         """All uniform draws of one step; each depends on (stream, seed, step, term, sample, site) alone."""
-        generator = torch.Generator(device=batch.device)
-        noise = {}
-        for term, spec in self.losses.items():
-            for sample in range(spec.n_noise_samples):
-                for path, rows in self._rows(batch).items():
-                    key = noise_key(term, sample, path)
-                    generator.manual_seed(derive_seed(stream, seed, step, key))
-                    shape = (*rows, self.model.sites[path].C)
-                    noise[key] = torch.rand(shape, generator=generator, device=batch.device)
-        return noise
+        shapes = {
+            noise_key(term, sample, path): torch.Size((*rows, self.model.sites[path].C))
+            for term, spec in self.losses.items()
+            for sample in range(spec.n_noise_samples)
+            for path, rows in self._rows(batch).items()
+        }
+        return StepNoise(shapes, batch.device, stream=stream, seed=seed, step=step)
+
+    def draw_noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> dict[str, Tensor]:
+        """The same, all at once."""
+        return dict(self.noise(batch, stream=stream, seed=seed, step=step))
 
     def _rows(self, batch: Tensor) -> dict[str, torch.Size]:
         """The shape of each site's importances without C, found by one forward pass per batch shape."""
@@ -144,7 +168,10 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
         tied_sites=problem.tied_sites,
         lower_leak=config.lower_leak,
         seed=config.seed,
+        autocast=torch.bfloat16 if config.autocast == "bf16" else None,
     )
+    if config.activation_checkpointing:
+        checkpoint_layers_(model)
     objective = Objective(model, config, problem)
     for spec in objective.losses.values():
         spec.check(model)
@@ -154,12 +181,25 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
             f" {len(eval_batches)}"
         )
+    if config.compile is True and not may_compile(config, eval_batches[0]):
+        raise UserError(
+            "compile: true compiles all passes of a step together, as they are: it needs passes:"
+            f" together (passes is {config.passes!r}, here"
+            f" {passes_of(config.passes, eval_batches[0])}) and activation_checkpointing: false"
+            f" (it is {str(config.activation_checkpointing).lower()})"
+        )
     silent_rows = SilentRows(model, problem, eval_batches)
     prepared = Prepared(problem, config, objective, eval_batches, silent_rows)
     build_metrics(prepared)
     for spec in config.figures.values():
         spec.build(model, problem)
     return prepared
+
+
+def may_compile(config: SPDConfig, batch: Tensor) -> bool:
+    """Whether a step on such batches is one graph that can be compiled."""
+    together = passes_of(config.passes, batch) == "together"
+    return together and not config.activation_checkpointing
 
 
 def optimize(problem: Problem, config: SPDConfig, tracker: Tracker | None = None) -> ComponentModel:
@@ -177,11 +217,14 @@ def run_steps(
 ) -> ComponentModel:
     """The loop. A checkpoint holds the state before its step; one extra lap evaluates and saves last."""
     problem, config, objective, *_ = prepared
-    parameters = objective.model.subcomponent_parameters().values()
+    parameters = list(objective.model.subcomponent_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     state = _restore(prepared, optimizer, checkpoints) if resume and checkpoints else {}
     start = state.get("step", 0)
-    step_fn = CompiledStep(objective, state.get("compiled", config.compile), config.steps)
+    together = passes_of(config.passes, prepared.eval_batches[0]) == "together"
+    setting = state.get("compiled", config.compile)
+    setting = setting if may_compile(config, prepared.eval_batches[0]) else False
+    step_fn = CompiledStep(objective, setting, config.steps)
     tracker.start(start, config.steps)
 
     for step in range(start, config.steps + 1):
@@ -202,12 +245,17 @@ def run_steps(
             group["lr"] = lr
         batch = _next_batch(problem.train_batches, step, config.steps)
         batch, row_weights = prepared.silent_rows.merge(batch)
-        noise = objective.draw_noise(batch, stream="train", seed=config.seed, step=step)
+        noise = objective.noise(batch, stream="train", seed=config.seed, step=step)
         progress = torch.tensor(step / config.steps, device=batch.device)
 
         # ---- the training step
-        total, terms = step_fn(batch, progress, noise, row_weights)
-        total.backward()
+        if together:
+            total, terms = step_fn(batch, progress, dict(noise), row_weights)
+            total.backward()
+        else:
+            terms = objective.backward_one_by_one(batch, progress, noise, row_weights)
+        if config.grad_clip is not None:
+            nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # ----
@@ -235,7 +283,7 @@ def eval_contexts(prepared: Prepared) -> Iterator[StepContext]:
     """Everything the metrics and figures may look at, for each held-out batch."""
     config, objective = prepared.config, prepared.objective
     for index, batch in enumerate(prepared.eval_batches):
-        noise = objective.draw_noise(batch, stream="eval", seed=config.seed, step=index)
+        noise = objective.noise(batch, stream="eval", seed=config.seed, step=index)
         yield objective.context(batch, torch.tensor(1.0, device=batch.device), noise)
 
 

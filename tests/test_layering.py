@@ -18,15 +18,15 @@ SPD = settings.PACKAGE_DIR
 # Experiments stand below all of them, their shared modules above the folders.
 CORE = """
 settings config components problem reassociation __init__
-compilation command provenance registry run_files schedule importance data checkpoint
-component_model results tracking
-losses silent_rows
-metrics
+compilation command provenance registry run_files schedule importance data checkpoint divergence
+component_model noise results tracking
+losses silent_rows activation_checkpointing
+metrics passes
 drawing
 figures
 optimize report
 run
-redraw
+pretrained redraw
 """
 LAYERS = [line.split() for line in CORE.strip().splitlines()]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line}

@@ -1,0 +1,1 @@
+"""Language models: any Hugging Face model, on any text."""
