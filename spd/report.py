@@ -262,6 +262,7 @@ def _commands(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
     own = run_dir / TARGET
     target = f" target={shlex.quote(str(own))}" if own.is_dir() else ""
     commands["The same run again, in a new directory"] = f"{python} {place}/{CONFIG_FILE}{target}"
+    commands["This page again"] = f"spd-report {place}"
     load = ["from spd.run import load_run", f"run = load_run({json.dumps(str(run_dir))})"]
     commands["The decomposition, in Python"] = "\n".join([*load, "print(run.model.sites)"])
     return commands

@@ -30,7 +30,7 @@ from spd.figures import loss_curves, save_figures
 from spd.optimize import Interrupted, Prepared, SPDConfig, prepare, run_steps
 from spd.problem import Problem
 from spd.provenance import entry_of, import_entry, provenance
-from spd.report import write_report
+from spd.reporting import report_on
 from spd.results import format_result, format_table, result_of
 from spd.run_files import (
     CHECKPOINTS,
@@ -260,7 +260,7 @@ def _execute(
             meta |= {"status": status, "seconds": time.perf_counter() - begun}
             write_json(directory / META_FILE, meta)
             if status == "finished":
-                write_report(directory)
+                report_on(directory, prepared)
             if wandb_run is not None:
                 if status == "finished":
                     wandb_run.upload(directory)

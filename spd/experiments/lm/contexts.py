@@ -81,9 +81,7 @@ class TopContexts:
         )
 
 
-def peaks(
-    x: Float[Tensor, "batch position C"], distance: int
-) -> Bool[Tensor, "batch position C"]:
+def peaks(x: Float[Tensor, "batch position C"], distance: int) -> Bool[Tensor, "batch position C"]:
     """Where x is above everything up to `distance` positions before, and not below what follows.
 
     Two peaks are therefore always more than `distance` apart; of a plateau the first position is one.

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, Site, input_output_weight
 
-
-NOT_FROM_STREAM = "its input is not the residual stream, so token embeddings do not tell what it reads"
+NOT_FROM_STREAM = (
+    "its input is not the residual stream, so token embeddings do not tell what it reads"
+)
 NOT_TO_STREAM = (
-    "its output is not added to the residual stream, so the unembedding does not tell what it writes"
+    "its output is not added to the residual stream, so logits do not tell what it writes"
 )
 NO_UNEMBEDDING = "the model has no unembedding"
 

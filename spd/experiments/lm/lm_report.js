@@ -35,11 +35,14 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-const inLine = (text) => text.replace(/\n/g, "↵").replace(/\r/g, "␍").replace(/\t/g, "⇥");
-const alone = (token) => inLine(data.tokens[token]).replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
+const SIGNS = { "\n": "↵", "\t": "⇥" };
+const inLine = (text) => // control characters have pictures of their own from U+2400 on
+  text.replace(/[\0-\x1f]/g, (c) => SIGNS[c] || String.fromCharCode(0x2400 + c.charCodeAt(0)));
+const spaces = (run) => (run.length > 3 ? `␣×${run.length} ` : "␣".repeat(run.length));
+const alone = (token) => inLine(data.tokens[token]).replace(/^ +| +$/g, spaces);
 const percent = (x) => `${x >= 0.0995 ? (100 * x).toFixed(0) : (100 * x).toPrecision(2)} %`;
 const number = (x) =>
-  x !== 0 && Math.abs(x) < 0.001 ? x.toExponential(1) : x.toPrecision(Math.abs(x) < 1 ? 2 : 3);
+  (x !== 0 && Math.abs(x) < 0.001 ? x.toExponential(1) : x.toPrecision(Math.abs(x) < 1 ? 2 : 3)).replace("-", "−");
 
 // --- the list ------------------------------------------------------------------------------------
 
@@ -53,7 +56,7 @@ function haystack(row) {
 }
 
 const orders = {
-  name: (a, b) => b.site - a.site || b.c - a.c,
+  name: (a, b) => a.site - b.site || a.c - b.c,
   mean: (a, b) => a.mean - b.mean,
   density: (a, b) => a.density - b.density,
 };
@@ -69,7 +72,7 @@ function refresh() {
     state.shown.length === 1 ? "1 subcomponent" : `${state.shown.length.toLocaleString("en")} subcomponents`;
   for (const button of document.querySelectorAll(".heads button")) {
     const chosen = button.dataset.key === state.key;
-    button.textContent = button.dataset.key + (chosen ? (state.falling === (state.key !== "name") ? " ↓" : " ↑") : "");
+    button.textContent = button.dataset.key + (chosen ? (state.falling ? " ↓" : " ↑") : "");
     button.setAttribute("aria-pressed", chosen);
   }
   list.scrollTop = 0;
@@ -97,7 +100,7 @@ function drawRow(row, place, height) {
       class: "row", role: "option", id: `row-${row.index}`, "data-index": row.index, title: row.name,
       "aria-posinset": place + 1, "aria-setsize": state.shown.length,
     },
-    element("span", {}, row.short),
+    element("span", { class: "name" }, row.short),
     element("span", { class: "number" }, number(row.mean)),
     element("span", { class: "number" }, percent(row.density)),
     element("span", { class: "words" }, row.shares.slice(0, 6).map(([token]) => alone(token)).join("  ")),
@@ -158,8 +161,8 @@ function drawDetail(row) {
       table("share of its importance", row.shares.map(([token, x]) => [alone(token), percent(x)])),
       table("mean importance (times seen)", row.means.map(([token, x, n]) => [alone(token), `${number(x)} (${n})`])),
     ),
-    ...drawEnds("What V reads", row.reads, readsNote(site, row), "least"),
-    ...drawEnds("What U writes", row.writes, writesNote(site, row), "against"),
+    ...drawEnds("What V reads", row.reads, readsNote(site, row), ["highest", "lowest"]),
+    ...drawEnds("What U writes", row.writes, writesNote(site, row), ["raises", "lowers"]),
     element("h4", {}, "Companions"),
     note(`The subcomponents most often active (importance above 0.1) where it is. Overlap: positions at which both are active, of those at which either is. In brackets: of its own positions, the fraction the other shares.${data.across ? "" : " Of its own matrix only: there are too many to count all pairs."}`),
     row.companions.length ? drawCompanions(row) : note("None."),
@@ -173,7 +176,7 @@ function drawContext([middle, shades, ...tokens]) {
   const spans = tokens.map((token, i) => {
     const span = element("span", { class: i === middle ? "token middle" : "token" }, inLine(data.tokens[token]));
     if (at(i) > 0) {
-      span.style.setProperty("--g", at(i).toFixed(2));
+      span.style.setProperty("--g", (0.1 + 0.9 * at(i)).toFixed(2));
       span.title = `importance ${at(i).toFixed(2)}`;
     }
     return span;
@@ -211,11 +214,10 @@ function writesNote(site, row) {
     : `What U adds to each token's logit, straight through the final normalisation's gain and the unembedding, for an inner activation of 1. ${signs(row)}`;
 }
 
-function drawEnds(heading, ends, text, opposite) {
+function drawEnds(heading, ends, text, titles) {
   const made = [element("h4", {}, heading), note(text)];
   if (ends === undefined) return made;
   const shown = (end) => end.map(([token, x]) => [alone(token), number(x)]);
-  const titles = opposite === "least" ? ["highest", "lowest"] : ["raises", "lowers"];
   made.push(element("div", { class: "pairs" }, ...ends.map((end, i) => table(titles[i], shown(end)))));
   return made;
 }
@@ -235,6 +237,7 @@ function drawCompanions(row) {
 
 // --- links, mouse and keys -----------------------------------------------------------------------
 
+const narrow = () => matchMedia("(max-width: 56rem)").matches;
 let pending = 0;
 
 function show(index) {
@@ -253,9 +256,9 @@ function followLink() {
     refresh();
   }
   open(index);
-  if (detail.getBoundingClientRect().top > innerHeight * 0.8 || detail.getBoundingClientRect().bottom < 0)
-    byId("subcomponents").scrollIntoView();
-  else if (detail.getBoundingClientRect().top < 0) detail.scrollIntoView();
+  const { top } = detail.getBoundingClientRect();
+  if (narrow() || top < 0) detail.scrollIntoView();
+  else if (top > innerHeight / 2) byId("subcomponents").scrollIntoView();
 }
 
 list.addEventListener("scroll", () => drawRows(false), { passive: true });
@@ -263,7 +266,7 @@ list.addEventListener("click", (event) => {
   const row = event.target.closest(".row");
   if (!row) return;
   show(Number(row.dataset.index));
-  if (getComputedStyle(detail.querySelector(".back")).display !== "none") {
+  if (narrow()) {
     detail.scrollIntoView();
     detail.focus({ preventScroll: true });
   }
@@ -291,7 +294,7 @@ siteChoice.addEventListener("change", refresh);
 for (const button of document.querySelectorAll(".heads button"))
   button.addEventListener("click", () => {
     const { key } = button.dataset;
-    state.falling = state.key === key ? !state.falling : true;
+    state.falling = state.key === key ? !state.falling : key !== "name";
     state.key = key;
     refresh();
   });

@@ -1,10 +1,13 @@
 """A language model as a problem: its target, its text, and how to read both."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from spd.config import UserError
+from spd.experiments.lm.report import write_lm_report
+from spd.optimize import Prepared
 from spd.problem import Problem
 
 
@@ -20,6 +23,18 @@ class LMProblem(Problem):
     """None where the data came as token ids and names no tokenizer"""
     unembed: str | None
     """path of the module that makes logits of the residual stream; None: the model has none"""
+    n_report_batches: int = 32
+    """held-out batches that the report is made of"""
+
+    def write_report(self, run_dir: Path, prepared: Prepared, n_batches: int | None = None) -> Path:
+        """The page with a browser of the subcomponents; see `spd.reporting`."""
+        return write_lm_report(
+            run_dir,
+            prepared,
+            tokenizer=self.tokenizer,
+            unembed=self.unembed,
+            n_batches=n_batches or self.n_report_batches,
+        )
 
 
 def need_lm(problem: Problem, place: str) -> LMProblem:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from markupsafe import Markup
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ from spd.experiments.lm.directions import (
 )
 from spd.experiments.lm.statistics import Statistics, SubcomponentStatistics
 from spd.optimize import Prepared
-from spd.report import report_contents, write_page
+from spd.report import report_contents, write_page, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +62,23 @@ def write_lm_report(
     logger.info("report: looking at %d held-out batches", n_batches)
     batches = islice(chain(prepared.eval_batches, prepared.problem.eval_batches), n_batches)
     gathered = gather(prepared.objective.model, batches, unembed)
+    if gathered is None:
+        logger.warning("report: no site is applied at every position; subcomponents are not shown")
+        return write_report(run_dir)
     data = page_data(prepared.objective.model, gathered, tokenizer)
+    return write_subcomponents(run_dir, data)
+
+
+def write_subcomponents(run_dir: Path, data: Mapping[str, Any]) -> Path:
+    """Write the page of a run around what `page_data` gives."""
     script = (HERE / SCRIPT).read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     contents = {
         "sites": data["sites"],
-        "left_out": gathered.left_out,
-        "n_positions": gathered.statistics.n_positions,
+        "left_out": data["left_out"],
+        "n_positions": data["positions"],
         "data": inline_json(data),
         "script": Markup(script),
-        "script_hash": digest,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
     return write_page(run_dir, TEMPLATE, report_contents(run_dir) | contents, folder=HERE)
 
@@ -79,15 +86,17 @@ def write_lm_report(
 @torch.no_grad()
 def gather(
     model: ComponentModel, batches: Iterable[Int[Tensor, "batch position"]], unembed: str | None
-) -> Gathered:
-    """Statistics of every site that is applied at every position, in one pass over the batches."""
+) -> Gathered | None:
+    """Statistics of every site that is applied at every position, in one pass; None if there is none."""
     statistics, around, C_of = None, None, {}
     for batch in batches:
         site_inputs = model.target_forward(batch).site_inputs
         upper = model.causal_importances(site_inputs).upper
         if statistics is None:
             around = look_around(model, batch[:1], unembed)
-            C_of = {p: g.shape[-1] for p, g in upper.items() if _at_positions(g, batch) is not None}
+            C_of = {p: g.shape[-1] for p, g in upper.items() if _at_every_position(g, batch)}
+            if not C_of:
+                return None
             statistics = SubcomponentStatistics(C_of)
         acts = {p: model.sites[p].subcomponents.acts(site_inputs[p]) for p in C_of}
         statistics.update(
@@ -100,12 +109,18 @@ def gather(
     return Gathered(C_of, left_out, statistics.compute(), around)
 
 
-def _at_positions(x: Tensor, batch: Int[Tensor, "batch position"]) -> Tensor | None:
-    """`[batch, position, C]`, from rows in this order or from one sequence for all; else None."""
+def _at_every_position(x: Tensor, batch: Int[Tensor, "batch position"]) -> bool:
+    return x.numel() == batch.numel() * x.shape[-1] or x.shape[:-1] == (1, batch.shape[1])
+
+
+def _at_positions(
+    x: Float[Tensor, "*rows C"], batch: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch position C"]:
+    """From one row per position in this order, or from one sequence that holds for all."""
     C = x.shape[-1]
     if x.numel() == batch.numel() * C:
         return x.reshape(*batch.shape, C)
-    return x.expand(*batch.shape, C) if x.shape[:-1] == (1, batch.shape[1]) else None
+    return x.expand(*batch.shape, C)
 
 
 def page_data(
@@ -152,6 +167,7 @@ def page_data(
         start += C
     return {
         "sites": sites,
+        "left_out": gathered.left_out,
         "positions": statistics.n_positions,
         "across": statistics.pairs.across_sites,
         "rows": rows,

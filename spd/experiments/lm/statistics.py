@@ -132,7 +132,7 @@ class SubcomponentStatistics:
             C, k=n_contexts, left=left, right=right, threshold=ALIVE_THRESHOLD
         )
         self.tokens = TokenImportances(C, max(1, table_entries // C))
-        self.pairs = JointCounts(list(C_of.values()), across_sites=C * C <= pair_entries)
+        self.pairs = JointCounts(list(C_of.values()), across_sites=pair_entries >= C * C)
 
     def update(
         self,
