@@ -31,8 +31,12 @@ from spd.run import ExperimentConfig
 VOCAB, WIDTH = 40, 16
 AWKWARD = ("</script><script>fail('1')</script>", "<img src=x onerror=fail('2')>", "<!--<script>")
 """tokens that would end the page's data, or run, were they not text"""
-SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
-WIDTHS = {"hidden_size": WIDTH, "intermediate_size": 24, "vocab_size": VOCAB}
+SHAPE: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+WIDTHS: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 24, "vocab_size": VOCAB}
 
 
 def little_model(kind: str) -> TokenModel:
@@ -70,10 +74,24 @@ def awkward_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
 
 
-def random_batches(seed: int, shape: tuple[int, int] = (4, 32)) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randint(VOCAB, shape, generator=generator)
+class RandomBatches:
+    """Random token ids, without end."""
+
+    def __init__(self, seed: int, shape: tuple[int, int] = (4, 32)) -> None:
+        self.shape = shape
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        return torch.randint(VOCAB, self.shape, generator=self.generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
 
 
 def decomposed(model: nn.Module, sites: dict[str, int]) -> ComponentModel:
@@ -89,8 +107,8 @@ def build(config: LittleConfig, device: torch.device) -> LMProblem:
     """A little Llama on random tokens."""
     return LMProblem(
         target=little_model("llama").to(device),
-        train_batches=random_batches(0),
-        eval_batches=random_batches(1),
+        train_batches=RandomBatches(0),
+        eval_batches=RandomBatches(1),
         recon="kl",
         device=device,
         tokenizer=awkward_tokenizer(),

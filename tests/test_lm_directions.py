@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 
+from spd.component_model import ComponentModel
 from spd.experiments.lm.directions import look_around, token_directions
-from tests.little_lm import VOCAB, decomposed, little_model, random_batches, unembed_of
+from tests.little_lm import VOCAB, RandomBatches, decomposed, little_model, unembed_of
 from tests.toy import TokenModel, decompose
 
 EXPECTED = {
@@ -32,13 +34,20 @@ EXPECTED = {
     },
 }
 
+
+def weight_of(model: ComponentModel, path: str) -> Tensor:
+    weight = model.target.get_submodule(path).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def around_of(kind: str, sites: list[str]):
     target = little_model(kind)
     unembed = unembed_of(target)
     model = decomposed(target, dict.fromkeys(sites, 5))
-    around = look_around(model, next(random_batches(0)), unembed)
+    around = look_around(model, next(RandomBatches(0)), unembed)
     assert around is not None
-    return model, around, target.get_submodule(unembed).weight
+    return model, around, weight_of(model, unembed)
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
@@ -75,7 +84,7 @@ def test_what_is_written_goes_through_the_last_norm_and_the_unembedding(kind: st
         "neox": ("gpt_neox.layers.0.mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
     }[kind]
     model, around, head = around_of(kind, [path])
-    norm = model.target.get_submodule(norm_path).weight
+    norm = weight_of(model, norm_path)
     gain = norm + 1 if kind == "gemma" else norm
     expected = (model.sites[path].subcomponents.U * gain) @ head.mT
     columns, sign = torch.arange(5), torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0])
