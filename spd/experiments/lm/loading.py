@@ -18,7 +18,6 @@ from spd.experiments.lm.hub import hub_commit, unreachable
 from spd.experiments.lm.model import TokenModel, check_output
 from spd.experiments.lm.train_lm import LM_TARGET
 from spd.experiments.targets import (
-    CONFIG_FILE,
     WANDB_PREFIX,
     resolve_target,
     target_directory,
@@ -213,9 +212,9 @@ def _load_model(model_class: Any, origin: Origin, wanted: Wanted) -> Any:
 
 def _load_tokenizer(origin: Origin, wanted: Wanted) -> PreTrainedTokenizerBase | None:
     reference, revision = wanted.tokenizer or origin.reference, None
-    copied = origin.directory is not None and wanted.tokenizer == origin.tokenizer
-    if copied and (wanted.tokenizer is None or (origin.directory / ORIGIN_FILE).is_file()):
-        reference = str(origin.directory)
+    directory = origin.directory
+    if directory is not None and _has_tokenizer(directory, origin, wanted):
+        reference = str(directory)
     elif not Path(reference).expanduser().is_dir():
         revision = (
             origin.revision
@@ -241,6 +240,12 @@ def _no_revision(wanted: Wanted) -> None:
 
 def _has_weights(directory: Path) -> bool:
     return any(directory.glob("*.safetensors")) or any(directory.glob("pytorch_model*.bin"))
+
+
+def _has_tokenizer(directory: Path, origin: Origin, wanted: Wanted) -> bool:
+    """Whether the tokenizer that is wanted lies beside the target."""
+    copied = (directory / ORIGIN_FILE).is_file() and wanted.tokenizer == origin.tokenizer
+    return copied or wanted.tokenizer is None
 
 
 def _n_vocab(inner: nn.Module) -> int:

@@ -1,6 +1,8 @@
 """A language model as a problem: its target, its text, and how to read both."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,7 +12,7 @@ from spd.problem import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class LMProblem(Problem):
-    """A `Problem` whose batches are token ids `[batch, position]` and whose recon is `kl`.
+    """A `Problem` whose batches are token ids `[batch, position]`; its recon is mostly `kl`.
 
     `target` maps such a batch to logits `[batch, position, vocab]`; its modules have the names that
     they have in the Hugging Face model.
@@ -20,6 +22,12 @@ class LMProblem(Problem):
     """None where the data came as token ids and names no tokenizer"""
     unembed: str | None
     """path of the module that makes logits of the residual stream; None: the model has none"""
+    write_target: Callable[[Path], None] | None = None
+    """writes target, tokenizer and held-out text into a new directory, from which a run loads them"""
+
+    def save_target(self, directory: Path) -> None:
+        if self.write_target is not None:
+            self.write_target(directory)
 
 
 def need_lm(problem: Problem, place: str) -> LMProblem:

@@ -15,19 +15,19 @@ from typing import Any, Literal, Self
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from spd.config import BaseConfig, UserError
+from spd.config import BaseConfig, UserError, read_yaml
 from spd.data import derive_seed
+from spd.experiments.lm.metrics import entropy_of_counts, next_token_cross_entropy
 from spd.experiments.lm.text import TextConfig, load_text
 from spd.experiments.lm.tokens import PackedBatches, end_token_id, make_encode, packed_sequences
-from spd.experiments.targets import TargetKind, TrainedTarget, target_cli
+from spd.experiments.targets import CONFIG_FILE, TargetKind, TrainedTarget, target_cli
 from spd.schedule import ScheduleConfig, schedule_factor
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,9 @@ def train(config: LMTrainConfig, device: torch.device) -> TrainedTarget:
         "n_held_out_tokens": held_out.size,
         "train_cross_entropy": mean_cross_entropy(model, train_ids[: len(held_out)]),
         "held_out_cross_entropy": mean_cross_entropy(model, held_out),
-        "held_out_unigram_entropy": unigram_entropy(held_out),
+        "held_out_unigram_entropy": entropy_of_counts(
+            torch.from_numpy(np.bincount(held_out[:, 1:].reshape(-1)))
+        ),
     }
     record["held_out_perplexity"] = math.exp(record["held_out_cross_entropy"])
     logger.info("target: %s", summary(record))
@@ -163,29 +165,21 @@ def initial_model(config: LMTrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
         return LlamaForCausalLM(llama)
 
 
-def next_token_loss(
-    logits: Float[Tensor, "batch position vocab"], ids: Int[Tensor, "batch position"]
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy of every token but the first of its sequence; none is predicted across."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
 @torch.no_grad()
 def mean_cross_entropy(model: nn.Module, sequences: Int[np.ndarray, "n length"]) -> float:
-    """`next_token_loss` of all sequences together."""
+    """Mean over all predicted tokens of all sequences."""
     device = next(model.parameters()).device
     total = 0.0
     for some in _chunks(sequences):
         ids = torch.from_numpy(some.astype(np.int64)).to(device)
-        total += next_token_loss(model(ids).logits, ids).item() * len(some)
-    return total / len(sequences)
+        total += next_token_cross_entropy(model(ids).logits, ids).sum().item()
+    return total / sequences[:, 1:].size
 
 
-def unigram_entropy(sequences: Int[np.ndarray, "n length"]) -> float:
-    """Entropy in nats of the frequencies of the tokens in this very text."""
-    counts = np.bincount(sequences[:, 1:].reshape(-1))
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
+def is_trained_here(directory: Path) -> bool:
+    """Whether a target directory was made by this module."""
+    path = directory / CONFIG_FILE
+    return path.is_file() and read_yaml(path).get("kind") == LM_TARGET.name
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -213,7 +207,7 @@ def _fit(model: LlamaForCausalLM, batches: PackedBatches, config: LMTrainConfig)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * factor
         ids = next(batches)
-        loss = next_token_loss(model(ids).logits, ids)
+        loss = next_token_cross_entropy(model(ids).logits, ids).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
         optimizer.step()
