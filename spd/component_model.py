@@ -19,7 +19,9 @@ from spd.config import UserError, nearest
 from spd.data import derive_seed
 from spd.importance import (
     CausalImportances,
+    Importance,
     ImportanceConfig,
+    InputImportance,
     LowerLeak,
     lower_leaky_hard_sigmoid,
     make_importance,
@@ -47,7 +49,7 @@ class Site(nn.Module):
         self,
         original: nn.Module,
         subcomponents: LinearSubcomponents | EmbeddingSubcomponents | TiedSubcomponents,
-        importance: nn.Module,
+        importance: Importance,
     ) -> None:
         super().__init__()
         self.original = original
@@ -73,6 +75,15 @@ class Site(nn.Module):
     def target_weight(self) -> Float[Tensor, "d_in d_out"]:
         """The original matrix, mapping inputs to outputs from the left: `x @ target_weight`."""
         return input_output_weight(self.original)
+
+    def importance_logits(self, x: Tensor) -> Float[Tensor, "*rows C"]:
+        """What the hard sigmoids are applied to, from what the target feeds to this site.
+
+        The input vector of a token id is the row that the target's embedding has for it.
+        """
+        if not isinstance(self.importance, InputImportance):
+            return self.importance(self.subcomponents.acts(x))
+        return self.importance(x if x.is_floating_point() else self.original(x))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kept_inputs is not None:
@@ -111,8 +122,10 @@ class ComponentModel(nn.Module):
             generator = torch.Generator().manual_seed(derive_seed("init", seed, path))
             tie = self.sites[source_of[path]] if path in source_of else None
             subcomponents = _make_subcomponents(original, C_of[path], tie, generator)
-            function = make_importance(importance, C_of[path], generator=generator)
-            site = Site(original, subcomponents, function.to(input_output_weight(original).device))
+            weight = input_output_weight(original)
+            d_in = weight.shape[1 if isinstance(original, nn.Embedding) else 0]
+            function = make_importance(importance, C_of[path], d_in, generator=generator)
+            site = Site(original, subcomponents, function.to(weight.device))
             target.set_submodule(path, site)
             self.sites[path] = site
         self.sites = {path: self.sites[path] for path in C_of}
@@ -177,25 +190,39 @@ class ComponentModel(nn.Module):
                 self.sites[path].mask = None
 
     def causal_importances(self, site_inputs: Mapping[str, Tensor]) -> CausalImportances:
-        """g_c(x) of every site from what the *target* feeds to it; gradients reach V through h_c."""
+        """g_c(x) of every site from what the *target* feeds to it.
+
+        Gradients reach V through h_c, if the importance functions read h_c.
+        """
         lower, upper = {}, {}
         for path, site in self.sites.items():
-            x = site.importance(site.subcomponents.acts(site_inputs[path]))
+            x = site.importance_logits(site_inputs[path])
             lower[path] = lower_leaky_hard_sigmoid(x, self.lower_leak)
             upper[path] = upper_leaky_hard_sigmoid(x)
         return CausalImportances(lower, upper)
 
 
 def input_output_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
-    """The weight of a decomposable module as `[d_in, d_out]`, whatever its own layout."""
+    """The weight of a decomposable module as `[d_in, d_out]`, whatever its own layout.
+
+    Of an embedding with a `forward` of its own (Gemma's multiplies by a constant): what it gives out.
+    """
     weight = module.weight
     assert isinstance(weight, Tensor), f"{type(module).__name__} has no weight"
+    if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
+        with torch.no_grad():
+            return module(torch.arange(module.num_embeddings, device=weight.device))
     return weight.mT if isinstance(module, nn.Linear) else weight
 
 
 def decomposable(module: nn.Module) -> bool:
-    """Whether a module is a Linear, an Embedding or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module)
+    """Whether a module is a Linear, an Embedding or GPT-2's Conv1D.
+
+    A subclass of Linear that computes something else (a quantised one, a router) is not.
+    """
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Embedding) or _is_conv1d(module)
 
 
 def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Causal importance functions and the leaky hard sigmoids (paper, section 2)."""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -38,8 +39,30 @@ class AffineImportanceConfig(BaseConfig):
     type: Literal["affine"] = "affine"
 
 
+class SharedMLPImportanceConfig(BaseConfig):
+    """One MLP per site, shared by its subcomponents: the whole input vector → GELU layers → C scalars."""
+
+    type: Literal["shared_mlp"] = "shared_mlp"
+    hidden_widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(128,), min_length=1)
+    normalize: bool = False
+    """divide every input vector by its root mean square first, which evens out sites but hides its size"""
+
+
+class VectorMLPImportanceConfig(BaseConfig):
+    """One small MLP per subcomponent: the whole input vector → `n_hidden` GELU neurons → a scalar."""
+
+    type: Literal["vector_mlp"] = "vector_mlp"
+    n_hidden: int = Field(default=16, ge=1)
+    normalize: bool = False
+    """as in `SharedMLPImportanceConfig`"""
+
+
 ImportanceConfig = Annotated[
-    MLPImportanceConfig | AffineImportanceConfig, Field(discriminator="type")
+    MLPImportanceConfig
+    | AffineImportanceConfig
+    | SharedMLPImportanceConfig
+    | VectorMLPImportanceConfig,
+    Field(discriminator="type"),
 ]
 
 
@@ -72,10 +95,85 @@ class AffineImportance(nn.Module):
         return h * self.weight + self.bias
 
 
+class SharedMLPImportance(nn.Module):
+    """All C scalars from one MLP of the site's input vector: x → gelu(x W_1 + b_1) → … → W_n + b_n.
+
+    Initialised by the rule of `MLPImportance`, there with one input per neuron: hidden weights have
+    the standard deviation √(2 / inputs), the last ones √(1 / inputs), biases are 0.
+    """
+
+    def __init__(
+        self,
+        C: int,
+        d_in: int,
+        hidden_widths: Sequence[int],
+        *,
+        normalize: bool,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        widths = [d_in, *hidden_widths, C]
+        gains = [2.0] * len(hidden_widths) + [1.0]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for n_in, n_out, gain in zip(widths[:-1], widths[1:], gains, strict=True):
+            drawn = torch.randn(n_in, n_out, generator=generator)
+            self.weights.append(nn.Parameter(drawn * math.sqrt(gain / n_in)))
+            self.biases.append(nn.Parameter(torch.zeros(n_out)))
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows C"]:
+        x = rms_normalized(x) if self.normalize else x
+        *hidden, last = zip(self.weights, self.biases, strict=True)
+        for weight, bias in hidden:
+            x = F.gelu(x @ weight + bias)
+        weight, bias = last
+        return x @ weight + bias
+
+
+class VectorMLPImportance(nn.Module):
+    """For each subcomponent c alone: Σ_k mlp_out_ck · gelu(x · mlp_in_c,k + in_bias_ck) + out_bias_c.
+
+    `x` is the site's input vector. Initialised by the rule of `SharedMLPImportance`.
+    """
+
+    def __init__(
+        self, C: int, d_in: int, n_hidden: int, *, normalize: bool, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        drawn_in = torch.randn((C, d_in, n_hidden), generator=generator)
+        drawn_out = torch.randn((C, n_hidden), generator=generator)
+        self.mlp_in = nn.Parameter(drawn_in * math.sqrt(2 / d_in))
+        self.in_bias = nn.Parameter(torch.zeros(C, n_hidden))
+        self.mlp_out = nn.Parameter(drawn_out / math.sqrt(n_hidden))
+        self.out_bias = nn.Parameter(torch.zeros(C))
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows C"]:
+        x = rms_normalized(x) if self.normalize else x
+        z = torch.einsum("...d,cdk->...ck", x, self.mlp_in) + self.in_bias
+        return (F.gelu(z) * self.mlp_out).sum(dim=-1) + self.out_bias
+
+
+InputImportance = SharedMLPImportance | VectorMLPImportance
+"""Importance functions of the site's whole input vector; the others see the inner activations h alone."""
+
+Importance = MLPImportance | AffineImportance | InputImportance
+
+
+def rms_normalized(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+    """x over its root mean square; a vector of zeros stays one."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-12)
+
+
 def make_importance(
-    config: ImportanceConfig, C: int, *, generator: torch.Generator
-) -> MLPImportance | AffineImportance:
+    config: ImportanceConfig, C: int, d_in: int, *, generator: torch.Generator
+) -> Importance:
+    """For a site with C subcomponents whose input vectors have `d_in` entries."""
     match config:
+        case SharedMLPImportanceConfig(hidden_widths=widths, normalize=normalize):
+            return SharedMLPImportance(C, d_in, widths, normalize=normalize, generator=generator)
+        case VectorMLPImportanceConfig(n_hidden=n_hidden, normalize=normalize):
+            return VectorMLPImportance(C, d_in, n_hidden, normalize=normalize, generator=generator)
         case MLPImportanceConfig():
             return MLPImportance(C, config.n_hidden, generator=generator)
         case AffineImportanceConfig():

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import secrets
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -130,8 +129,7 @@ def start(config: ExperimentConfig, build: Build, *, folder: Path | None = None)
             " set SPD_OUT_DIR to a writable folder"
         ) from None
     (directory / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
-    if prepared.problem.target_dir is not None:
-        shutil.copytree(prepared.problem.target_dir, directory / TARGET)
+    prepared.problem.save_target(directory / TARGET)
     meta = provenance(device)
     meta["entry"] = {
         "module": entry_of(sys.modules[build.__module__]),

@@ -96,6 +96,12 @@ def peaks(x: Float[Tensor, "batch position C"], distance: int) -> Bool[Tensor, "
 
 
 def _repeated(tokens: Int[Tensor, "C n window"]) -> Bool[Tensor, "C n"]:
-    """Which contexts have the same tokens as an earlier one of their subcomponent."""
-    same = (tokens[:, :, None] == tokens[:, None]).all(dim=-1)
-    return same.tril(diagonal=-1).any(dim=-1)
+    """Which contexts have the same tokens as an earlier one of their subcomponent.
+
+    Compared by a random linear hash modulo 2⁶⁴, the window times faster than token by token.
+    """
+    generator = torch.Generator().manual_seed(0)
+    top = 2**62
+    factors = torch.randint(-top, top, tokens.shape[-1:], generator=generator).to(tokens.device)
+    hashes = (tokens * factors).sum(dim=-1)
+    return (hashes[:, :, None] == hashes[:, None]).tril(diagonal=-1).any(dim=-1)

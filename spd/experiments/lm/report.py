@@ -59,7 +59,7 @@ def write_lm_report(
     n_batches: int,
 ) -> Path:
     """Look at `n_batches` held-out batches, those of the evaluation first, and write the page."""
-    logger.info("report: looking at %d held-out batches", n_batches)
+    logger.info("report: looking at up to %d held-out batches", n_batches)
     batches = islice(chain(prepared.eval_batches, prepared.problem.eval_batches), n_batches)
     gathered = gather(prepared.objective.model, batches, unembed)
     if gathered is None:

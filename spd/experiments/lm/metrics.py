@@ -1,0 +1,139 @@
+"""How much of a language model's prediction survives each kind of mask, on held-out text."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spd.component_model import ComponentModel
+from spd.config import BaseConfig, UserError
+from spd.data import derive_seed
+from spd.experiments.lm.problem import need_lm
+from spd.losses import StepContext, kl_divergence, stochastic_mask
+from spd.metrics import Metric
+from spd.problem import Problem
+
+ROUNDING_THRESHOLD = 0.5
+
+
+# --- the mathematics -------------------------------------------------------------------------------
+
+
+def next_token_cross_entropy(
+    logits: Float[Tensor, "batch position vocab"], tokens: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch predicted"]:
+    """−log p of every token but the first of each sequence, in nats; nothing crosses a border.
+
+    Position i predicts token i + 1 of its own sequence, so the last position predicts nothing.
+    """
+    return F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")
+
+
+def entropy_of_counts(counts: Int[Tensor, " vocab"]) -> float:
+    """Entropy in nats of the distribution that these counts make."""
+    p = counts[counts > 0].double() / counts.sum()
+    return -(p * p.log()).sum().item()
+
+
+def share_recovered(cross_entropy: float, *, zero: float, target: float) -> float:
+    """(CE_zero − CE) / (CE_zero − CE_target): 1 is the target, 0 as bad as without the sites."""
+    return (zero - cross_entropy) / (zero - target)
+
+
+MaskKind = Literal["unmasked", "masked", "stochastic", "rounded", "zero"]
+
+
+def masks_of(
+    kind: MaskKind,
+    ci: Mapping[str, Float[Tensor, "*rows _C"]],
+    uniform: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor | None]:
+    """All sites' masks of one kind: none, g, g + (1 − g) r, whether g > 0.5, or zeros.
+
+    g is clipped to [0, 1]; `uniform` draws r like the tensor it is given.
+    """
+    masks: dict[str, Tensor | None] = {}
+    for path, leaky in ci.items():
+        g = leaky.clamp(0, 1)
+        match kind:
+            case "unmasked":
+                masks[path] = None
+            case "masked":
+                masks[path] = g
+            case "stochastic":
+                masks[path] = stochastic_mask(g, uniform(g))
+            case "rounded":
+                masks[path] = (g > ROUNDING_THRESHOLD).to(g.dtype)
+            case "zero":
+                masks[path] = torch.zeros_like(g)
+    return masks
+
+
+# --- the spec --------------------------------------------------------------------------------------
+
+
+class CrossEntropyMetric(BaseConfig):
+    """Cross-entropy against the next token, KL from the target, and what the masks keep of the first.
+
+    `ce/…` of the target and with the masks `unmasked` (all subcomponents on), `masked` (g itself),
+    `stochastic`, `rounded` (g > 0.5) and `zero` (every site ablated); `ce/unigram` is the entropy of the
+    predicted tokens by their frequency in the held-out text. `kl/…` is KL(target ‖ masked). `recovered/…`
+    is the share of what zero ablation costs that is avoided; left out where that costs nothing.
+    """
+
+    type: Literal["cross_entropy"] = "cross_entropy"
+
+    def build(self, model: ComponentModel, problem: Problem) -> Metric:
+        if need_lm(problem, "metrics.cross_entropy").unembed is None:
+            raise UserError("metrics.cross_entropy: this model predicts no tokens; remove it")
+        return _CrossEntropy(model)
+
+
+class _CrossEntropy:
+    def __init__(self, model: ComponentModel) -> None:
+        self.model = model
+        self.noise: torch.Generator | None = None
+        self.ce: dict[str, float] = {}
+        self.kl: dict[str, float] = {}
+        self.counts: Tensor | None = None
+        self.n_positions = 0
+
+    def update(self, ctx: StepContext) -> None:
+        tokens = ctx.batch
+        self._count(tokens, n_vocab=ctx.target_out.shape[-1])
+        self._add(self.ce, "target", next_token_cross_entropy(ctx.target_out, tokens).sum())
+        for kind in ("unmasked", "masked", "stochastic", "rounded", "zero"):
+            logits = self.model(tokens, masks_of(kind, ctx.ci.lower, self._uniform))
+            self._add(self.ce, kind, next_token_cross_entropy(logits, tokens).sum())
+            self._add(self.kl, kind, kl_divergence(logits, ctx.target_out) * tokens.numel())
+
+    def compute(self) -> dict[str, float]:
+        assert self.counts is not None, "no batch was seen"
+        ce = {kind: total / self.counts.sum().item() for kind, total in self.ce.items()}
+        values = {f"ce/{kind}": value for kind, value in ce.items()}
+        values["ce/unigram"] = entropy_of_counts(self.counts)
+        values |= {f"kl/{kind}": total / self.n_positions for kind, total in self.kl.items()}
+        if ce["zero"] > ce["target"]:
+            for kind in ("unmasked", "masked", "stochastic", "rounded"):
+                share = share_recovered(ce[kind], zero=ce["zero"], target=ce["target"])
+                values[f"recovered/{kind}"] = share
+        return values
+
+    def _count(self, tokens: Tensor, *, n_vocab: int) -> None:
+        counts = torch.bincount(tokens[:, 1:].flatten(), minlength=n_vocab)
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.n_positions += tokens.numel()
+
+    def _uniform(self, like: Tensor) -> Tensor:
+        """The same draws in every evaluation, whatever the losses of the run."""
+        if self.noise is None:
+            self.noise = torch.Generator(device=like.device)
+            self.noise.manual_seed(derive_seed("cross_entropy", 0))
+        return torch.rand(like.shape, generator=self.noise, device=like.device, dtype=like.dtype)
+
+    @staticmethod
+    def _add(totals: dict[str, float], kind: str, value: Tensor) -> None:
+        totals[kind] = totals.get(kind, 0.0) + value.item()
