@@ -42,11 +42,24 @@ def _tms(name: str, minutes: int, expected: str, ml2r: Published) -> Experiment:
     )
 
 
+def _lm(name: str, minutes: int, expected: str) -> Experiment:
+    return Experiment(
+        module="spd.experiments.lm.lm_decomposition",
+        config=f"experiments/lm/{name}_config.yaml",
+        minutes=minutes,
+        expected=expected,
+        published={},
+    )
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "tms_5-2": _tms("tms_5-2", 8, "solved on most seeds", Published(0.993, 0.002)),
     "tms_5-2-id": _tms("tms_5-2-id", 10, "solved on most seeds", Published(0.992, 0.010)),
     "tms_40-10": _tms("tms_40-10", 70, "solved on most seeds", Published(1.010, 0.007)),
     "tms_40-10-id": _tms("tms_40-10-id", 100, "solved on most seeds", Published(1.031, 0.001)),
+    "ss_emb": _lm("ss_emb", 600, ""),
+    "pydoc_emb": _lm("pydoc_emb", 10, ""),
+    "pydoc_mlp": _lm("pydoc_mlp", 10, ""),
 }
 
 

@@ -25,7 +25,9 @@ metrics passes
 drawing
 figures
 optimize report
+reporting
 run
+report_command
 """
 LAYERS = [line.split() for line in CORE.strip().splitlines()]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line}
