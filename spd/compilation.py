@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from spd.config import UserError
+from spd.reassociation import CheapestProducts
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +21,10 @@ WORTHWHILE_STEPS = 500
 INDUCTOR_OPTIONS: dict[str, Any] = {
     "realize_opcount_threshold": 1000,
     "realize_reads_threshold": 100,
+    "joint_custom_pre_pass": CheapestProducts(),
 }
-"""Recompute rather than store: keeps tensors of shape (batch, C, hidden) out of memory."""
+"""Recompute rather than store, which keeps tensors of shape (batch, C, hidden) out of memory; matrices
+are multiplied in the cheapest order."""
 
 
 class CompiledStep:

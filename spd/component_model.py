@@ -1,7 +1,6 @@
 """A frozen target whose chosen matrices can be replaced, call by call, by masked subcomponents."""
 
 import fnmatch
-import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,9 @@ from spd.components import (
     EmbeddingSubcomponents,
     LinearSubcomponents,
     TiedSubcomponents,
+    decomposable,
     init_subcomponents_,
+    input_output_weight,
 )
 from spd.config import UserError, nearest
 from spd.data import derive_seed
@@ -81,6 +82,8 @@ class Site(nn.Module):
 
         The input vector of a token id is the row that the target's embedding has for it.
         """
+        if x.is_floating_point():
+            x = x.to(self.subcomponents.V.dtype)  # from lower precision, where the target ran in it
         if not isinstance(self.importance, InputImportance):
             return self.importance(self.subcomponents.acts(x))
         return self.importance(x if x.is_floating_point() else self.original(x))
@@ -91,13 +94,15 @@ class Site(nn.Module):
         if not self.replaced:
             return self.original(x)
         out = self.subcomponents(x, self.mask)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 class ComponentModel(nn.Module):
     """The target with a `Site` in place of every decomposed module. Changes `target` in place.
 
-    Trainable are only `V`, `U` and the importance functions: `subcomponent_parameters()`.
+    Trainable are only `V`, `U` and the importance functions: `subcomponent_parameters()`. With
+    `autocast` the target and its replaced sites run in that type where torch deems it safe; outputs and
+    importances are float32 nevertheless.
     """
 
     def __init__(
@@ -109,8 +114,10 @@ class ComponentModel(nn.Module):
         tied_sites: Sequence[tuple[str, str]] = (),
         lower_leak: LowerLeak = "both",
         seed: int = 0,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.autocast = autocast
         C_of = resolve_sites(target, sites)
         target.requires_grad_(False).eval()
         self.target = target
@@ -159,7 +166,7 @@ class ComponentModel(nn.Module):
             site.kept_inputs = kept[path]
         try:
             with torch.no_grad():
-                output = self.target(batch)
+                output = self._run_target(batch)
         finally:
             for site in self.sites.values():
                 site.kept_inputs = None
@@ -183,11 +190,17 @@ class ComponentModel(nn.Module):
             self.sites[path].replaced = True
             self.sites[path].mask = mask
         try:
-            return self.target(batch)
+            return self._run_target(batch)
         finally:
             for path in chosen:
                 self.sites[path].replaced = False
                 self.sites[path].mask = None
+
+    def _run_target(self, batch: Tensor) -> Tensor:
+        if self.autocast is None:
+            return self.target(batch)
+        with torch.autocast(batch.device.type, self.autocast):
+            return self.target(batch).float()
 
     def causal_importances(self, site_inputs: Mapping[str, Tensor]) -> CausalImportances:
         """g_c(x) of every site from what the *target* feeds to it.
@@ -200,29 +213,6 @@ class ComponentModel(nn.Module):
             lower[path] = lower_leaky_hard_sigmoid(x, self.lower_leak)
             upper[path] = upper_leaky_hard_sigmoid(x)
         return CausalImportances(lower, upper)
-
-
-def input_output_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
-    """The weight of a decomposable module as `[d_in, d_out]`, whatever its own layout.
-
-    Of an embedding with a `forward` of its own (Gemma's multiplies by a constant): what it gives out.
-    """
-    weight = module.weight
-    assert isinstance(weight, Tensor), f"{type(module).__name__} has no weight"
-    if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
-        with torch.no_grad():
-            return module(torch.arange(module.num_embeddings, device=weight.device))
-    return weight.mT if isinstance(module, nn.Linear) else weight
-
-
-def decomposable(module: nn.Module) -> bool:
-    """Whether a module is a Linear, an Embedding or GPT-2's Conv1D.
-
-    A subclass of Linear that computes something else (a quantised one, a router) is not.
-    """
-    if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward
-    return isinstance(module, nn.Embedding) or _is_conv1d(module)
 
 
 def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, int]:
@@ -260,11 +250,6 @@ def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, i
     return {path: patterns[matched[path]] for path in modules if path in matched}
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
-
-
 def _check_ties(
     target: nn.Module, C_of: Mapping[str, int], tied_sites: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
@@ -286,6 +271,11 @@ def _check_ties(
             )
         if tied in source_of or source in source_of:
             raise UserError(f"tied_sites: {tied!r} or {source!r} is tied twice")
+        if isinstance(target.get_submodule(tied), nn.Embedding):
+            raise UserError(
+                f"tied_sites: {tied!r} is an embedding, which cannot share the subcomponents of another"
+                " site; name it first"
+            )
         source_of[tied] = source
     return source_of
 
@@ -294,7 +284,7 @@ def _make_subcomponents(
     original: nn.Module, C: int, tie: Site | None, generator: torch.Generator
 ) -> LinearSubcomponents | EmbeddingSubcomponents | TiedSubcomponents:
     if tie is not None:
-        assert isinstance(tie.subcomponents, LinearSubcomponents), "ties are between linear sites"
+        assert not isinstance(tie.subcomponents, TiedSubcomponents), "its source is no tied site"
         return TiedSubcomponents(tie.subcomponents)
     weight = input_output_weight(original)
     kind = EmbeddingSubcomponents if isinstance(original, nn.Embedding) else LinearSubcomponents

@@ -1,8 +1,38 @@
-"""Rank-one subcomponents of one weight matrix, and their published initialisation."""
+"""What can be decomposed, rank-one subcomponents of one matrix, and their published initialisation."""
+
+import sys
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+
+def input_output_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
+    """The weight of a decomposable module as `[d_in, d_out]`, whatever its own layout.
+
+    Of an embedding with a `forward` of its own (Gemma's multiplies by a constant): what it gives out.
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor), f"{type(module).__name__} has no weight"
+    if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
+        with torch.no_grad():
+            return module(torch.arange(module.num_embeddings, device=weight.device))
+    return weight.mT if isinstance(module, nn.Linear) else weight
+
+
+def decomposable(module: nn.Module) -> bool:
+    """Whether a module is a Linear, an Embedding or GPT-2's Conv1D.
+
+    A subclass of Linear that computes something else (a quantised one, a router) is not.
+    """
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Embedding) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
 class LinearSubcomponents(nn.Module):
@@ -43,7 +73,8 @@ class EmbeddingSubcomponents(nn.Module):
     def forward(
         self, x: Int[Tensor, "*rows"], mask: Float[Tensor, "*rows C"] | None
     ) -> Float[Tensor, "*rows d_out"]:
-        return _masked_sum(self.acts(x), mask, self.U)
+        out = _masked_sum(self.acts(x), mask, self.U)
+        return out.to(self.U.dtype)  # autocast leaves an embedding in its own type
 
 
 class TiedSubcomponents(nn.Module):
@@ -53,7 +84,7 @@ class TiedSubcomponents(nn.Module):
     published runs alias two parameters onto one storage instead, so that Adam steps it twice.)
     """
 
-    def __init__(self, source: LinearSubcomponents) -> None:
+    def __init__(self, source: LinearSubcomponents | EmbeddingSubcomponents) -> None:
         super().__init__()
         self._source = (source,)  # in a tuple, so that the parameters are registered once
 

@@ -1,5 +1,5 @@
-"""KL divergence of logits in little memory: the vocabulary of a language model makes them the largest
-tensors of a step.
+"""D: how far a prediction is from the target's output. KL in little memory, since the logits of a
+language model are the largest tensors of a step.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,42 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from spd.problem import ReconKind
+
 CHUNK_ELEMENTS = 2**18
 """of the rows that are worked on at a time: what follows then happens in the cache of a CPU core"""
+
+
+def mean_over_rows(
+    values: Float[Tensor, "*rows"], weights: Float[Tensor, " rows"] | None = None
+) -> Float[Tensor, ""]:
+    """Mean over batch and positions; `weights`, one for each row of the batch, have mean 1."""
+    if weights is None:
+        return values.mean()
+    return (values * weights.reshape(-1, *[1] * (values.dim() - 1))).mean()
+
+
+def recon_error(
+    prediction: Float[Tensor, "*rows d"],
+    target: Float[Tensor, "*rows d"],
+    kind: ReconKind,
+    weights: Float[Tensor, " rows"] | None = None,
+) -> Float[Tensor, ""]:
+    """D: mean squared error over every element, or KL(target ‖ prediction) of logits, mean over rows."""
+    if kind == "kl":
+        return kl_divergence(prediction, target, weights)
+    if weights is None:
+        return (prediction - target).square().mean()
+    return mean_over_rows((prediction - target).square().mean(dim=-1), weights)
+
+
+def kl_divergence(
+    logits: Float[Tensor, "*rows d"],
+    target_logits: Float[Tensor, "*rows d"],
+    weights: Float[Tensor, " rows"] | None = None,
+) -> Float[Tensor, ""]:
+    """KL(target ‖ prediction) over the last axis, mean over the rest."""
+    return mean_over_rows(kl_per_row(logits, target_logits), weights)
 
 
 def kl_per_row(

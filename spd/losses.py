@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spd.component_model import ComponentModel, Site
 from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError, nearest
-from spd.divergence import kl_per_row
+from spd.divergence import kl_divergence, mean_over_rows, recon_error
 from spd.importance import CausalImportances
 from spd.problem import ReconKind
 
@@ -37,6 +37,8 @@ class StepContext(NamedTuple):
     """uniform draws in [0, 1) under `noise_key(term, sample, site)`, shaped like that site's g"""
     progress: Tensor
     """fraction of the run that is over, a 0-d tensor"""
+    row_weights: Tensor | None = None
+    """one for each row of `batch`, with mean 1: how many rows of the data it stands for; None: one each"""
     term: str = ""
     """name of the loss that is being computed"""
 
@@ -44,9 +46,13 @@ class StepContext(NamedTuple):
         """This term's noise for one mask sample and site."""
         return self.noise[noise_key(self.term, sample, site)]
 
+    def mean(self, values: Float[Tensor, "*rows"]) -> Float[Tensor, ""]:
+        """Mean over batch and positions; what every term that is a mean over the data must use."""
+        return mean_over_rows(values, self.row_weights)
+
     def error(self, prediction: Tensor) -> Float[Tensor, ""]:
         """D(prediction, target)."""
-        return recon_error(prediction, self.target_out, self.recon)
+        return recon_error(prediction, self.target_out, self.recon, self.row_weights)
 
 
 def noise_key(term: str, sample: int, site: str) -> str:
@@ -54,22 +60,6 @@ def noise_key(term: str, sample: int, site: str) -> str:
 
 
 # --- the mathematics -------------------------------------------------------------------------------
-
-
-def recon_error(
-    prediction: Float[Tensor, "*rows d"], target: Float[Tensor, "*rows d"], kind: ReconKind
-) -> Float[Tensor, ""]:
-    """D: mean squared error over every element, or KL(target ‖ prediction) of logits, mean over rows."""
-    if kind == "mse":
-        return (prediction - target).square().mean()
-    return kl_divergence(prediction, target)
-
-
-def kl_divergence(
-    logits: Float[Tensor, "*rows d"], target_logits: Float[Tensor, "*rows d"]
-) -> Float[Tensor, ""]:
-    """KL(target ‖ prediction) over the last axis, mean over the rest."""
-    return kl_per_row(logits, target_logits).mean()
 
 
 def faithfulness(sites: Mapping[str, Site]) -> Float[Tensor, ""]:
@@ -100,21 +90,27 @@ def safe_power(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
 
 
 def importance_minimality(
-    upper: Mapping[str, Float[Tensor, "*rows _C"]], pnorm: float
+    upper: Mapping[str, Float[Tensor, "*rows _C"]],
+    pnorm: float,
+    weights: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean over batch and positions of Σ_l Σ_c g^p (paper, section 2)."""
-    return torch.stack([safe_power(g, pnorm).sum(dim=-1).mean() for g in upper.values()]).sum()
+    sums = [safe_power(g, pnorm).sum(dim=-1) for g in upper.values()]
+    return torch.stack([mean_over_rows(values, weights) for values in sums]).sum()
 
 
 def schatten(
-    upper: Mapping[str, Float[Tensor, "*rows _C"]], sites: Mapping[str, Site], pnorm: float
+    upper: Mapping[str, Float[Tensor, "*rows _C"]],
+    sites: Mapping[str, Site],
+    pnorm: float,
+    weights: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, ""]:
     """Σ_l mean over batch and positions of Σ_c g^p (‖V_c‖² + ‖U_c‖²)."""
     terms = []
     for path, g in upper.items():
         parts = sites[path].subcomponents
         size = parts.V.square().sum(dim=0) + parts.U.square().sum(dim=1)
-        terms.append((safe_power(g, pnorm) * size).sum(dim=-1).mean())
+        terms.append(mean_over_rows((safe_power(g, pnorm) * size).sum(dim=-1), weights))
     return torch.stack(terms).sum()
 
 
@@ -151,7 +147,7 @@ class ImportanceMinimality(LossSpec):
     pnorm: float = Field(gt=0.0, allow_inf_nan=False)
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield importance_minimality(ctx.ci.upper, self.pnorm)
+        yield importance_minimality(ctx.ci.upper, self.pnorm, ctx.row_weights)
 
 
 class Schatten(LossSpec):
@@ -159,7 +155,7 @@ class Schatten(LossSpec):
     pnorm: float = Field(gt=0.0, allow_inf_nan=False)
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield schatten(ctx.ci.upper, ctx.model.sites, self.pnorm)
+        yield schatten(ctx.ci.upper, ctx.model.sites, self.pnorm, ctx.row_weights)
 
 
 class OutRecon(LossSpec):
@@ -258,10 +254,10 @@ class EmbeddingRecon(_Sampled):
             mask = self.masks(ctx, sample)[path]
             masked = site.subcomponents(ctx.site_inputs[path], mask)
             if self.unembed is None:
-                error = (masked - expected).square().sum(dim=-1).mean()
+                error = ctx.mean((masked - expected).square().sum(dim=-1))
             else:
                 unembed = ctx.model.target.get_submodule(self.unembed)
-                error = kl_divergence(unembed(masked), unembed(expected))
+                error = kl_divergence(unembed(masked), unembed(expected), ctx.row_weights)
             yield error / self.n_samples
 
 

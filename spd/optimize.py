@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from spd import checkpoint
+from spd.activation_checkpointing import checkpoint_layers_
 from spd.compilation import CompiledStep
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, RunError, UserError
@@ -22,6 +23,7 @@ from spd.noise import StepNoise
 from spd.passes import Passes, backward_one_by_one, passes_of
 from spd.problem import Problem, ReconKind, Resumable
 from spd.schedule import ScheduleConfig, schedule_factor
+from spd.silent_rows import SilentRows
 from spd.tracking import NullTracker, Tracker
 
 
@@ -41,6 +43,12 @@ class SPDConfig(BaseConfig):
     passes: Passes = "auto"
     """whether the masked forward passes of a step go back in one graph or `one_by_one`, with the same
     gradients: the first is faster and is what is compiled, the second needs the memory of one pass"""
+    autocast: Literal["bf16"] | None = None
+    """run the target and its replaced sites in mixed precision; importances and losses stay float32"""
+    activation_checkpointing: bool = False
+    """recompute the layers of a Hugging Face target in the backward pass; nothing is compiled then"""
+    grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """largest norm of the gradient of all parameters together"""
     metrics: Metrics = {}
     figures: Figures = {}
     figures_every: int | None = Field(default=None, ge=1)
@@ -69,25 +77,35 @@ class Objective(nn.Module):
         self.recon: ReconKind = problem.recon
         self._leading_shapes: dict[torch.Size, dict[str, torch.Size]] = {}
 
-    def context(self, batch: Tensor, progress: Tensor, noise: Noise) -> StepContext:
+    def context(
+        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
+    ) -> StepContext:
         target_out, site_inputs = self.model.target_forward(batch)
         ci = self.model.causal_importances(site_inputs)
         return StepContext(
-            self.model, batch, target_out, site_inputs, ci, self.recon, noise, progress
+            self.model,
+            batch,
+            target_out,
+            site_inputs,
+            ci,
+            self.recon,
+            noise,
+            progress,
+            row_weights,
         )
 
     def forward(
-        self, batch: Tensor, progress: Tensor, noise: Noise
+        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ coefficient × term, and what is worth logging (detached)."""
-        ctx = self.context(batch, progress, noise)
+        ctx = self.context(batch, progress, noise, row_weights)
         return self._results(ctx, loss_terms(self.losses, ctx))
 
     def backward_one_by_one(
-        self, batch: Tensor, progress: Tensor, noise: Noise
+        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """What `forward` and the backward pass of its total do, in the memory of one forward pass."""
-        ctx = self.context(batch, progress, noise)
+        ctx = self.context(batch, progress, noise, row_weights)
         _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx))
         return logged
 
@@ -98,7 +116,7 @@ class Objective(nn.Module):
         logged = {"loss/total": total.detach()}
         logged |= {f"loss/{name}": term.detach() for name, term in terms.items()}
         for path, g in ctx.ci.lower.items():
-            logged[f"l0/{path}"] = (g.detach() > L0_THRESHOLD).float().sum(dim=-1).mean()
+            logged[f"l0/{path}"] = ctx.mean((g.detach() > L0_THRESHOLD).float().sum(dim=-1))
         return total, logged
 
     def noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> StepNoise:
@@ -134,6 +152,7 @@ class Prepared(NamedTuple):
     objective: Objective
     eval_batches: list[Tensor]
     """the held-out batches, drawn once"""
+    silent_rows: SilentRows
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
@@ -149,7 +168,10 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
         tied_sites=problem.tied_sites,
         lower_leak=config.lower_leak,
         seed=config.seed,
+        autocast=torch.bfloat16 if config.autocast == "bf16" else None,
     )
+    if config.activation_checkpointing:
+        checkpoint_layers_(model)
     objective = Objective(model, config, problem)
     for spec in objective.losses.values():
         spec.check(model)
@@ -159,16 +181,25 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
             f" {len(eval_batches)}"
         )
-    if config.compile is True and passes_of(config.passes, eval_batches[0]) == "one_by_one":
+    if config.compile is True and not may_compile(config, eval_batches[0]):
         raise UserError(
-            f"compile: true compiles all passes of a step together; passes is {config.passes!r}, here"
-            " one_by_one: choose passes: together, or compile: auto"
+            "compile: true compiles all passes of a step together, as they are: it needs passes:"
+            f" together (passes is {config.passes!r}, here"
+            f" {passes_of(config.passes, eval_batches[0])}) and activation_checkpointing: false"
+            f" (it is {str(config.activation_checkpointing).lower()})"
         )
-    prepared = Prepared(problem, config, objective, eval_batches)
+    silent_rows = SilentRows(model, problem, eval_batches)
+    prepared = Prepared(problem, config, objective, eval_batches, silent_rows)
     build_metrics(prepared)
     for spec in config.figures.values():
         spec.build(model, problem)
     return prepared
+
+
+def may_compile(config: SPDConfig, batch: Tensor) -> bool:
+    """Whether a step on such batches is one graph that can be compiled."""
+    together = passes_of(config.passes, batch) == "together"
+    return together and not config.activation_checkpointing
 
 
 def optimize(problem: Problem, config: SPDConfig, tracker: Tracker | None = None) -> ComponentModel:
@@ -185,13 +216,14 @@ def run_steps(
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> ComponentModel:
     """The loop. A checkpoint holds the state before its step; one extra lap evaluates and saves last."""
-    problem, config, objective, _ = prepared
-    parameters = objective.model.subcomponent_parameters().values()
+    problem, config, objective, *_ = prepared
+    parameters = list(objective.model.subcomponent_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     state = _restore(prepared, optimizer, checkpoints) if resume and checkpoints else {}
     start = state.get("step", 0)
     together = passes_of(config.passes, prepared.eval_batches[0]) == "together"
-    setting = state.get("compiled", config.compile) if together else False
+    setting = state.get("compiled", config.compile)
+    setting = setting if may_compile(config, prepared.eval_batches[0]) else False
     step_fn = CompiledStep(objective, setting, config.steps)
     tracker.start(start, config.steps)
 
@@ -212,15 +244,18 @@ def run_steps(
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = _next_batch(problem.train_batches, step, config.steps)
+        batch, row_weights = prepared.silent_rows.merge(batch)
         noise = objective.noise(batch, stream="train", seed=config.seed, step=step)
         progress = torch.tensor(step / config.steps, device=batch.device)
 
         # ---- the training step
         if together:
-            total, terms = step_fn(batch, progress, dict(noise))
+            total, terms = step_fn(batch, progress, dict(noise), row_weights)
             total.backward()
         else:
-            terms = objective.backward_one_by_one(batch, progress, noise)
+            terms = objective.backward_one_by_one(batch, progress, noise, row_weights)
+        if config.grad_clip is not None:
+            nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # ----
@@ -239,7 +274,7 @@ def due(step: int, every: int, last: bool) -> bool:
 
 def build_metrics(prepared: Prepared) -> list[Metric]:
     """Fresh accumulators: every loss on held-out data, and what the configuration names."""
-    problem, config, objective, _ = prepared
+    problem, config, objective, *_ = prepared
     specs = [spec.build(objective.model, problem) for spec in config.metrics.values()]
     return [HeldOutLosses(objective.losses), *specs]
 
@@ -262,7 +297,7 @@ def evaluate(prepared: Prepared) -> dict[str, float]:
 @torch.no_grad()
 def draw(prepared: Prepared) -> dict[str, Figure]:
     """All figures that the configuration names, by name."""
-    problem, config, objective, _ = prepared
+    problem, config, objective, *_ = prepared
     makers = [spec.build(objective.model, problem) for spec in config.figures.values()]
     return collect(makers, eval_contexts(prepared)) if makers else {}
 

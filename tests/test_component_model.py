@@ -195,6 +195,35 @@ def test_patterns_that_cannot_be_resolved(sites: dict[str, int], message: str):
         resolve_sites(MLP(), sites)
 
 
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class ScaledRows(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return 3 * super().forward(input)
+
+
+def test_a_linear_module_that_computes_something_else_is_refused():
+    target = nn.Sequential(Doubled(2, 2), nn.Linear(2, 2))
+    assert resolve_sites(target, {"1": 2}) == {"1": 2}
+    with pytest.raises(UserError, match="'0', a Doubled; only Linear"):
+        resolve_sites(target, {"*": 2})
+
+
+def test_the_matrix_of_an_embedding_is_what_it_gives_out():
+    target = nn.Sequential(ScaledRows(4, 2))
+    site = decompose(target, {"0": 2}).sites["0"]
+    ids = torch.arange(4)
+    assert torch.equal(site.target_weight, target(ids))
+    assert torch.equal(site.target_weight, 3 * site.weight)
+    with torch.no_grad():
+        site.subcomponents.V.copy_(site.target_weight)
+        site.subcomponents.U.copy_(torch.eye(2))
+        torch.testing.assert_close(site.subcomponents(ids, None), target(ids))
+
+
 @pytest.mark.parametrize("path", ["idle", "twice"])
 def test_a_site_must_be_called_exactly_once(path: str):
     class Odd(nn.Module):
