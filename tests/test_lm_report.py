@@ -217,5 +217,9 @@ def test_a_finite_held_out_set_is_shown_once(tmp_path: Path, monkeypatch: pytest
     few = iter([next(RandomBatches(seed)) for seed in range(4)])
     prepared = prepare(replace(problem, eval_batches=few), config)
     run = make_run(tmp_path, **{"metrics.jsonl": None})
-    prepared.problem.write_report(run, prepared)  # pyright: ignore[reportAttributeAccessIssue]
+    report_on(run, prepared)
     assert data_of(run)["positions"] == 4 * 4 * 32
+    few = iter([next(RandomBatches(seed)) for seed in range(4)])
+    prepared = prepare(replace(build(config, torch.device("cpu")), eval_batches=few), config)
+    with pytest.raises(UserError, match="--batches: 5 are wanted, but .* keeps 4"):
+        report_on(run, prepared, 5)

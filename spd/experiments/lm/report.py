@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spd.component_model import ComponentModel
+from spd.config import UserError
 from spd.experiments.lm.contexts import OUTSIDE
 from spd.experiments.lm.directions import (
     Extremes,
@@ -57,10 +58,20 @@ def write_lm_report(
     tokenizer: PreTrainedTokenizerBase | None,
     unembed: str | None,
     n_batches: int,
+    at_least: int = 1,
 ) -> Path:
-    """Look at `n_batches` held-out batches, those of the evaluation first, and write the page."""
+    """Look at up to `n_batches` held-out batches, those of the evaluation first, and write the page.
+
+    `UserError` if there are less than `at_least`.
+    """
     logger.info("report: looking at up to %d held-out batches", n_batches)
-    batches = islice(chain(prepared.eval_batches, prepared.problem.eval_batches), n_batches)
+    held_out = chain(prepared.eval_batches, prepared.problem.eval_batches)
+    batches = list(islice(held_out, n_batches))  # token ids alone, a few megabytes
+    if len(batches) < at_least:
+        raise UserError(
+            f"--batches: {at_least} are wanted, but {run_dir} keeps {len(batches)} of held-out text"
+            " (its n_report_batches, or what there was)"
+        )
     gathered = gather(prepared.objective.model, batches, unembed)
     if gathered is None:
         logger.warning("report: no site is applied at every position; subcomponents are not shown")
