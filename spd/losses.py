@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from spd.component_model import ComponentModel, Site
 from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError, nearest
+from spd.divergence import kl_per_row
 from spd.importance import CausalImportances
 from spd.problem import ReconKind
 
@@ -44,6 +44,10 @@ class StepContext(NamedTuple):
         """This term's noise for one mask sample and site."""
         return self.noise[noise_key(self.term, sample, site)]
 
+    def error(self, prediction: Tensor) -> Float[Tensor, ""]:
+        """D(prediction, target)."""
+        return recon_error(prediction, self.target_out, self.recon)
+
 
 def noise_key(term: str, sample: int, site: str) -> str:
     return f"{term}.{sample}.{site}"
@@ -65,9 +69,7 @@ def kl_divergence(
     logits: Float[Tensor, "*rows d"], target_logits: Float[Tensor, "*rows d"]
 ) -> Float[Tensor, ""]:
     """KL(target ‖ prediction) over the last axis, mean over the rest."""
-    log_q = F.log_softmax(logits, dim=-1)
-    log_p = F.log_softmax(target_logits, dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
+    return kl_per_row(logits, target_logits).mean()
 
 
 def faithfulness(sites: Mapping[str, Site]) -> Float[Tensor, ""]:
@@ -130,7 +132,7 @@ class LossSpec(BaseConfig):
         return 0
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        """0-d tensors whose sum is the (unweighted) term."""
+        """0-d tensors whose sum is the (unweighted) term; they share no graph but that of `ctx.ci`."""
         raise NotImplementedError
 
     def check(self, model: ComponentModel) -> None:
@@ -166,7 +168,7 @@ class OutRecon(LossSpec):
     type: Literal["out_recon"] = "out_recon"
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield recon_error(ctx.model(ctx.batch), ctx.target_out, ctx.recon)
+        yield ctx.error(ctx.model(ctx.batch))
 
 
 class Recon(LossSpec):
@@ -175,7 +177,7 @@ class Recon(LossSpec):
     type: Literal["recon"] = "recon"
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield recon_error(ctx.model(ctx.batch, ctx.ci.lower), ctx.target_out, ctx.recon)
+        yield ctx.error(ctx.model(ctx.batch, ctx.ci.lower))
 
 
 class ReconLayerwise(LossSpec):
@@ -185,8 +187,7 @@ class ReconLayerwise(LossSpec):
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for path, g in ctx.ci.lower.items():
-            out = ctx.model(ctx.batch, {path: g})
-            yield recon_error(out, ctx.target_out, ctx.recon) / len(ctx.ci.lower)
+            yield ctx.error(ctx.model(ctx.batch, {path: g})) / len(ctx.ci.lower)
 
 
 class _Sampled(LossSpec):
@@ -197,9 +198,10 @@ class _Sampled(LossSpec):
         return self.n_samples
 
     def masks(self, ctx: StepContext, sample: int) -> Masks:
-        return {
-            path: stochastic_mask(g, ctx.uniform(sample, path)) for path, g in ctx.ci.lower.items()
-        }
+        return {path: self.mask(ctx, sample, path) for path in ctx.ci.lower}
+
+    def mask(self, ctx: StepContext, sample: int, path: str) -> Tensor:
+        return stochastic_mask(ctx.ci.lower[path], ctx.uniform(sample, path))
 
 
 class StochasticRecon(_Sampled):
@@ -209,8 +211,7 @@ class StochasticRecon(_Sampled):
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for sample in range(self.n_samples):
-            out = ctx.model(ctx.batch, self.masks(ctx, sample))
-            yield recon_error(out, ctx.target_out, ctx.recon) / self.n_samples
+            yield ctx.error(ctx.model(ctx.batch, self.masks(ctx, sample))) / self.n_samples
 
 
 class StochasticReconLayerwise(_Sampled):
@@ -220,9 +221,9 @@ class StochasticReconLayerwise(_Sampled):
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for sample in range(self.n_samples):
-            for path, mask in self.masks(ctx, sample).items():
-                out = ctx.model(ctx.batch, {path: mask})
-                error = recon_error(out, ctx.target_out, ctx.recon)
+            for path in ctx.ci.lower:
+                masks = {path: self.mask(ctx, sample, path)}
+                error = ctx.error(ctx.model(ctx.batch, masks))
                 yield error / (self.n_samples * len(ctx.ci.lower))
 
 

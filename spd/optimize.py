@@ -14,11 +14,12 @@ from spd import checkpoint
 from spd.compilation import CompiledStep
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, RunError, UserError
-from spd.data import derive_seed
 from spd.figures import Figure, Figures
 from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
 from spd.losses import Losses, Noise, StepContext, loss_terms, noise_key
 from spd.metrics import L0_THRESHOLD, HeldOutLosses, Metric, Metrics, collect
+from spd.noise import StepNoise
+from spd.passes import Passes, backward_one_by_one, passes_of
 from spd.problem import Problem, ReconKind, Resumable
 from spd.schedule import ScheduleConfig, schedule_factor
 from spd.tracking import NullTracker, Tracker
@@ -37,6 +38,9 @@ class SPDConfig(BaseConfig):
     lr_schedule: ScheduleConfig = ScheduleConfig()
     seed: int = Field(default=0, ge=0)
     compile: Literal["auto"] | bool = "auto"
+    passes: Passes = "auto"
+    """whether the masked forward passes of a step go back in one graph or `one_by_one`, with the same
+    gradients: the first is faster and is what is compiled, the second needs the memory of one pass"""
     metrics: Metrics = {}
     figures: Figures = {}
     figures_every: int | None = Field(default=None, ge=1)
@@ -77,7 +81,19 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ coefficient × term, and what is worth logging (detached)."""
         ctx = self.context(batch, progress, noise)
-        terms = loss_terms(self.losses, ctx)
+        return self._results(ctx, loss_terms(self.losses, ctx))
+
+    def backward_one_by_one(
+        self, batch: Tensor, progress: Tensor, noise: Noise
+    ) -> dict[str, Tensor]:
+        """What `forward` and the backward pass of its total do, in the memory of one forward pass."""
+        ctx = self.context(batch, progress, noise)
+        _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx))
+        return logged
+
+    def _results(
+        self, ctx: StepContext, terms: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         total = torch.stack([self.losses[name].coeff * term for name, term in terms.items()]).sum()
         logged = {"loss/total": total.detach()}
         logged |= {f"loss/{name}": term.detach() for name, term in terms.items()}
@@ -85,18 +101,19 @@ class Objective(nn.Module):
             logged[f"l0/{path}"] = (g.detach() > L0_THRESHOLD).float().sum(dim=-1).mean()
         return total, logged
 
-    def draw_noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> dict[str, Tensor]:
+    def noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> StepNoise:
         """All uniform draws of one step; each depends on (stream, seed, step, term, sample, site) alone."""
-        generator = torch.Generator(device=batch.device)
-        noise = {}
-        for term, spec in self.losses.items():
-            for sample in range(spec.n_noise_samples):
-                for path, rows in self._rows(batch).items():
-                    key = noise_key(term, sample, path)
-                    generator.manual_seed(derive_seed(stream, seed, step, key))
-                    shape = (*rows, self.model.sites[path].C)
-                    noise[key] = torch.rand(shape, generator=generator, device=batch.device)
-        return noise
+        shapes = {
+            noise_key(term, sample, path): torch.Size((*rows, self.model.sites[path].C))
+            for term, spec in self.losses.items()
+            for sample in range(spec.n_noise_samples)
+            for path, rows in self._rows(batch).items()
+        }
+        return StepNoise(shapes, batch.device, stream=stream, seed=seed, step=step)
+
+    def draw_noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> dict[str, Tensor]:
+        """The same, all at once."""
+        return dict(self.noise(batch, stream=stream, seed=seed, step=step))
 
     def _rows(self, batch: Tensor) -> dict[str, torch.Size]:
         """The shape of each site's importances without C, found by one forward pass per batch shape."""
@@ -142,6 +159,11 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
             f" {len(eval_batches)}"
         )
+    if config.compile is True and passes_of(config.passes, eval_batches[0]) == "one_by_one":
+        raise UserError(
+            f"compile: true compiles all passes of a step together; passes is {config.passes!r}, here"
+            " one_by_one: choose passes: together, or compile: auto"
+        )
     prepared = Prepared(problem, config, objective, eval_batches)
     build_metrics(prepared)
     for spec in config.figures.values():
@@ -168,7 +190,9 @@ def run_steps(
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     state = _restore(prepared, optimizer, checkpoints) if resume and checkpoints else {}
     start = state.get("step", 0)
-    step_fn = CompiledStep(objective, state.get("compiled", config.compile), config.steps)
+    together = passes_of(config.passes, prepared.eval_batches[0]) == "together"
+    setting = state.get("compiled", config.compile) if together else False
+    step_fn = CompiledStep(objective, setting, config.steps)
     tracker.start(start, config.steps)
 
     for step in range(start, config.steps + 1):
@@ -188,12 +212,15 @@ def run_steps(
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = _next_batch(problem.train_batches, step, config.steps)
-        noise = objective.draw_noise(batch, stream="train", seed=config.seed, step=step)
+        noise = objective.noise(batch, stream="train", seed=config.seed, step=step)
         progress = torch.tensor(step / config.steps, device=batch.device)
 
         # ---- the training step
-        total, terms = step_fn(batch, progress, noise)
-        total.backward()
+        if together:
+            total, terms = step_fn(batch, progress, dict(noise))
+            total.backward()
+        else:
+            terms = objective.backward_one_by_one(batch, progress, noise)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # ----
@@ -221,7 +248,7 @@ def eval_contexts(prepared: Prepared) -> Iterator[StepContext]:
     """Everything the metrics and figures may look at, for each held-out batch."""
     config, objective = prepared.config, prepared.objective
     for index, batch in enumerate(prepared.eval_batches):
-        noise = objective.draw_noise(batch, stream="eval", seed=config.seed, step=index)
+        noise = objective.noise(batch, stream="eval", seed=config.seed, step=index)
         yield objective.context(batch, torch.tensor(1.0, device=batch.device), noise)
 
 

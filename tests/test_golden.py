@@ -101,12 +101,17 @@ def grad_key(parameter: str) -> str:
     raise AssertionError(f"unexpected parameter {parameter}")
 
 
-def check_case(path: Path, *, compiled: bool) -> None:
+def check_case(path: Path, *, compiled: bool = False, one_by_one: bool = False) -> None:
     case, tensors = read_case(path)
     objective = build_objective(case, tensors)
-    step = torch.compile(objective, fullgraph=True, dynamic=False) if compiled else objective
-    total, terms = step(tensors["batch"], torch.tensor(0.0), noise_of(tensors))
-    total.backward()
+    arguments = (tensors["batch"], torch.tensor(0.0), noise_of(tensors))
+    if one_by_one:
+        terms = objective.backward_one_by_one(*arguments)
+        total = terms["loss/total"]
+    else:
+        step = torch.compile(objective, fullgraph=True, dynamic=False) if compiled else objective
+        total, terms = step(*arguments)
+        total.backward()
 
     expected = {
         f"loss/{TERM_OF_COEFF.get(name, name)}": terms[f"loss/{name}"] for name in objective.losses
@@ -126,7 +131,12 @@ def check_case(path: Path, *, compiled: bool) -> None:
 
 @pytest.mark.parametrize("path", by_kind("losses"), ids=lambda path: path.stem)
 def test_terms_and_gradients(path: Path) -> None:
-    check_case(path, compiled=False)
+    check_case(path)
+
+
+@pytest.mark.parametrize("path", by_kind("losses"), ids=lambda path: path.stem)
+def test_terms_and_gradients_one_pass_after_another(path: Path) -> None:
+    check_case(path, one_by_one=True)
 
 
 @pytest.mark.slow

@@ -17,11 +17,11 @@ SPD = settings.PACKAGE_DIR
 # A module imports only from lines above its own; those on one line do not know each other.
 # Experiments stand below all of them, their shared modules above the folders.
 CORE = """
-settings config components problem __init__
+settings config components divergence problem __init__
 compilation command provenance registry run_files schedule importance data checkpoint
-component_model results tracking
+component_model noise results tracking
 losses
-metrics
+metrics passes
 drawing
 figures
 optimize report

@@ -121,9 +121,11 @@ def pydoc_documents() -> list[str]:
     seen: set[str] = set()
     documents = []
     for text in sorted(topics.values(), key=lambda text: (len(text), text)):
-        paragraphs = re.split(r"\n\s*\n", text)
-        fresh = [part for part in paragraphs if part.strip() and part.strip() not in seen]
-        seen.update(part.strip() for part in paragraphs)
+        fresh = []
+        for paragraph in re.split(r"\n\s*\n", text):
+            if paragraph.strip() and paragraph.strip() not in seen:
+                seen.add(paragraph.strip())
+                fresh.append(paragraph)
         if fresh:
             documents.append("\n\n".join(fresh))
     return documents

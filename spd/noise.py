@@ -1,0 +1,39 @@
+"""The uniform draws that stochastic masks are made of."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from spd.data import derive_seed
+
+
+class StepNoise(Mapping[str, Tensor]):
+    """All uniform draws in [0, 1) of one step by name, each made anew when it is asked for.
+
+    A draw depends on (stream, seed, step) and its name alone, not on what else is drawn or in which
+    order, so that a caller holds only what it needs at a time. `dict(noise)` holds all of them.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        device: torch.device,
+        *,
+        stream: str,
+        seed: int,
+        step: int,
+    ) -> None:
+        self.shapes = shapes
+        self.place = (stream, seed, step)
+        self.generator = torch.Generator(device=device)
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.generator.manual_seed(derive_seed(*self.place, key))
+        return torch.rand(self.shapes[key], generator=self.generator, device=self.generator.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
