@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from spd import report_command
 from spd.config import UserError
+from spd.experiments.lm.directions import look_around, token_directions
 from spd.experiments.lm.report import (
     gather,
     inline_json,
     page_data,
+    readable_tokens,
     token_text,
     write_subcomponents,
 )
@@ -26,6 +28,7 @@ from spd.reporting import report_on
 from spd.run import load_run, resume, start
 from tests.little_lm import (
     AWKWARD,
+    VOCAB,
     LittleConfig,
     RandomBatches,
     awkward_tokenizer,
@@ -208,6 +211,27 @@ def test_tokens_as_text():
     assert token_text(tokenizer, 1) == "ing"
     assert token_text(tokenizer, 9) == "#9"
     assert token_text(None, 3) == "#3"
+
+
+def test_bytes_that_are_no_text_do_not_head_the_lists():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_alone = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    bytes_alone.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_alone)
+    readable = readable_tokens(tokenizer, 300)
+    texts = {token_text(tokenizer, token) for token in readable.nonzero().flatten().tolist()}
+    assert texts == {"\t", "\n", *map(chr, range(32, 127))}
+    assert readable_tokens(None, 3).all()
+    model = decomposed(little_model("llama"), {"lm_head": 4})
+    around = look_around(model, next(RandomBatches(0)), "lm_head")
+    assert around is not None
+    few = torch.arange(VOCAB) % 9 == 2
+    found = token_directions(
+        model, "lm_head", torch.arange(4), around, n=9, sign=torch.ones(4), readable=few
+    )
+    for extremes in found.values():
+        assert set(extremes.highest.flatten().tolist()) == set(few.nonzero().flatten().tolist())
+        assert torch.equal(extremes.highest, extremes.lowest.flip(1))
 
 
 def test_a_finite_held_out_set_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

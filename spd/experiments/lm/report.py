@@ -7,13 +7,14 @@ import base64
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from markupsafe import Markup
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 TEMPLATE, SCRIPT = "lm_report.html.j2", "lm_report.js"
 N_TOKENS, N_COMPANIONS = 10, 8
+NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]")
 MIN_COUNT = 5
 """a token seen less often has no mean importance worth showing"""
 
@@ -144,14 +146,16 @@ def page_data(
     texts = TokenTexts(tokenizer)
     words = _token_lists(statistics, alive, texts)
     contexts = _context_lists(statistics, alive, texts)
+    around = gathered.around
+    readable = None if around is None else readable_tokens(tokenizer, around.n_vocab)
     sites, rows, start = [], [], 0
     for index, (path, C) in enumerate(gathered.C_of.items()):
         own = [c for c in range(start, start + C) if c in row_of]
         columns = torch.tensor([c - start for c in own], dtype=torch.long)
         sign = torch.where(statistics.positive[own] < 0.5, -1.0, 1.0)
         found = (
-            token_directions(model, path, columns, gathered.around, n=N_TOKENS, sign=sign)
-            if gathered.around is not None and own
+            token_directions(model, path, columns, around, n=N_TOKENS, sign=sign, readable=readable)
+            if around is not None and own
             else {}
         )
         for place, (c, column) in enumerate(zip(own, columns.tolist(), strict=True)):
@@ -172,8 +176,8 @@ def page_data(
                 }
             )
         site = {"name": path, "C": C, "alive": len(own)}
-        if gathered.around is not None:
-            site |= gathered.around.places[path]._asdict()
+        if around is not None:
+            site |= around.places[path]._asdict()
         sites.append(site)
         start += C
     return {
@@ -216,6 +220,22 @@ def token_text(tokenizer: PreTrainedTokenizerBase | None, token: int) -> str:
     if "\ufffd" in text or not text:  # a part of a character
         return piece
     return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
+
+
+def readable_tokens(tokenizer: PreTrainedTokenizerBase | None, n: int) -> Bool[Tensor, " n"]:
+    """Which of n token ids are text by themselves: no part of a character, no control character.
+
+    Bytes that a tokenizer knows and no text has used make up most of such tokens; their vectors were
+    never trained and would head every list. All, if none were left or there is no tokenizer.
+    """
+    if tokenizer is None:
+        return torch.ones(n, dtype=torch.bool)
+    texts = tokenizer.batch_decode([[token] for token in range(min(n, len(tokenizer)))])
+    readable = torch.zeros(n, dtype=torch.bool)
+    readable[: len(texts)] = torch.tensor(
+        [text != "" and not NO_TEXT.search(text) for text in texts]
+    )
+    return readable if readable.any() else torch.ones(n, dtype=torch.bool)
 
 
 # --- one subcomponent's entries ------------------------------------------------------------------
