@@ -18,10 +18,9 @@ from spd.experiments.lm.report import (
     gather,
     inline_json,
     page_data,
-    readable_tokens,
-    token_text,
     write_subcomponents,
 )
+from spd.experiments.lm.token_texts import readable_tokens, token_text
 from spd.optimize import prepare
 from spd.problem import Problem
 from spd.reporting import report_on

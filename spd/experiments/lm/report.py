@@ -7,14 +7,13 @@ import base64
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from markupsafe import Markup
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +28,7 @@ from spd.experiments.lm.directions import (
     token_directions,
 )
 from spd.experiments.lm.statistics import Statistics, SubcomponentStatistics
+from spd.experiments.lm.token_texts import TokenTexts, readable_tokens
 from spd.optimize import Prepared
 from spd.report import report_contents, write_page, write_report
 
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 TEMPLATE, SCRIPT = "lm_report.html.j2", "lm_report.js"
 N_TOKENS, N_COMPANIONS = 10, 8
-NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]")
 MIN_COUNT = 5
 """a token seen less often has no mean importance worth showing"""
 
@@ -194,48 +193,6 @@ def inline_json(value: Any) -> Markup:
     """JSON that may stand inside a `<script>` element, whatever text it holds."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
-
-
-class TokenTexts:
-    """The text of each token that is shown, and the place of each in one list."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.tokenizer = tokenizer
-        self.texts: list[str] = []
-        self.place: dict[int, int] = {}
-
-    def __call__(self, token: int) -> int:
-        if token not in self.place:
-            self.place[token] = len(self.texts)
-            self.texts.append(token_text(self.tokenizer, token))
-        return self.place[token]
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase | None, token: int) -> str:
-    """A token as text, with the space that it begins with; `#7` where there is no text for it."""
-    if tokenizer is None or token >= len(tokenizer):
-        return f"#{token}"
-    piece = str(tokenizer.convert_ids_to_tokens(token))
-    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    if "\ufffd" in text or not text:  # a part of a character
-        return piece
-    return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
-
-
-def readable_tokens(tokenizer: PreTrainedTokenizerBase | None, n: int) -> Bool[Tensor, " n"]:
-    """Which of n token ids are text by themselves: no part of a character, no control character.
-
-    Bytes that a tokenizer knows and no text has used make up most of such tokens; their vectors were
-    never trained and would head every list. All, if none were left or there is no tokenizer.
-    """
-    if tokenizer is None:
-        return torch.ones(n, dtype=torch.bool)
-    texts = tokenizer.batch_decode([[token] for token in range(min(n, len(tokenizer)))])
-    readable = torch.zeros(n, dtype=torch.bool)
-    readable[: len(texts)] = torch.tensor(
-        [text != "" and not NO_TEXT.search(text) for text in texts]
-    )
-    return readable if readable.any() else torch.ones(n, dtype=torch.bool)
 
 
 # --- one subcomponent's entries ------------------------------------------------------------------
