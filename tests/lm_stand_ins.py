@@ -1,7 +1,7 @@
 """Stand-ins on disk for what the hub holds: a model, its tokenizer and a data set, laid out as there."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def tiny_stories_neo() -> GPTNeoForCausalLM:
 
 
 def save_data_set(
-    directory: Path, splits: dict[str, Sequence[str]], *, column: str, n_shards: int = 1
+    directory: Path, splits: Mapping[str, Sequence[str]], *, column: str, n_shards: int = 1
 ) -> Path:
     """Parquet files as the hub lays them out: data/<split>-00000-of-00002.parquet, …"""
     for split, texts in splits.items():

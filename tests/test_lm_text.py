@@ -28,7 +28,8 @@ def config(source: str | Path, **changes: Any) -> TextConfig:
 
 
 def texts(documents: Documents, column: str = "text") -> list[str]:
-    return [row[column] for row in documents]
+    rows: Any = documents
+    return [row[column] for row in rows]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

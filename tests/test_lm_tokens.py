@@ -53,7 +53,7 @@ def test_every_document_is_tokenised_alone_and_ends_with_the_end_token():
     end = end_token_id(tokenizer)
     texts = ["the cat sat", "", "a big dog ran"]
     documents = datasets.Dataset.from_dict({"text": texts})
-    words = [tokenizer.convert_tokens_to_ids(text.split()) for text in texts]
+    words = [[tokenizer.get_vocab()[word] for word in text.split()] for text in texts]
     joined = [*words[0], end, *words[2], end]
     assert pack(documents, config(), tokenizer).tolist() == [joined[:4], joined[4:8]]
 
@@ -180,8 +180,8 @@ def test_a_restored_position_goes_on_with_the_same_batches(
     make: Any, position: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("spd.experiments.lm.streaming.DOCUMENTS_AT_ONCE", 4)
-    batches = make()
-    assert isinstance(batches, Resumable)
+    batches: PackedBatches | StreamedBatches = make()
+    assert isinstance(make(), Resumable)
     for _ in range(position):
         next(batches)
     file = io.BytesIO()

@@ -108,7 +108,8 @@ def _text(config: LMConfig, loaded: LoadedTarget) -> TextConfig:
             f"data: a value is required: target {config.target!r} was not trained here, so its text is"
             " not known"
         )
-    longest = getattr(loaded.model.inner.config, "max_position_embeddings", None)
+    known = getattr(loaded.model.inner, "config", None)
+    longest = getattr(known, "max_position_embeddings", None)
     if isinstance(longest, int) and text.context_length > longest:
         raise UserError(
             f"data.context_length: {text.context_length} is more than the {longest} positions that the"

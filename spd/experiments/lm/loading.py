@@ -72,8 +72,8 @@ def load_lm(wanted: Wanted, device: torch.device, *, folders: tuple[Path, ...]) 
     model_class = import_class(wanted.model_class)
     origin = find_target(wanted, device, folders)
     inner = _load_model(model_class, origin, wanted)
-    if getattr(inner.config, "use_cache", None):
-        inner.config.use_cache = False
+    if getattr(getattr(inner, "config", None), "use_cache", False):
+        inner.config.use_cache = False  # keys and values kept for generation would only fill memory
     inner = inner.requires_grad_(False).eval().to(device)
     model = TokenModel(inner, wanted.output).eval()
     check_output(model, torch.zeros((1, 2), dtype=torch.long, device=device))
@@ -118,8 +118,8 @@ def import_class(path: str) -> Any:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"model_class: {path!r} cannot be imported: {error}") from None
-    if not hasattr(found, "from_pretrained"):
-        raise UserError(f"model_class: {path!r} has no from_pretrained")
+    if not (isinstance(found, type) and callable(getattr(found, "from_pretrained", None))):
+        raise UserError(f"model_class: {path!r} is no class with from_pretrained")
     return found
 
 
@@ -142,13 +142,15 @@ def save_copy(
 ) -> None:
     """Write into `directory` what `load_lm` needs to load this target again.
 
-    Larger weights are not copied: then the record of where they come from must do.
+    Larger weights, and those of a class that cannot save them, are not copied: then the record of
+    where they come from must do.
     """
     directory.mkdir(parents=True)
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    if n_bytes <= max_megabytes * 2**20:
-        with original_modules(model) as inner:
-            inner.save_pretrained(directory)  # pyright: ignore[reportCallIssue]
+    save: Any = getattr(model.inner, "save_pretrained", None)
+    if save is not None and n_bytes <= max_megabytes * 2**20:
+        with original_modules(model):
+            save(directory)
     else:
         logger.info(
             "target: %.0f MB are not copied into the run (copy_target_mb: %d); it will be loaded from"
@@ -163,13 +165,13 @@ def save_copy(
 
 
 @contextmanager
-def original_modules(model: TokenModel) -> Iterator[nn.Module]:
-    """The model as it was before any of its modules became sites, for as long as that is needed."""
+def original_modules(model: TokenModel) -> Iterator[None]:
+    """Put back the modules whose places sites have taken, for as long as that is needed."""
     sites = {path: module for path, module in model.named_modules() if isinstance(module, Site)}
     for path, site in sites.items():
         model.set_submodule(path, site.original)
     try:
-        yield model.inner
+        yield
     finally:
         for path, site in sites.items():
             model.set_submodule(path, site)
@@ -221,10 +223,13 @@ def _load_tokenizer(origin: Origin, wanted: Wanted) -> PreTrainedTokenizerBase |
             if reference == origin.reference
             else hub_commit(reference, "model", None, "tokenizer")
         )
+    arguments = {} if revision is None else {"revision": revision}
     try:
-        return AutoTokenizer.from_pretrained(
-            reference, **({} if revision is None else {"revision": revision})
-        )
+        tokenizer = AutoTokenizer.from_pretrained(reference, **arguments)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            # what the library makes up where a model's own tokenizer is missing
+            raise ValueError("it has no files there")
+        return tokenizer
     except Exception as error:  # the library raises whatever its converters do
         if not wanted.needs_tokenizer and wanted.tokenizer is None:
             return None
