@@ -17,7 +17,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "runs", nargs="+", metavar="RUN", help="run directory or wandb:entity/project/run"
     )
     parser.add_argument(
-        "--batches", type=int, metavar="N", help="held-out batches that a language model is shown"
+        "--batches",
+        type=int,
+        metavar="N",
+        help="held-out batches that a language model is shown, of those that its run keeps",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args(argv)

@@ -8,24 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from spd import report_command
 from spd.config import UserError
+from spd.experiments.lm.directions import look_around, token_directions
 from spd.experiments.lm.report import (
     gather,
     inline_json,
     page_data,
-    token_text,
     write_subcomponents,
 )
+from spd.experiments.lm.token_texts import readable_tokens, token_text
 from spd.optimize import prepare
 from spd.problem import Problem
 from spd.reporting import report_on
 from spd.run import load_run, resume, start
 from tests.little_lm import (
     AWKWARD,
+    VOCAB,
     LittleConfig,
     RandomBatches,
     awkward_tokenizer,
@@ -55,7 +57,7 @@ def run_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return start(little_config(), build)
 
 
-def test_a_run_ends_with_the_page_and_the_command_writes_the_same_again(
+def test_a_run_ends_with_the_page_a_resumed_one_too_and_the_command_writes_it_anew(
     run: Path, capsys: pytest.CaptureFixture[str]
 ):
     data = data_of(run)
@@ -63,10 +65,8 @@ def test_a_run_ends_with_the_page_and_the_command_writes_the_same_again(
     assert [site["name"] for site in data["sites"]] == list(load_run(run).model.sites)
     assert {row["c"] for row in data["rows"]} <= set(range(6))
     capsys.readouterr()
-    report_command.main([str(run)])
-    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
-    assert data_of(run) == data
     report_command.main([str(run), "--batches", "2"])
+    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
     assert data_of(run)["positions"] == 2 * 4 * 32
     resume(LittleConfig, build, run)
     assert data_of(run) == data
@@ -210,6 +210,27 @@ def test_tokens_as_text():
     assert token_text(None, 3) == "#3"
 
 
+def test_bytes_that_are_no_text_do_not_head_the_lists():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_alone = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    bytes_alone.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_alone)
+    readable = readable_tokens(tokenizer, 300)
+    texts = {token_text(tokenizer, token) for token in readable.nonzero().flatten().tolist()}
+    assert texts == {"\t", "\n", *map(chr, range(32, 127))}
+    assert readable_tokens(None, 3).all()
+    model = decomposed(little_model("llama"), {"lm_head": 4})
+    around = look_around(model, next(RandomBatches(0)), "lm_head")
+    assert around is not None
+    few = torch.arange(VOCAB) % 9 == 2
+    found = token_directions(
+        model, "lm_head", torch.arange(4), around, n=9, sign=torch.ones(4), readable=few
+    )
+    for extremes in found.values():
+        assert set(extremes.highest.flatten().tolist()) == set(few.nonzero().flatten().tolist())
+        assert torch.equal(extremes.highest, extremes.lowest.flip(1))
+
+
 def test_a_finite_held_out_set_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path))
     config = little_config(n_report_batches=50)
@@ -217,5 +238,9 @@ def test_a_finite_held_out_set_is_shown_once(tmp_path: Path, monkeypatch: pytest
     few = iter([next(RandomBatches(seed)) for seed in range(4)])
     prepared = prepare(replace(problem, eval_batches=few), config)
     run = make_run(tmp_path, **{"metrics.jsonl": None})
-    prepared.problem.write_report(run, prepared)  # pyright: ignore[reportAttributeAccessIssue]
+    report_on(run, prepared)
     assert data_of(run)["positions"] == 4 * 4 * 32
+    few = iter([next(RandomBatches(seed)) for seed in range(4)])
+    prepared = prepare(replace(build(config, torch.device("cpu")), eval_batches=few), config)
+    with pytest.raises(UserError, match="--batches: 5 are wanted, but .* keeps 4"):
+        report_on(run, prepared, 5)

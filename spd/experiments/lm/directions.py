@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, Site, input_output_weight
@@ -37,6 +37,12 @@ class Surroundings(NamedTuple):
     embedding: Float[Tensor, "vocab width"]
     unembedding: Float[Tensor, "width vocab"] | None
     """what a change of the final residual stream does to the logits: with the last norm's gain"""
+
+    @property
+    def n_vocab(self) -> int:
+        """Token ids are below it."""
+        n_out = 0 if self.unembedding is None else self.unembedding.shape[1]
+        return max(len(self.embedding), n_out)
 
 
 class Extremes(NamedTuple):
@@ -127,10 +133,14 @@ def _gain(norm: nn.Module, like: Float[Tensor, "batch position width"]) -> Float
     return ((norm(ones) - norm(-ones)) / 2 * ones).flatten()
 
 
-def token_extremes(scores: Float[Tensor, "C vocab"], n: int) -> Extremes:
-    n = min(n, scores.shape[1])
+def token_extremes(
+    scores: Float[Tensor, "C vocab"], n: int, readable: Bool[Tensor, " vocab"]
+) -> Extremes:
+    """Among the tokens that are readable."""
+    (tokens,) = readable.nonzero(as_tuple=True)
+    scores, n = scores[:, tokens], min(n, len(tokens))
     highest, lowest = scores.topk(n, dim=1), scores.topk(n, dim=1, largest=False)
-    return Extremes(highest.indices, highest.values, lowest.indices, lowest.values)
+    return Extremes(tokens[highest.indices], highest.values, tokens[lowest.indices], lowest.values)
 
 
 @torch.no_grad()
@@ -142,22 +152,29 @@ def token_directions(
     *,
     n: int,
     sign: Float[Tensor, " some"],
+    readable: Bool[Tensor, " vocab"] | None = None,
 ) -> dict[str, Extremes]:
     """`reads`: the inner activation if nothing but the token's embedding were in the stream.
 
     `writes`: what U_c adds to each token's logit, for an inner activation of 1. Both multiplied by
-    `sign`; what makes no sense for the site (see `Place`) is left out.
+    `sign`; what makes no sense for the site (see `Place`) is left out. `readable`: which tokens may be
+    named; None: all.
     """
     subcomponents, place = model.sites[path].subcomponents, around.places[path]
     V, U = subcomponents.V[:, columns], subcomponents.U[columns]
     signs = sign.to(V.device)[:, None]
-    found = {}
+    if readable is None:
+        readable = torch.ones(around.n_vocab, dtype=torch.bool)
+    scores = {}
     if place.reads == "tokens":
-        found["reads"] = token_extremes(V.mT * signs, n)
+        scores["reads"] = V.mT
     elif place.reads == "stream":
-        found["reads"] = token_extremes((around.norms[path](around.embedding) @ V).mT * signs, n)
+        scores["reads"] = (around.norms[path](around.embedding) @ V).mT
     if place.writes == "logits":
-        found["writes"] = token_extremes(U * signs, n)
+        scores["writes"] = U
     elif place.writes == "stream" and around.unembedding is not None:
-        found["writes"] = token_extremes((U @ around.unembedding) * signs, n)
-    return found
+        scores["writes"] = U @ around.unembedding
+    readable = readable.to(V.device)
+    return {
+        name: token_extremes(x * signs, n, readable[: x.shape[1]]) for name, x in scores.items()
+    }

@@ -41,6 +41,7 @@ class LMProblem(Problem):
             tokenizer=self.tokenizer,
             unembed=self.unembed,
             n_batches=n_batches or self.n_report_batches,
+            at_least=n_batches or 1,
         )
 
 

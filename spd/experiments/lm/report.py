@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spd.component_model import ComponentModel
+from spd.config import UserError
 from spd.experiments.lm.contexts import OUTSIDE
 from spd.experiments.lm.directions import (
     Extremes,
@@ -27,6 +28,7 @@ from spd.experiments.lm.directions import (
     token_directions,
 )
 from spd.experiments.lm.statistics import Statistics, SubcomponentStatistics
+from spd.experiments.lm.token_texts import TokenTexts, readable_tokens
 from spd.optimize import Prepared
 from spd.report import report_contents, write_page, write_report
 
@@ -57,10 +59,20 @@ def write_lm_report(
     tokenizer: PreTrainedTokenizerBase | None,
     unembed: str | None,
     n_batches: int,
+    at_least: int = 1,
 ) -> Path:
-    """Look at `n_batches` held-out batches, those of the evaluation first, and write the page."""
+    """Look at up to `n_batches` held-out batches, those of the evaluation first, and write the page.
+
+    `UserError` if there are less than `at_least`.
+    """
     logger.info("report: looking at up to %d held-out batches", n_batches)
-    batches = islice(chain(prepared.eval_batches, prepared.problem.eval_batches), n_batches)
+    held_out = chain(prepared.eval_batches, prepared.problem.eval_batches)
+    batches = list(islice(held_out, n_batches))  # token ids alone, a few megabytes
+    if len(batches) < at_least:
+        raise UserError(
+            f"--batches: {at_least} are wanted, but {run_dir} keeps {len(batches)} of held-out text"
+            " (its n_report_batches, or what there was)"
+        )
     gathered = gather(prepared.objective.model, batches, unembed)
     if gathered is None:
         logger.warning("report: no site is applied at every position; subcomponents are not shown")
@@ -133,14 +145,16 @@ def page_data(
     texts = TokenTexts(tokenizer)
     words = _token_lists(statistics, alive, texts)
     contexts = _context_lists(statistics, alive, texts)
+    around = gathered.around
+    readable = None if around is None else readable_tokens(tokenizer, around.n_vocab)
     sites, rows, start = [], [], 0
     for index, (path, C) in enumerate(gathered.C_of.items()):
         own = [c for c in range(start, start + C) if c in row_of]
         columns = torch.tensor([c - start for c in own], dtype=torch.long)
         sign = torch.where(statistics.positive[own] < 0.5, -1.0, 1.0)
         found = (
-            token_directions(model, path, columns, gathered.around, n=N_TOKENS, sign=sign)
-            if gathered.around is not None and own
+            token_directions(model, path, columns, around, n=N_TOKENS, sign=sign, readable=readable)
+            if around is not None and own
             else {}
         )
         for place, (c, column) in enumerate(zip(own, columns.tolist(), strict=True)):
@@ -161,8 +175,8 @@ def page_data(
                 }
             )
         site = {"name": path, "C": C, "alive": len(own)}
-        if gathered.around is not None:
-            site |= gathered.around.places[path]._asdict()
+        if around is not None:
+            site |= around.places[path]._asdict()
         sites.append(site)
         start += C
     return {
@@ -179,32 +193,6 @@ def inline_json(value: Any) -> Markup:
     """JSON that may stand inside a `<script>` element, whatever text it holds."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
-
-
-class TokenTexts:
-    """The text of each token that is shown, and the place of each in one list."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.tokenizer = tokenizer
-        self.texts: list[str] = []
-        self.place: dict[int, int] = {}
-
-    def __call__(self, token: int) -> int:
-        if token not in self.place:
-            self.place[token] = len(self.texts)
-            self.texts.append(token_text(self.tokenizer, token))
-        return self.place[token]
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase | None, token: int) -> str:
-    """A token as text, with the space that it begins with; `#7` where there is no text for it."""
-    if tokenizer is None or token >= len(tokenizer):
-        return f"#{token}"
-    piece = str(tokenizer.convert_ids_to_tokens(token))
-    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    if "\ufffd" in text or not text:  # a part of a character
-        return piece
-    return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
 
 
 # --- one subcomponent's entries ------------------------------------------------------------------
