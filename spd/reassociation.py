@@ -95,9 +95,7 @@ class _Products:
                     pair = (self._plan(left, a, depth - 1), b)
                 whole = self._plan(*pair, depth - 1)
                 summands += whole.summands
-                cost += whole.cost + sum(
-                    part.cost for part in pair if isinstance(part, _Plan)
-                )
+                cost += whole.cost + sum(part.cost for part in pair if isinstance(part, _Plan))
             if cost < best.cost:
                 best = _Plan(cost, shape, tuple(summands))
         return best
@@ -111,7 +109,9 @@ class _Products:
         inner = _transposed(node)
         if inner is not None:
             return [
-                (self._transpose(a), None) if b is None else (self._transpose(b), self._transpose(a))
+                (self._transpose(a), None)
+                if b is None
+                else (self._transpose(b), self._transpose(a))
                 for a, b in self._terms(inner)
             ]
         return [(node, None)]

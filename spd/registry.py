@@ -14,7 +14,7 @@ class Published(NamedTuple):
     """A published figure and its spread over the features of one run."""
 
     value: float
-    spread: float
+    spread: float | None = None
 
 
 class Experiment(NamedTuple):
@@ -52,14 +52,31 @@ def _lm(name: str, minutes: int, expected: str) -> Experiment:
     )
 
 
+def _resid_mlp(n_layers: int, minutes: int, expected: str, correlation: float) -> Experiment:
+    return Experiment(
+        module="spd.experiments.resid_mlp.resid_mlp_decomposition",
+        config=f"experiments/resid_mlp/resid_mlp{n_layers}_config.yaml",
+        minutes=minutes,
+        expected=expected,
+        published={"correlation/neuron_contributions": Published(correlation)},
+    )
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "tms_5-2": _tms("tms_5-2", 8, "solved on most seeds", Published(0.993, 0.002)),
     "tms_5-2-id": _tms("tms_5-2-id", 10, "solved on most seeds", Published(0.992, 0.010)),
     "tms_40-10": _tms("tms_40-10", 70, "solved on most seeds", Published(1.010, 0.007)),
     "tms_40-10-id": _tms("tms_40-10-id", 100, "solved on most seeds", Published(1.031, 0.001)),
-    "ss_emb": _lm("ss_emb", 600, ""),
-    "pydoc_emb": _lm("pydoc_emb", 10, ""),
-    "pydoc_mlp": _lm("pydoc_mlp", 10, ""),
+    "resid_mlp1": _resid_mlp(1, 25, "solved on some seeds", 1.000),
+    "resid_mlp2": _resid_mlp(2, 150, "sensitive to the seed", 0.999),
+    "resid_mlp3": _resid_mlp(3, 2500, "sensitive to the seed", 0.999),
+    "ss_emb": _lm("ss_emb", 600, "not measured; needs the Hugging Face hub"),
+    "pydoc_emb": _lm(
+        "pydoc_emb", 6, "over 90 % of the cost of ablation avoided with rounded masks"
+    ),
+    "pydoc_mlp": _lm(
+        "pydoc_mlp", 8, "over 90 % of the cost of ablation avoided with rounded masks"
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Leaving out of a step the rows of a batch that carry no input: exact, and most rows of sparse data are such.
+"""Leaving out of a step the rows of a batch without any input: exact, and sparse data are full of them.
 
 A row is *silent* if it is all zeros and the target then feeds zeros to every site. Whatever the masks,
 a site that reads zeros writes its bias alone, as the original does: in every masked pass the row's

@@ -17,17 +17,17 @@ SPD = settings.PACKAGE_DIR
 # A module imports only from lines above its own; those on one line do not know each other.
 # Experiments stand below all of them, their shared modules above the folders.
 CORE = """
-settings config components problem __init__
+settings config components problem reassociation __init__
 compilation command provenance registry run_files schedule importance data checkpoint divergence
 component_model noise results tracking
-losses activation_checkpointing
+losses activation_checkpointing silent_rows
 metrics passes
 drawing
 figures
 optimize report
 reporting
 run
-report_command pretrained
+report_command pretrained redraw
 """
 LAYERS = [line.split() for line in CORE.strip().splitlines()]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line}
