@@ -282,3 +282,24 @@ def test_tokens_of_another_tokenizer_are_refused(little: LMConfig, tmp_path: Pat
     small = save_model(tmp_path / "small", little_llama(vocab_size=20), make_tokenizer())
     with pytest.raises(UserError, match="the target knows 0 to 19; is this its tokenizer"):
         start(changed(little, target=str(small)), build)
+
+
+# --- what needs no download ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pydoc_mlp", "pydoc_emb"])
+def test_a_decomposition_that_needs_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """From nothing: the target is trained, and few subcomponents at a time keep what it predicts."""
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
+    config = load_config(LMConfig, LM / f"{name}_config.yaml")
+    directory = start(config, build, folder=LM)
+    assert (directory / "report.html").is_file()
+    last = {key.removeprefix("eval/"): value for key, value in log_lines(directory)[-1].items()}
+    assert last["ce/target"] < last["ce/unigram"] - 1
+    assert last["ce/zero"] > last["ce/target"] + 0.3
+    assert last["recovered/masked"] > 0.9 and last["recovered/rounded"] > 0.9
+    for key in [key for key in last if key.startswith("l0/")]:
+        assert last[key] <= last[key.replace("l0/", "alive/")] / 3
