@@ -1,5 +1,6 @@
 """What an experiment hands to the core."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,3 +63,8 @@ class Problem:
     target_dir: Path | None = None
     """where the target was loaded from; copied into the run directory"""
     device: torch.device = torch.device("cpu")
+
+    def save_target(self, directory: Path) -> None:
+        """Write what a run needs to load its target again; `directory` is made if there is any."""
+        if self.target_dir is not None:
+            shutil.copytree(self.target_dir, directory)

@@ -42,6 +42,16 @@ def _tms(name: str, minutes: int, expected: str, ml2r: Published) -> Experiment:
     )
 
 
+def _lm(name: str, minutes: int, expected: str) -> Experiment:
+    return Experiment(
+        module="spd.experiments.lm.lm_decomposition",
+        config=f"experiments/lm/{name}_config.yaml",
+        minutes=minutes,
+        expected=expected,
+        published={},
+    )
+
+
 def _resid_mlp(n_layers: int, minutes: int, expected: str, correlation: float) -> Experiment:
     return Experiment(
         module="spd.experiments.resid_mlp.resid_mlp_decomposition",
@@ -60,6 +70,13 @@ EXPERIMENTS: dict[str, Experiment] = {
     "resid_mlp1": _resid_mlp(1, 25, "solved on some seeds", 1.000),
     "resid_mlp2": _resid_mlp(2, 150, "sensitive to the seed", 0.999),
     "resid_mlp3": _resid_mlp(3, 2500, "sensitive to the seed", 0.999),
+    "ss_emb": _lm("ss_emb", 600, "not measured; needs the Hugging Face hub"),
+    "pydoc_emb": _lm(
+        "pydoc_emb", 6, "over 90 % of the cost of ablation avoided with rounded masks"
+    ),
+    "pydoc_mlp": _lm(
+        "pydoc_mlp", 8, "over 90 % of the cost of ablation avoided with rounded masks"
+    ),
 }
 
 

@@ -54,14 +54,21 @@ def write_report(run_dir: Path) -> Path:
 
     Pieces that are missing are left out: a run may be interrupted, without figures or a solution.
     """
+    return write_page(run_dir, TEMPLATE, report_contents(run_dir))
+
+
+def write_page(
+    run_dir: Path, template: str, contents: Mapping[str, Any], *, folder: Path = PACKAGE_DIR
+) -> Path:
+    """Write `report.html` from a template in `folder`, which may extend `TEMPLATE`."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PACKAGE_DIR),
+        loader=jinja2.FileSystemLoader([folder, PACKAGE_DIR]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(TEMPLATE).render(_contents(run_dir))
+    page = environment.get_template(template).render(contents)
     path = run_dir / REPORT_FILE
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(page, encoding="utf-8")
@@ -69,7 +76,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _contents(run_dir: Path) -> dict[str, Any]:
+def report_contents(run_dir: Path) -> dict[str, Any]:
     """Everything that the template shows."""
     config_text = _text(run_dir / CONFIG_FILE)
     config = yaml.safe_load(config_text) or {}
@@ -89,6 +96,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         "expected": known.expected if known else None,
         "error_rows": _errors(rows),
         "merits": [_merit(row) for row in rows if _is_merit(row)],
+        "any_column_match": any(row["key"].startswith(("mmcs", "ml2r")) for row in rows),
         "any_published": any(row["published"] is not None for row in rows),
         "site_rows": _site_rows(rows, config.get("sites", {})),
         "loss_rows": _loss_rows(rows, config.get("losses", {})),
@@ -254,6 +262,7 @@ def _commands(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
     own = run_dir / TARGET
     target = f" target={shlex.quote(str(own))}" if own.is_dir() else ""
     commands["The same run again, in a new directory"] = f"{python} {place}/{CONFIG_FILE}{target}"
+    commands["This page again"] = f"spd-report {place}"
     load = ["from spd.run import load_run", f"run = load_run({json.dumps(str(run_dir))})"]
     commands["The decomposition, in Python"] = "\n".join([*load, "print(run.model.sites)"])
     return commands

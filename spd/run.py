@@ -3,7 +3,6 @@
 import argparse
 import logging
 import secrets
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from spd.figures import loss_curves, save_figures
 from spd.optimize import Interrupted, Prepared, SPDConfig, prepare, run_steps
 from spd.problem import Problem
 from spd.provenance import entry_of, import_entry, provenance
-from spd.report import write_report
+from spd.reporting import report_on
 from spd.results import format_result, format_table, result_of
 from spd.run_files import (
     CHECKPOINTS,
@@ -130,8 +129,7 @@ def start(config: ExperimentConfig, build: Build, *, folder: Path | None = None)
             " set SPD_OUT_DIR to a writable folder"
         ) from None
     (directory / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
-    if prepared.problem.target_dir is not None:
-        shutil.copytree(prepared.problem.target_dir, directory / TARGET)
+    prepared.problem.save_target(directory / TARGET)
     meta = provenance(device)
     meta["entry"] = {
         "module": entry_of(sys.modules[build.__module__]),
@@ -260,7 +258,7 @@ def _execute(
             meta |= {"status": status, "seconds": time.perf_counter() - begun}
             write_json(directory / META_FILE, meta)
             if status == "finished":
-                write_report(directory)
+                report_on(directory, prepared)
             if wandb_run is not None:
                 if status == "finished":
                     wandb_run.upload(directory)

@@ -11,7 +11,7 @@ import pytest
 from spd.report import verdict, write_report
 from tests.made_up_run import add_figures, make_run, result
 
-VOID = {"meta", "link", "img", "br", "hr"}
+VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Page(HTMLParser):

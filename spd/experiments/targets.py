@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,8 @@ class TrainedTarget(NamedTuple):
     """Name in the model -> tensor; no two share memory."""
     record: dict[str, Any]
     """What was tried, as JSON: every seed with its results, and the chosen one."""
+    files: Mapping[str, str] = {}
+    """Name -> text of further files, of targets that have a format of their own."""
 
 
 class TargetKind(NamedTuple):
@@ -52,6 +54,8 @@ class TargetKind(NamedTuple):
     """Configuration of the training, with a field `kind`."""
     train: Callable[[Any, torch.device], TrainedTarget]
     """Trains by a `config_class`; raises `TargetError` rather than hand over a bad target."""
+    summary: Callable[[dict[str, Any]], str] = seed_table
+    """Says in words what a training's record holds."""
 
 
 def resolve_target(
@@ -128,7 +132,9 @@ def save_target(directory: Path, config: BaseConfig, target: TrainedTarget) -> N
         (partial / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
         record = json.dumps(target.record, indent=2, allow_nan=False)
         (partial / RECORD_FILE).write_text(record + "\n", encoding="utf-8")
-        save_file(target.weights, partial / WEIGHTS_FILE)
+        for name, text in target.files.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        save_file(target.weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         partial.rename(directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -240,6 +246,6 @@ def target_cli(kind: TargetKind, arguments: list[str] | None = None) -> int:
         print("interrupted; nothing was saved", file=sys.stderr)
         return 130
     record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
-    print(seed_table(record))
+    print(kind.summary(record))
     print(f"{'trained' if trained else 'trained earlier'} in {record['seconds']} s: {directory}")
     return 0

@@ -1,16 +1,20 @@
 """A language model as a problem: its target, its text, and how to read both."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from spd.config import UserError
+from spd.experiments.lm.report import write_lm_report
+from spd.optimize import Prepared
 from spd.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class LMProblem(Problem):
-    """A `Problem` whose batches are token ids `[batch, position]` and whose recon is `kl`.
+    """A `Problem` whose batches are token ids `[batch, position]`; its recon is mostly `kl`.
 
     `target` maps such a batch to logits `[batch, position, vocab]`; its modules have the names that
     they have in the Hugging Face model.
@@ -20,6 +24,25 @@ class LMProblem(Problem):
     """None where the data came as token ids and names no tokenizer"""
     unembed: str | None
     """path of the module that makes logits of the residual stream; None: the model has none"""
+    write_target: Callable[[Path], None] | None = None
+    """writes target, tokenizer and held-out text into a new directory, from which a run loads them"""
+    n_report_batches: int = 32
+    """held-out batches that the report is made of, or what there is"""
+
+    def save_target(self, directory: Path) -> None:
+        if self.write_target is not None:
+            self.write_target(directory)
+
+    def write_report(self, run_dir: Path, prepared: Prepared, n_batches: int | None = None) -> Path:
+        """The page with a browser of the subcomponents; see `spd.reporting`."""
+        return write_lm_report(
+            run_dir,
+            prepared,
+            tokenizer=self.tokenizer,
+            unembed=self.unembed,
+            n_batches=n_batches or self.n_report_batches,
+            at_least=n_batches or 1,
+        )
 
 
 def need_lm(problem: Problem, place: str) -> LMProblem:

@@ -1,0 +1,143 @@
+"""Decompose a language model of Hugging Face's `transformers` (paper, section 4).
+
+python spd/experiments/lm/lm_decomposition.py spd/experiments/lm/pydoc_mlp_config.yaml [key=value ...]
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from spd.config import BY_TYPE, NAME_IS_TYPE, UserError, load_config
+from spd.experiments.lm.batches import (
+    BatchSettings,
+    TokenBatches,
+    open_batches,
+    write_held_out,
+)
+from spd.experiments.lm.loading import Dtype, LoadedTarget, Wanted, load_lm, save_copy
+from spd.experiments.lm.metrics import CrossEntropyMetric
+from spd.experiments.lm.problem import LMProblem
+from spd.experiments.lm.text import TextConfig
+from spd.experiments.lm.train_lm import LMTrainConfig, is_trained_here
+from spd.experiments.targets import CONFIG_FILE
+from spd.metrics import MetricSpec
+from spd.problem import ReconKind
+from spd.run import ExperimentConfig, cli
+
+LMMetric = MetricSpec | CrossEntropyMetric
+LMMetrics = Annotated[Mapping[str, Annotated[LMMetric, BY_TYPE]], NAME_IS_TYPE]
+
+
+class LMConfig(ExperimentConfig):
+    """A decomposition of a language model."""
+
+    target: str = Field()  # pyright: ignore[reportIncompatibleVariableOverride]
+    """also a name on the Hugging Face hub"""
+    revision: str | None = None
+    """branch, tag or commit of a target on the hub"""
+    model_class: str = "transformers.AutoModelForCausalLM"
+    """what loads it: any importable class with `from_pretrained`"""
+    output: str | int = "logits"
+    """attribute of what the model returns, or an index into it"""
+    dtype: Dtype = "float32"
+    tokenizer: str | None = None
+    """None: the target's own"""
+    data: TextConfig | None = None
+    """None: the text that the target was trained on here, with the same documents held out"""
+    recon: ReconKind = "kl"
+    batch_size: int = Field(ge=1)
+    eval_batch_size: int = Field(ge=1)
+    """sequences"""
+    n_report_batches: int = Field(default=32, ge=1)
+    """held-out batches that the report is made of, those of the evaluation first, or what there is"""
+    copy_target_mb: int = Field(default=1000, ge=0)
+    """a target of at most so many megabytes is copied into the run, which then needs no hub"""
+    metrics: LMMetrics = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def build(config: LMConfig, device: torch.device) -> LMProblem:
+    """Target, tokenizer, and text to train on and held-out text."""
+    wanted = Wanted(
+        target=config.target,
+        revision=config.revision,
+        model_class=config.model_class,
+        output=config.output,
+        dtype=config.dtype,
+        tokenizer=config.tokenizer,
+        needs_tokenizer=config.data is None or not config.data.tokenized,
+    )
+    loaded = load_lm(wanted, device, folders=(Path(__file__).parent,))
+    settings = BatchSettings(
+        text=_text(config, loaded),
+        tokenizer=loaded.tokenizer,
+        n_vocab=loaded.n_vocab,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        eval_batch_size=config.eval_batch_size,
+        n_eval_batches=config.n_eval_batches,
+        n_report_batches=config.n_report_batches,
+        device=device,
+    )
+    batches = open_batches(settings, loaded.origin.directory)
+    return LMProblem(
+        target=loaded.model,
+        train_batches=batches.train,
+        eval_batches=iter(batches.held_out.split(config.eval_batch_size)),
+        recon=config.recon,
+        device=device,
+        tokenizer=loaded.tokenizer,
+        unembed=loaded.unembed,
+        n_report_batches=config.n_report_batches,
+        write_target=lambda directory: _write(directory, config, loaded, batches, settings),
+    )
+
+
+def _text(config: LMConfig, loaded: LoadedTarget) -> TextConfig:
+    """The text to use, after checking that the target can read sequences of its length."""
+    directory = loaded.origin.directory
+    if config.data is not None:
+        text = config.data
+    elif directory is not None and is_trained_here(directory):
+        text = load_config(LMTrainConfig, directory / CONFIG_FILE).data
+    else:
+        raise UserError(
+            f"data: a value is required: target {config.target!r} was not trained here, so its text is"
+            " not known"
+        )
+    known = getattr(loaded.model.inner, "config", None)
+    longest = getattr(known, "max_position_embeddings", None)
+    if isinstance(longest, int) and text.context_length > longest:
+        raise UserError(
+            f"data.context_length: {text.context_length} is more than the {longest} positions that the"
+            " target knows"
+        )
+    return text
+
+
+def _write(
+    directory: Path,
+    config: LMConfig,
+    loaded: LoadedTarget,
+    batches: TokenBatches,
+    settings: BatchSettings,
+) -> None:
+    source = loaded.origin.directory
+    if source is not None and is_trained_here(source):
+        shutil.copytree(source, directory)
+    else:
+        save_copy(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.origin,
+            directory,
+            max_megabytes=config.copy_target_mb,
+        )
+    write_held_out(directory, batches.held_out, settings)
+
+
+if __name__ == "__main__":
+    cli(LMConfig, build)
