@@ -21,6 +21,10 @@ class UserError(ValueError):
     """A mistake in what the user gave: shown as one message, without a traceback, exit status 2."""
 
 
+class Unreachable(UserError):  # noqa: N818 - it is a condition of the surroundings
+    """Data or a model that cannot be had from here, as without a network or a key: exit status 3."""
+
+
 class RunError(RuntimeError):
     """Work that was done in vain, for a reason that one message tells: exit status 1."""
 

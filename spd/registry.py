@@ -17,6 +17,15 @@ class Published(NamedTuple):
     spread: float
 
 
+class Expected(NamedTuple):
+    """The result to expect, as `spd-evals` judges it over the seeds of an experiment."""
+
+    solved: float | None = None
+    """least fraction of the seeds that are solved; None: there is no known solution"""
+    means: dict[str, tuple[float, float]] = {}
+    """metric key → lowest and highest mean"""
+
+
 class Experiment(NamedTuple):
     """A registered decomposition."""
 
@@ -30,6 +39,12 @@ class Experiment(NamedTuple):
     """the result to expect, in words"""
     published: dict[str, Published]
     """metric key → figure of the paper"""
+    expects: Expected = Expected()
+    """the same as `expected`, to be judged by"""
+    gpu_minutes: int | None = None
+    """expected on one GPU; None: not known"""
+    default: bool = True
+    """whether `spd-evals` runs it without being told"""
 
 
 def _tms(name: str, minutes: int, expected: str, ml2r: Published) -> Experiment:
@@ -39,6 +54,8 @@ def _tms(name: str, minutes: int, expected: str, ml2r: Published) -> Experiment:
         minutes=minutes,
         expected=expected,
         published={"mmcs/linear1": Published(1.0, 0.0), "ml2r/linear1": ml2r},
+        expects=Expected(0.5, {"mmcs/linear1": (0.99, 1.0), "ml2r/linear1": (0.95, 1.05)}),
+        gpu_minutes=5,
     )
 
 

@@ -18,6 +18,7 @@ SPD = settings.PACKAGE_DIR
 # Experiments stand below all of them, their shared modules above the folders.
 CORE = """
 settings config components problem __init__
+snapshot
 compilation command provenance registry run_files schedule importance data checkpoint
 component_model results tracking
 losses
