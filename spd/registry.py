@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from spd.config import UserError, nearest
+from spd.config import UserError, apply_overrides, nearest, read_yaml
 from spd.settings import PACKAGE_DIR
 
 
@@ -73,6 +73,21 @@ def get_experiment(name: str) -> Experiment:
         known = ", ".join(EXPERIMENTS)
         raise UserError(f"unknown experiment {name!r}{nearest(name, EXPERIMENTS)} (known: {known})")
     return EXPERIMENTS[name]
+
+
+def default_experiments() -> list[str]:
+    """Those that `spd-evals` runs without being told."""
+    return [name for name, experiment in EXPERIMENTS.items() if experiment.default]
+
+
+def expected_minutes(name: str, overrides: Sequence[str] = (), *, gpu: bool = False) -> float:
+    """How long the experiment takes, target included; in proportion where `steps` is overridden."""
+    experiment = get_experiment(name)
+    minutes = experiment.gpu_minutes if gpu else None
+    config = read_yaml(PACKAGE_DIR / experiment.config)
+    steps = apply_overrides(config, overrides).get("steps")
+    share = steps / config["steps"] if isinstance(steps, int) else 1.0
+    return (experiment.minutes if minutes is None else minutes) * share
 
 
 def command_line(name: str, arguments: Sequence[str] = ()) -> list[str]:
