@@ -45,7 +45,9 @@ class Job(NamedTuple):
     slurm_name: str = "spd"
 
     def save(self) -> None:
-        self.directory.mkdir(parents=True)
+        """Write it into its folder, where nothing remains of what became of it before."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / STATUS_FILE).unlink(missing_ok=True)
         record = self._asdict() | {"directory": str(self.directory)}
         record["run_dir"] = None if self.run_dir is None else str(self.run_dir)
         write_json(self.directory / JOB_FILE, record)

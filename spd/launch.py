@@ -113,10 +113,12 @@ def study_jobs(study: Study) -> list[Job]:
 def statuses(study: Study, jobs: Sequence[Job]) -> dict[str, Status]:
     """How the jobs are, by what they wrote and what SLURM or this machine say of them."""
     numbers = study.record["slurm"]
-    states = slurm.job_states() if numbers and has_slurm() else {}
+    own = {job.name: read_status(job.directory) for job in jobs}
+    open_ones = [name for name in numbers if name in own and own[name].state not in ENDED]
+    states = slurm.job_states() if open_ones and has_slurm() else {}
     result = {}
     for job in jobs:
-        status, number = read_status(job.directory), numbers.get(job.name)
+        status, number = own[job.name], numbers.get(job.name)
         if number is not None:
             status = slurm.merged(status, number, states)
         elif status.state == "running" and not is_worked_on(job.directory):

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -58,7 +58,7 @@ class LaunchOptions(Resources):
     slurm: Path | None = Field(default=None, description="YAML file with any of these options")
 
     @model_validator(mode="after")
-    def _no_gpus_on_the_cpu(self) -> "LaunchOptions":
+    def _no_gpus_on_the_cpu(self) -> Self:
         if self.cpu and self.gpus > 0 and "gpus" in self.model_fields_set:
             raise ValueError(f"--cpu and gpus={self.gpus} contradict each other")
         return self

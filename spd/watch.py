@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import yaml
 from rich.console import Console
@@ -64,7 +64,7 @@ class Display:
     def _on_terminal(self) -> bool:
         return self.console.is_terminal
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> Self:
         if self.live is not None:
             self.live.start()
         return self

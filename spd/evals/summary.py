@@ -32,6 +32,11 @@ class Figure(NamedTuple):
     published: float | None
     published_spread: float | None
 
+    @property
+    def own(self) -> str:
+        sd = "" if self.sd is None else f" ± {format_value(self.sd, None)}"
+        return format_value(self.mean, None) + sd
+
 
 class Seed(NamedTuple):
     """One run of an experiment."""
@@ -77,11 +82,16 @@ class Row(NamedTuple):
     @property
     def verdict(self) -> str:
         if self.skipped:
-            return f"skipped: {self.seeds[0].reason}"
+            return "skipped"
         states = [seed.state for seed in self.seeds]
         counts = [f"{states.count(s)} {s}" for s in dict.fromkeys(states) if s != "finished"]
-        parts = counts + [f"missed: {miss}" for miss in self.misses]
-        return "; ".join(parts) or "as expected"
+        return "; ".join(counts + ["missed"] * bool(self.misses)) or "as expected"
+
+    @property
+    def details(self) -> list[str]:
+        """What the verdict is about: misses, and why runs did not finish."""
+        reasons = [f"seed {s.name} {s.state}: {s.reason}" for s in self.seeds if s.reason]
+        return [f"expected {miss}" for miss in self.misses] + reasons
 
 
 class Summary(NamedTuple):
@@ -160,13 +170,13 @@ def format_rows(rows: Sequence[Row]) -> str:
             own, published = _cells(figure)
             name, rest = (row.experiment, whole) if index == 0 else ("", ("", "", ""))
             table.append((name, figure.label if figure else "–", own, published, *rest))
-    widths = [max(len(line[column]) for line in table) for column in range(6)]
-    return "\n".join(
-        "  ".join(
-            [*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[6]]
-        ).rstrip()
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in table
-    )
+    ]
+    details = [f"{row.experiment}: {detail}" for row in rows for detail in row.details]
+    return "\n".join([*lines, *details])
 
 
 def _figure(key: str, values: Sequence[float], experiment: Experiment) -> Figure:
@@ -193,14 +203,14 @@ def _misses(
     misses, n = [], len(values)
     wanted = experiment.expects.solved
     if wanted is not None and (n_solved or 0) < wanted * n:
-        misses.append(f"solved {n_solved or 0} of {n}, at least {math.ceil(wanted * n)} expected")
+        misses.append(f"at least {math.ceil(wanted * n)} of {n} solved, found {n_solved or 0}")
     means = {figure.key: figure for figure in figures}
     for key, (low, high) in experiment.expects.means.items():
         known = [rows[key]["value"] for rows in values if key in rows]
         mean = statistics.fmean(known) if len(known) == n else math.nan
         if not low <= mean <= high:
             label = means[key].label if key in means else key
-            misses.append(f"{label} {mean:.3f}, {low:g} to {high:g} expected")
+            misses.append(f"{label} from {low:g} to {high:g}, found {mean:.3f}")
     return misses
 
 
@@ -228,8 +238,7 @@ def _seed(directory: Path, job: Job, status: Status) -> Seed:
 def _cells(figure: Figure | None) -> tuple[str, str]:
     if figure is None:
         return "–", "–"
-    own = format_value(figure.mean, figure.sd)
-    return own, format_value(figure.published, figure.published_spread)
+    return figure.own, format_value(figure.published, figure.published_spread)
 
 
 def _plain(row: Row) -> dict[str, Any]:
