@@ -98,8 +98,9 @@ def _with_values(command: Command, words: list[str]) -> list[str]:
 
 
 def _is_number(word: str) -> bool:
+    """Also the first of several: `-1,2` is a value, not an option."""
     try:
-        float(word)
+        float(word.partition(",")[0])
     except ValueError:
         return False
     return True

@@ -25,7 +25,7 @@ ENDED: tuple[State, ...] = ("finished", "failed", "skipped")
 """there is nothing left to do"""
 SKIPPED_STATUS = 3
 ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 LAST_WORDS = 2000
 """characters of an error message that are kept"""
 

@@ -35,7 +35,7 @@ from spd.snapshot import take_snapshot
 from spd.watch import Display, duration
 
 STUDY_FILE, CODE, JOBS = "study.json", "code", "jobs"
-SHOW_SECONDS, ASK_SLURM_SECONDS = 0.5, 3.0
+SHOW_SECONDS, ASK_SLURM_SECONDS = 0.25, 3.0
 
 
 class Study(NamedTuple):

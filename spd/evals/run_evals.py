@@ -190,13 +190,13 @@ def _collect(study: Study) -> int:
 
 def check_overrides(names: Sequence[str], overrides: Sequence[str], seeds: Sequence[int]) -> None:
     """`UserError` unless every experiment can be run with these overrides."""
-    from spd.experiments.checks import checked_config
-
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key in ("seed", "device", "experiment"):
             instead = {"seed": "--seeds", "device": "--cpu", "experiment": "--experiments"}[key]
             raise UserError(f"override {override!r}: say it with {instead}")
+    from spd.experiments.checks import checked_config
+
     for name in names:
         checked_config(name, [*overrides, f"seed={max(seeds)}"])
 

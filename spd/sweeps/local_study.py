@@ -5,6 +5,7 @@ stopped, is taken over by the next agent that looks for work, and goes on from i
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -87,22 +88,16 @@ def n_waiting(study: Study) -> int:
 
 def work(study: Study, agent: str) -> int:
     """Run trials until none is left; the exit status of the agent."""
-    while (claim := _claim(study, agent)) is not None:
+    while (taken := claim(study, agent)) is not None:
+        name, watcher = _name(taken.number), _pruning(study, taken)
         try:
-            trial, ended = run_trial(
-                study,
-                _name(claim.number),
-                claim.point,
-                agent=agent,
-                watcher=_pruning(study, claim),
-            )
-            if ended.signum is not None and trial.state != "finished":
-                return 143  # the trial stays as it is, for whoever goes on with it
-            _tell(study, claim, trial)
-            if ended.signum is not None:
+            trial, ended = run_trial(study, name, taken.point, agent=agent, watcher=watcher)
+            if ended.signum is None or trial.state == "finished":
+                tell(study, taken, trial)
+            if ended.signum is not None:  # an unfinished trial is for whoever goes on with it
                 return 143
         finally:
-            claim.lock.release()
+            taken.lock.release()
     return 0
 
 
@@ -157,7 +152,7 @@ def _enqueue(made: optuna.Study, definition: Definition) -> int:
     return len(new)
 
 
-def _claim(study: Study, agent: str) -> Claim | None:
+def claim(study: Study, agent: str) -> Claim | None:
     """A trial to work on: one that was left, else a new one; None if there is no more.
 
     One agent looks at a time. Who is killed in here leaves a running trial without a lock, which the
@@ -192,7 +187,7 @@ def _claimed(
     return Claim(trial.number, trial._trial_id, point, lock)
 
 
-def _pruning(study: Study, claim: Claim) -> Watcher:
+def _pruning(study: Study, taken: Claim) -> Watcher:
     """Tells Optuna how the run is doing, and asks whether it is hopeless."""
     definition = definition_of(study)
     made = _load(study, definition)
@@ -200,21 +195,22 @@ def _pruning(study: Study, claim: Claim) -> Watcher:
 
     def heard(n: int, value: float) -> None:
         if math.isfinite(value):
-            storage.set_trial_intermediate_value(claim.trial_id, n + 1, value)
+            storage.set_trial_intermediate_value(taken.trial_id, n + 1, value)
 
     def hopeless() -> bool:
         with _quiet():
-            return pruner.prune(made, storage.get_trial(claim.trial_id))
+            return pruner.prune(made, storage.get_trial(taken.trial_id))
 
     return Watcher(heard, hopeless)
 
 
-def _tell(study: Study, claim: Claim, trial: Trial) -> None:
+def tell(study: Study, taken: Claim, trial: Trial) -> None:
+    """What became of a trial; nobody takes it up again."""
     states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
     state = states.get(trial.state, TrialState.FAIL)
     value = trial.value if state == TrialState.COMPLETE else None
     with _quiet():
-        _load(study).tell(claim.number, value, state=state)
+        _load(study).tell(taken.number, value, state=state)
 
 
 def _load(study: Study, definition: Definition | None = None) -> optuna.Study:
@@ -245,8 +241,6 @@ def _pruner(definition: Definition) -> optuna.pruners.BasePruner:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Optuna's own lines and its warnings about what is still experimental."""
-    import warnings
-
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -21,7 +21,13 @@ from spd.sweeps.definition import Definition
 from spd.sweeps.trials import Trial, definition_of, run_trial, trials_of, try_lock
 
 AGENT_VARIABLE = "SPD_SWEEP_AGENT"
-RUN_VARIABLES = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT", "WANDB_ENTITY")
+RUN_VARIABLES = (
+    "WANDB_RUN_ID",
+    "WANDB_SWEEP_ID",
+    "WANDB_SWEEP_PARAM_PATH",
+    "WANDB_PROJECT",
+    "WANDB_ENTITY",
+)
 """by which W&B's agent tells a run which one it is"""
 DEFINITION = "wandb_sweep.yaml"
 PROGRAM = "spd/sweeps/wandb_sweep.py"
@@ -104,6 +110,8 @@ def trial(directory: Path, overrides: list[str]) -> int:
     """What W&B's agent starts: one run, under the number that W&B gave it; its exit status."""
     study = Study(directory, read_json(directory / STUDY_FILE))
     env = {name: os.environ[name] for name in RUN_VARIABLES if name in os.environ}
+    if path := env.get("WANDB_SWEEP_PARAM_PATH"):
+        env["WANDB_SWEEP_PARAM_PATH"] = str(Path(path).absolute())
     name = env.get("WANDB_RUN_ID")
     if name is None:
         raise UserError("WANDB_RUN_ID is not set: this is started by `wandb agent`")
@@ -143,4 +151,8 @@ def _wandb(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(trial(Path(sys.argv[1]), sys.argv[2:]))
+    try:
+        raise SystemExit(trial(Path(sys.argv[1]), sys.argv[2:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,6 +1,6 @@
 """A real SLURM of one node on loopback, all of it in one folder: for tests, and to try things out.
 
-    python tests/slurm/cluster.py /tmp/cluster   # starts it, waits for Ctrl-C, and ends it
+    python tests/slurm/cluster.py /tmp/cluster   # starts it, waits for Ctrl-C or SIGTERM, and ends it
 
 It pretends to have two GPUs and as many cores as it is told. Needs root and the Debian packages
 slurm-wlm and munge. Nothing outside the folder is touched: SLURM_CONF leads every command to it.
@@ -19,6 +19,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 N_CPUS, N_GPUS, MEMORY_MB = 4, 2, 22_000
+STOP = (signal.SIGINT, signal.SIGTERM)
 CONFIG = """
 ClusterName=spd
 SlurmctldHost={host}(127.0.0.1)
@@ -164,7 +165,5 @@ if __name__ == "__main__":
         raise SystemExit(reason)
     with running_cluster(Path(sys.argv[1])) as found:
         print(f"up; in another shell: export SLURM_CONF={found['SLURM_CONF']}", flush=True)
-        try:
-            signal.pause()
-        except KeyboardInterrupt:
-            print("down")
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+        signal.sigwait(STOP)
