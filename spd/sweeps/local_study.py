@@ -89,7 +89,7 @@ def n_waiting(study: Study) -> int:
 def work(study: Study, agent: str) -> int:
     """Run trials until none is left; the exit status of the agent."""
     while (taken := claim(study, agent)) is not None:
-        name, watcher = _name(taken.number), _pruning(study, taken)
+        name, watcher = _name(taken.number), pruning(study, taken)
         try:
             trial, ended = run_trial(study, name, taken.point, agent=agent, watcher=watcher)
             if ended.signum is None or trial.state == "finished":
@@ -187,7 +187,7 @@ def _claimed(
     return Claim(trial.number, trial._trial_id, point, lock)
 
 
-def _pruning(study: Study, taken: Claim) -> Watcher:
+def pruning(study: Study, taken: Claim) -> Watcher:
     """Tells Optuna how the run is doing, and asks whether it is hopeless."""
     definition = definition_of(study)
     made = _load(study, definition)
