@@ -17,13 +17,6 @@ WORTHWHILE_STEPS = 500
 """Below this many steps compiling usually takes longer than it saves."""
 
 
-INDUCTOR_OPTIONS: dict[str, Any] = {
-    "realize_opcount_threshold": 1000,
-    "realize_reads_threshold": 100,
-}
-"""Recompute rather than store: keeps tensors of shape (batch, C, hidden) out of memory."""
-
-
 class CompiledStep:
     """A callable that is compiled as one graph, or not.
 
@@ -45,7 +38,7 @@ class CompiledStep:
             logger.info("no C++ compiler found: running without torch.compile, which is slower")
             wanted = False
         self.fast = (
-            torch.compile(function, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS)
+            torch.compile(function, fullgraph=True, dynamic=False, options=_inductor_options())
             if wanted
             else None
         )
@@ -77,6 +70,20 @@ class CompiledStep:
         self.compiled = True
         logger.info("compiled the training step in %.0f s", time.perf_counter() - started)
         return result
+
+
+def _inductor_options() -> dict[str, Any]:
+    """Recompute rather than store, and multiply matrices in the cheapest order.
+
+    The former keeps tensors of shape (batch, C, hidden) out of memory.
+    """
+    from spd.reassociation import CheapestProducts  # imports the compiler, which takes a while
+
+    return {
+        "realize_opcount_threshold": 1000,
+        "realize_reads_threshold": 100,
+        "joint_custom_pre_pass": CheapestProducts(),
+    }
 
 
 def require_compiler() -> None:

@@ -37,12 +37,22 @@ class StepContext(NamedTuple):
     """uniform draws in [0, 1) under `noise_key(term, sample, site)`, shaped like that site's g"""
     progress: Tensor
     """fraction of the run that is over, a 0-d tensor"""
+    row_weights: Tensor | None = None
+    """one for each row of `batch`, with mean 1: how many rows of the data it stands for; None: one each"""
     term: str = ""
     """name of the loss that is being computed"""
 
     def uniform(self, sample: int, site: str) -> Tensor:
         """This term's noise for one mask sample and site."""
         return self.noise[noise_key(self.term, sample, site)]
+
+    def mean(self, values: Float[Tensor, "*rows"]) -> Float[Tensor, ""]:
+        """Mean over batch and positions; what every term that is a mean over the data must use."""
+        return mean_over_rows(values, self.row_weights)
+
+    def error(self, prediction: Tensor) -> Float[Tensor, ""]:
+        """D(prediction, target)."""
+        return recon_error(prediction, self.target_out, self.recon, self.row_weights)
 
 
 def noise_key(term: str, sample: int, site: str) -> str:
@@ -52,22 +62,38 @@ def noise_key(term: str, sample: int, site: str) -> str:
 # --- the mathematics -------------------------------------------------------------------------------
 
 
+def mean_over_rows(
+    values: Float[Tensor, "*rows"], weights: Float[Tensor, " rows"] | None = None
+) -> Float[Tensor, ""]:
+    """Mean over batch and positions; `weights`, one for each row of the batch, have mean 1."""
+    if weights is None:
+        return values.mean()
+    return (values * weights.reshape(-1, *[1] * (values.dim() - 1))).mean()
+
+
 def recon_error(
-    prediction: Float[Tensor, "*rows d"], target: Float[Tensor, "*rows d"], kind: ReconKind
+    prediction: Float[Tensor, "*rows d"],
+    target: Float[Tensor, "*rows d"],
+    kind: ReconKind,
+    weights: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, ""]:
     """D: mean squared error over every element, or KL(target ‖ prediction) of logits, mean over rows."""
-    if kind == "mse":
+    if kind == "kl":
+        return kl_divergence(prediction, target, weights)
+    if weights is None:
         return (prediction - target).square().mean()
-    return kl_divergence(prediction, target)
+    return mean_over_rows((prediction - target).square().mean(dim=-1), weights)
 
 
 def kl_divergence(
-    logits: Float[Tensor, "*rows d"], target_logits: Float[Tensor, "*rows d"]
+    logits: Float[Tensor, "*rows d"],
+    target_logits: Float[Tensor, "*rows d"],
+    weights: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, ""]:
     """KL(target ‖ prediction) over the last axis, mean over the rest."""
     log_q = F.log_softmax(logits, dim=-1)
     log_p = F.log_softmax(target_logits, dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
+    return mean_over_rows((log_p.exp() * (log_p - log_q)).sum(dim=-1), weights)
 
 
 def faithfulness(sites: Mapping[str, Site]) -> Float[Tensor, ""]:
@@ -98,21 +124,27 @@ def safe_power(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
 
 
 def importance_minimality(
-    upper: Mapping[str, Float[Tensor, "*rows _C"]], pnorm: float
+    upper: Mapping[str, Float[Tensor, "*rows _C"]],
+    pnorm: float,
+    weights: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean over batch and positions of Σ_l Σ_c g^p (paper, section 2)."""
-    return torch.stack([safe_power(g, pnorm).sum(dim=-1).mean() for g in upper.values()]).sum()
+    sums = [safe_power(g, pnorm).sum(dim=-1) for g in upper.values()]
+    return torch.stack([mean_over_rows(values, weights) for values in sums]).sum()
 
 
 def schatten(
-    upper: Mapping[str, Float[Tensor, "*rows _C"]], sites: Mapping[str, Site], pnorm: float
+    upper: Mapping[str, Float[Tensor, "*rows _C"]],
+    sites: Mapping[str, Site],
+    pnorm: float,
+    weights: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, ""]:
     """Σ_l mean over batch and positions of Σ_c g^p (‖V_c‖² + ‖U_c‖²)."""
     terms = []
     for path, g in upper.items():
         parts = sites[path].subcomponents
         size = parts.V.square().sum(dim=0) + parts.U.square().sum(dim=1)
-        terms.append((safe_power(g, pnorm) * size).sum(dim=-1).mean())
+        terms.append(mean_over_rows((safe_power(g, pnorm) * size).sum(dim=-1), weights))
     return torch.stack(terms).sum()
 
 
@@ -149,7 +181,7 @@ class ImportanceMinimality(LossSpec):
     pnorm: float = Field(gt=0.0, allow_inf_nan=False)
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield importance_minimality(ctx.ci.upper, self.pnorm)
+        yield importance_minimality(ctx.ci.upper, self.pnorm, ctx.row_weights)
 
 
 class Schatten(LossSpec):
@@ -157,7 +189,7 @@ class Schatten(LossSpec):
     pnorm: float = Field(gt=0.0, allow_inf_nan=False)
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield schatten(ctx.ci.upper, ctx.model.sites, self.pnorm)
+        yield schatten(ctx.ci.upper, ctx.model.sites, self.pnorm, ctx.row_weights)
 
 
 class OutRecon(LossSpec):
@@ -166,7 +198,7 @@ class OutRecon(LossSpec):
     type: Literal["out_recon"] = "out_recon"
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield recon_error(ctx.model(ctx.batch), ctx.target_out, ctx.recon)
+        yield ctx.error(ctx.model(ctx.batch))
 
 
 class Recon(LossSpec):
@@ -175,7 +207,7 @@ class Recon(LossSpec):
     type: Literal["recon"] = "recon"
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield recon_error(ctx.model(ctx.batch, ctx.ci.lower), ctx.target_out, ctx.recon)
+        yield ctx.error(ctx.model(ctx.batch, ctx.ci.lower))
 
 
 class ReconLayerwise(LossSpec):
@@ -186,7 +218,7 @@ class ReconLayerwise(LossSpec):
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for path, g in ctx.ci.lower.items():
             out = ctx.model(ctx.batch, {path: g})
-            yield recon_error(out, ctx.target_out, ctx.recon) / len(ctx.ci.lower)
+            yield ctx.error(out) / len(ctx.ci.lower)
 
 
 class _Sampled(LossSpec):
@@ -210,7 +242,7 @@ class StochasticRecon(_Sampled):
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for sample in range(self.n_samples):
             out = ctx.model(ctx.batch, self.masks(ctx, sample))
-            yield recon_error(out, ctx.target_out, ctx.recon) / self.n_samples
+            yield ctx.error(out) / self.n_samples
 
 
 class StochasticReconLayerwise(_Sampled):
@@ -222,8 +254,7 @@ class StochasticReconLayerwise(_Sampled):
         for sample in range(self.n_samples):
             for path, mask in self.masks(ctx, sample).items():
                 out = ctx.model(ctx.batch, {path: mask})
-                error = recon_error(out, ctx.target_out, ctx.recon)
-                yield error / (self.n_samples * len(ctx.ci.lower))
+                yield ctx.error(out) / (self.n_samples * len(ctx.ci.lower))
 
 
 class EmbeddingRecon(_Sampled):
@@ -257,10 +288,10 @@ class EmbeddingRecon(_Sampled):
             mask = self.masks(ctx, sample)[path]
             masked = site.subcomponents(ctx.site_inputs[path], mask)
             if self.unembed is None:
-                error = (masked - expected).square().sum(dim=-1).mean()
+                error = ctx.mean((masked - expected).square().sum(dim=-1))
             else:
                 unembed = ctx.model.target.get_submodule(self.unembed)
-                error = kl_divergence(unembed(masked), unembed(expected))
+                error = kl_divergence(unembed(masked), unembed(expected), ctx.row_weights)
             yield error / self.n_samples
 
 

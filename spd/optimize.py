@@ -21,6 +21,7 @@ from spd.losses import Losses, Noise, StepContext, loss_terms, noise_key
 from spd.metrics import L0_THRESHOLD, HeldOutLosses, Metric, Metrics, collect
 from spd.problem import Problem, ReconKind, Resumable
 from spd.schedule import ScheduleConfig, schedule_factor
+from spd.silent_rows import SilentRows
 from spd.tracking import NullTracker, Tracker
 
 
@@ -65,24 +66,34 @@ class Objective(nn.Module):
         self.recon: ReconKind = problem.recon
         self._leading_shapes: dict[torch.Size, dict[str, torch.Size]] = {}
 
-    def context(self, batch: Tensor, progress: Tensor, noise: Noise) -> StepContext:
+    def context(
+        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
+    ) -> StepContext:
         target_out, site_inputs = self.model.target_forward(batch)
         ci = self.model.causal_importances(site_inputs)
         return StepContext(
-            self.model, batch, target_out, site_inputs, ci, self.recon, noise, progress
+            self.model,
+            batch,
+            target_out,
+            site_inputs,
+            ci,
+            self.recon,
+            noise,
+            progress,
+            row_weights,
         )
 
     def forward(
-        self, batch: Tensor, progress: Tensor, noise: Noise
+        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ coefficient × term, and what is worth logging (detached)."""
-        ctx = self.context(batch, progress, noise)
+        ctx = self.context(batch, progress, noise, row_weights)
         terms = loss_terms(self.losses, ctx)
         total = torch.stack([self.losses[name].coeff * term for name, term in terms.items()]).sum()
         logged = {"loss/total": total.detach()}
         logged |= {f"loss/{name}": term.detach() for name, term in terms.items()}
         for path, g in ctx.ci.lower.items():
-            logged[f"l0/{path}"] = (g.detach() > L0_THRESHOLD).float().sum(dim=-1).mean()
+            logged[f"l0/{path}"] = ctx.mean((g.detach() > L0_THRESHOLD).float().sum(dim=-1))
         return total, logged
 
     def draw_noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> dict[str, Tensor]:
@@ -117,6 +128,7 @@ class Prepared(NamedTuple):
     objective: Objective
     eval_batches: list[Tensor]
     """the held-out batches, drawn once"""
+    silent_rows: SilentRows
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
@@ -142,7 +154,8 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
             f" {len(eval_batches)}"
         )
-    prepared = Prepared(problem, config, objective, eval_batches)
+    silent_rows = SilentRows(model, problem, eval_batches)
+    prepared = Prepared(problem, config, objective, eval_batches, silent_rows)
     build_metrics(prepared)
     for spec in config.figures.values():
         spec.build(model, problem)
@@ -163,7 +176,7 @@ def run_steps(
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> ComponentModel:
     """The loop. A checkpoint holds the state before its step; one extra lap evaluates and saves last."""
-    problem, config, objective, _ = prepared
+    problem, config, objective, *_ = prepared
     parameters = objective.model.subcomponent_parameters().values()
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     state = _restore(prepared, optimizer, checkpoints) if resume and checkpoints else {}
@@ -188,11 +201,12 @@ def run_steps(
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = _next_batch(problem.train_batches, step, config.steps)
+        batch, row_weights = prepared.silent_rows.merge(batch)
         noise = objective.draw_noise(batch, stream="train", seed=config.seed, step=step)
         progress = torch.tensor(step / config.steps, device=batch.device)
 
         # ---- the training step
-        total, terms = step_fn(batch, progress, noise)
+        total, terms = step_fn(batch, progress, noise, row_weights)
         total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -212,7 +226,7 @@ def due(step: int, every: int, last: bool) -> bool:
 
 def build_metrics(prepared: Prepared) -> list[Metric]:
     """Fresh accumulators: every loss on held-out data, and what the configuration names."""
-    problem, config, objective, _ = prepared
+    problem, config, objective, *_ = prepared
     specs = [spec.build(objective.model, problem) for spec in config.metrics.values()]
     return [HeldOutLosses(objective.losses), *specs]
 
@@ -235,7 +249,7 @@ def evaluate(prepared: Prepared) -> dict[str, float]:
 @torch.no_grad()
 def draw(prepared: Prepared) -> dict[str, Figure]:
     """All figures that the configuration names, by name."""
-    problem, config, objective, _ = prepared
+    problem, config, objective, *_ = prepared
     makers = [spec.build(objective.model, problem) for spec in config.figures.values()]
     return collect(makers, eval_contexts(prepared)) if makers else {}
 

@@ -14,14 +14,14 @@ class Published(NamedTuple):
     """A published figure and its spread over the features of one run."""
 
     value: float
-    spread: float
+    spread: float | None = None
 
 
 class Expected(NamedTuple):
     """The result to expect, as `spd-evals` judges it over the seeds of an experiment."""
 
     solved: float | None = None
-    """least fraction of the seeds that are solved; None: there is no known solution"""
+    """least fraction of the seeds that are solved; None: not judged"""
     means: dict[str, tuple[float, float]] = {}
     """metric key → lowest and highest mean"""
 
@@ -54,8 +54,23 @@ def _tms(name: str, minutes: int, expected: str, ml2r: Published) -> Experiment:
         minutes=minutes,
         expected=expected,
         published={"mmcs/linear1": Published(1.0, 0.0), "ml2r/linear1": ml2r},
-        expects=Expected(0.5, {"mmcs/linear1": (0.99, 1.0), "ml2r/linear1": (0.95, 1.05)}),
+        expects=Expected(0.5, {"mmcs/linear1": (0.99, 1.001), "ml2r/linear1": (0.95, 1.05)}),
         gpu_minutes=5,
+    )
+
+
+def _resid_mlp(
+    n_layers: int, minutes: int, expected: str, correlation: float, *, gpu_minutes: int
+) -> Experiment:
+    key = "correlation/neuron_contributions"
+    return Experiment(
+        module="spd.experiments.resid_mlp.resid_mlp_decomposition",
+        config=f"experiments/resid_mlp/resid_mlp{n_layers}_config.yaml",
+        minutes=minutes,
+        expected=expected,
+        published={key: Published(correlation)},
+        expects=Expected(means={key: (0.98, 1.001)}),
+        gpu_minutes=gpu_minutes,
     )
 
 
@@ -64,6 +79,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     "tms_5-2-id": _tms("tms_5-2-id", 10, "solved on most seeds", Published(0.992, 0.010)),
     "tms_40-10": _tms("tms_40-10", 70, "solved on most seeds", Published(1.010, 0.007)),
     "tms_40-10-id": _tms("tms_40-10-id", 100, "solved on most seeds", Published(1.031, 0.001)),
+    "resid_mlp1": _resid_mlp(1, 25, "solved on some seeds", 1.000, gpu_minutes=3),
+    "resid_mlp2": _resid_mlp(2, 150, "sensitive to the seed", 0.999, gpu_minutes=11),
+    "resid_mlp3": _resid_mlp(3, 2500, "sensitive to the seed", 0.999, gpu_minutes=60),
 }
 
 

@@ -12,11 +12,22 @@ LABELS = {
     "mmcs_paper": "MMCS (paper's definition)",
     "ml2r_paper": "ML2R (paper's definition)",
     "errors": "errors",
+    "correlation": "correlation",
+    "slope": "slope",
+    "mse_to_labels": "MSE to labels",
     "l0": "L0",
     "alive": "alive",
     "density": "density",
     "loss": "held-out",
 }
+COLUMNS = {
+    "mmcs/linear1": ("MMCS", 16),
+    "ml2r/linear1": ("ML2R", 16),
+    "correlation/neuron_contributions": ("correlation", 12),
+    "slope/neuron_contributions": ("slope", 7),
+    "errors/total": ("errors", 7),
+}
+"""Of a table of runs: metric key → heading and width."""
 
 
 def result_of(
@@ -84,20 +95,20 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Several runs, one line each; the key is the run's name."""
-    keys = ("mmcs/linear1", "ml2r/linear1", "errors/total")
     width = max(len(name) for name in results)
-    columns = f"{'seed':>4} {'steps':>7}  {'MMCS':>16} {'ML2R':>16} {'errors':>7}  solved"
-    lines = [f"{'run':{width}}  {columns}"]
+    found = {row["key"] for result in results.values() for row in result["rows"]}
+    shown = {key: column for key, column in COLUMNS.items() if key in found}
+    heads = " ".join(f"{head:>{size}}" for head, size in shown.values())
+    lines = [f"{'run':{width}}  {'seed':>4} {'steps':>7}  {heads}  solved"]
     for name, result in results.items():
         rows = {row["key"]: row for row in result["rows"]}
         cells = [
-            format_value(rows[key]["value"], rows[key]["spread"]) if key in rows else "–"
-            for key in keys
+            f"{format_value(rows[key]['value'], rows[key]['spread']) if key in rows else '–':>{size}}"
+            for key, (_, size) in shown.items()
         ]
         solved = {True: "yes", False: "no", None: "–"}[result["solved"]]
         lines.append(
-            f"{name:{width}}  {result['seed']:>4} {result['steps']:>7}"
-            f"  {cells[0]:>16} {cells[1]:>16} {cells[2]:>7}  {solved}"
+            f"{name:{width}}  {result['seed']:>4} {result['steps']:>7}  {' '.join(cells)}  {solved}"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,7 @@
-"""How jobs are doing: a live table on a terminal, plain lines elsewhere. Only reads."""
+"""How jobs are doing: a live table on a terminal, plain lines elsewhere. Only reads.
+
+rich is imported where it draws: it asks for random numbers when it is imported.
+"""
 
 import json
 import sys
@@ -9,9 +12,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import yaml
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from spd.job import NOW_FILE, Job, Status
 from spd.run_files import CONFIG_FILE, read_json
@@ -55,14 +55,14 @@ class Display:
     """Shows the jobs as long as it is entered."""
 
     def __init__(self, jobs: Sequence[Job], title: str) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
         self.jobs, self.title = jobs, title
-        self.console = Console(stderr=True)
-        self.live = Live(console=self.console, auto_refresh=False) if self._on_terminal() else None
+        console = Console(stderr=True)
+        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self.states: dict[str, str] = {}
         self.last_lines = time.monotonic()
-
-    def _on_terminal(self) -> bool:
-        return self.console.is_terminal
 
     def __enter__(self) -> Self:
         if self.live is not None:
@@ -94,8 +94,10 @@ class Display:
             self.last_lines = now
 
 
-def job_table(jobs: Sequence[Job], statuses: Mapping[str, Status], title: str) -> Table:
-    """One line per job: step, loss, time left."""
+def job_table(jobs: Sequence[Job], statuses: Mapping[str, Status], title: str) -> Any:
+    """One line per job: step, loss, time left; a table for rich's console."""
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("job", "state", "at", "step", "loss", "left"):
         right = column in ("step", "loss", "left")

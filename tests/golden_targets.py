@@ -3,10 +3,9 @@
 import importlib
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spd.experiments.resid_mlp.model import ResidMLP, ResidMLPModelConfig
 from spd.experiments.tms.model import TMSModel
 
 
@@ -19,7 +18,9 @@ def build_target(case: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
                 settings["n_features"], settings["n_hidden"], settings["n_hidden_layers"]
             )
         case "resid_mlp":
-            target = ResidMLP(settings)
+            names = {"n_features", "d_embed", "d_mlp", "n_layers", "in_bias", "out_bias"}
+            sizes = {name: settings[name] for name in names}
+            target = ResidMLP(ResidMLPModelConfig(**sizes, act_fn=settings["act_fn_name"]))
         case name if name.startswith("transformers."):
             target = OutputOf(make_transformer(name, settings["config"]), case["output_attr"])
         case name:
@@ -56,30 +57,3 @@ class OutputOf(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         return getattr(self.inner(batch), self.attribute)
-
-
-class ResidMLP(nn.Module):
-    """residual += mlp_out(act(mlp_in(residual))) between fixed W_E and W_U, as the cases need it."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        n_features, d_embed, d_mlp = (settings[k] for k in ("n_features", "d_embed", "d_mlp"))
-        self.W_E = nn.Parameter(torch.empty(n_features, d_embed))
-        self.W_U = nn.Parameter(torch.empty(d_embed, n_features))
-        self.act = {"relu": F.relu, "gelu": F.gelu}[settings["act_fn_name"]]
-        self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "mlp_in": nn.Linear(d_embed, d_mlp, bias=settings["in_bias"]),
-                    "mlp_out": nn.Linear(d_mlp, d_embed, bias=settings["out_bias"]),
-                }
-            )
-            for _ in range(settings["n_layers"])
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        residual = x @ self.W_E
-        for layer in self.layers:
-            assert isinstance(layer, nn.ModuleDict)
-            residual = residual + layer["mlp_out"](self.act(layer["mlp_in"](residual)))
-        return residual @ self.W_U

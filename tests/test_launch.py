@@ -221,18 +221,21 @@ def test_time_limits_in_slurms_own_words(text: str, minutes: int):
 
 def test_a_machine_holds_as_many_jobs_as_its_parts_allow(monkeypatch: pytest.MonkeyPatch):
     cores = len(os.sched_getaffinity(0))
-    tiny = {"memory_gb": 1e-3}
+
+    def n_places(**given: int) -> int:
+        return len(places(LaunchOptions.model_validate({"memory_gb": 1e-3, **given})))
+
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert len(places(LaunchOptions(**tiny))) == cores
-    assert len(places(LaunchOptions(cpus=cores, **tiny))) == 1
+    assert n_places() == cores
+    assert n_places(cpus=cores) == 1
     assert len(places(LaunchOptions(memory_gb=1e6))) == 1  # at least one is tried
-    assert len(places(LaunchOptions(max_parallel=1, **tiny))) == 1
+    assert n_places(max_parallel=1) == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    found = places(LaunchOptions(gpus=2, **tiny))
+    found = places(LaunchOptions(gpus=2, memory_gb=1e-3))
     assert found == [{"CUDA_VISIBLE_DEVICES": "3,5"}]
-    both = places(LaunchOptions(**tiny))
+    both = places(LaunchOptions(memory_gb=1e-3))
     assert both == [{"CUDA_VISIBLE_DEVICES": name} for name in ("3", "5")][: max(1, cores)]
-    assert places(LaunchOptions(cpu=True, max_parallel=1, **tiny)) == [{}]
+    assert places(LaunchOptions(cpu=True, max_parallel=1)) == [{}]
 
 
 # --- SLURM's words ----------------------------------------------------------------------------------

@@ -18,18 +18,19 @@ SPD = settings.PACKAGE_DIR
 # Experiments stand below all of them, their shared modules above the folders; evals and sweeps come
 # last, and do not know each other.
 CORE = """
-settings config components problem __init__
+settings config components problem reassociation __init__
 snapshot arguments resources
 compilation command provenance registry run_files schedule importance data checkpoint
 job component_model results tracking
 slurm watch
 launch
-losses
+losses silent_rows
 metrics
 drawing
 figures
 optimize report
 run
+redraw
 """
 LAYERS = [line.split() for line in CORE.strip().splitlines()]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line}

@@ -163,6 +163,12 @@ def test_the_figures_to_compare_with_are_the_published_ones(name: str):
     assert published == {"mmcs/linear1": mmcs, "ml2r/linear1": ml2r}
 
 
+@pytest.mark.parametrize(("n_layers", "correlation"), [(1, 1.000), (2, 0.999), (3, 0.999)])
+def test_the_published_correlation_of_residual_mlps(n_layers: int, correlation: float):
+    published = EXPERIMENTS[f"resid_mlp{n_layers}"].published
+    assert published == {"correlation/neuron_contributions": (correlation, None)}
+
+
 def test_every_experiment_can_be_started_from_the_editor():
     launch = json.loads((REPO_DIR / ".vscode" / "launch.json").read_text(encoding="utf-8"))
     entries = {

@@ -6,8 +6,6 @@ Several runs of one experiment are also drawn side by side, by their minimality 
 `importances_by_minimality.png` beside them.
 """
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -15,8 +13,6 @@ import torch
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from spd import settings
-from spd.command import console_log, user_errors
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig
 from spd.experiments.resid_mlp.comparison import COMPARISON_FILE, comparable, compare
@@ -28,14 +24,11 @@ from spd.experiments.resid_mlp.drawing import (
 )
 from spd.experiments.resid_mlp.metrics import neuron_contributions
 from spd.experiments.resid_mlp.problem import ResidMLPProblem, need_all_sites, need_resid_mlp
-from spd.figures import FigureMaker, loss_curves, png_bytes, save_figures
+from spd.figures import FigureMaker, png_bytes
 from spd.losses import StepContext
-from spd.optimize import draw
 from spd.problem import Problem
-from spd.report import write_report
-from spd.run import Run, load_run, results_table
-from spd.run_files import RESULT_FILE
-from spd.tracking import FIGURES
+from spd.redraw import redraw_command
+from spd.run import Run
 
 CURVE_POINTS = 81
 
@@ -121,36 +114,21 @@ def responses(model: ComponentModel, problem: ResidMLPProblem, n_shown: int) -> 
 # --- the command -----------------------------------------------------------------------------------
 
 
-def redraw(run: Run) -> None:
-    """Draw every figure of a run anew, from its newest checkpoint, and write its report."""
-    figures = {**draw(run.prepared), "loss_curves": loss_curves(run.metrics)}
-    save_figures(run.directory / FIGURES, run.step, figures)
-    write_report(run.directory)
+def side_by_side(runs: Sequence[Run]) -> Callable[[], None]:
+    """What draws the runs of each folder side by side; `UserError` where that makes no sense."""
+    groups = comparable(runs)
+
+    def draw_them() -> None:
+        for folder, group in groups.items():
+            (folder / COMPARISON_FILE).write_bytes(png_bytes(compare(group)))
+            print(f"runs side by side: {folder / COMPARISON_FILE}")
+
+    return draw_them
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Redraw all figures and reports, compare the runs, and print the table of the finished ones."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directory or wandb:entity/project/run"
-    )
-    args = parser.parse_args(argv)
-    settings.load_env()
-    with console_log(), user_errors():
-        runs = [load_run(reference) for reference in args.runs]  # all, before anything is written
-        groups = comparable(runs)
-        for run in runs:
-            redraw(run)
-            print(f"report: {run.directory / 'report.html'}")
-        for folder, group in groups.items():
-            (folder / COMPARISON_FILE).write_bytes(png_bytes(compare(group)))
-            print(f"runs side by side: {folder / COMPARISON_FILE}")
-        finished = [run.directory for run in runs if (run.directory / RESULT_FILE).is_file()]
-        for run in runs:
-            if run.directory not in finished:
-                print(f"{run.directory}: not finished, not in the table", file=sys.stderr)
-        if finished:
-            print(results_table(finished))
+    redraw_command(main.__doc__ or "", argv, compare=side_by_side)
 
 
 if __name__ == "__main__":

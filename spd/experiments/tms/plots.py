@@ -3,8 +3,6 @@
 python -m spd.experiments.tms.plots RUN_DIR|wandb:entity/project/run ...
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,20 +10,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from spd import settings
-from spd.command import console_log, user_errors
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, UserError
 from spd.experiments.tms.vectors import vectors_figure
-from spd.figures import FigureMaker, loss_curves, save_figures
+from spd.figures import FigureMaker
 from spd.losses import StepContext
 from spd.metrics import probe_importances
-from spd.optimize import draw
 from spd.problem import Problem
-from spd.report import write_report
-from spd.run import Run, load_run, results_table
-from spd.run_files import RESULT_FILE
-from spd.tracking import FIGURES
+from spd.redraw import redraw_command
 
 
 class TMSVectors(BaseConfig):
@@ -58,32 +50,9 @@ class _TMSVectors:
         return {"tms_vectors": vectors_figure(self.model, self.problem, importances)}
 
 
-def redraw(run: Run) -> None:
-    """Draw every figure of a run anew, from its newest checkpoint, and write its report."""
-    figures = {**draw(run.prepared), "loss_curves": loss_curves(run.metrics)}
-    save_figures(run.directory / FIGURES, run.step, figures)
-    write_report(run.directory)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Redraw all figures and reports, then print the table of the runs that have finished."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directory or wandb:entity/project/run"
-    )
-    args = parser.parse_args(argv)
-    settings.load_env()
-    with console_log(), user_errors():
-        runs = [load_run(reference) for reference in args.runs]  # all, before anything is written
-        for run in runs:
-            redraw(run)
-            print(f"report: {run.directory / 'report.html'}")
-        finished = [run.directory for run in runs if (run.directory / RESULT_FILE).is_file()]
-        for run in runs:
-            if run.directory not in finished:
-                print(f"{run.directory}: not finished, not in the table", file=sys.stderr)
-        if finished:
-            print(results_table(finished))
+    redraw_command(main.__doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
         target=target,
         train_batches=batches("train", config.batch_size),
         eval_batches=batches("eval", config.eval_batch_size),
+        independent_rows=True,
         tied_sites=config.tied_sites,
         probes=PROBE * torch.eye(n_features, device=device),
         solution=solution,
