@@ -37,8 +37,8 @@ def make_job(folder: Path, code: str, **env: str) -> Job:
     return job
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
