@@ -26,6 +26,7 @@ ENDED: tuple[State, ...] = ("finished", "failed", "skipped")
 SKIPPED_STATUS = 3
 ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 POLL_SECONDS = 0.1
+PATIENCE = 120.0
 LAST_WORDS = 2000
 """characters of an error message that are kept"""
 
@@ -106,11 +107,15 @@ def is_worked_on(directory: Path) -> bool:
     return False
 
 
-def run_job(directory: Path) -> Ended:
-    """Run the job in `directory` to its end, and keep its status there."""
-    job, before = load_job(directory), read_status(directory)
-    with sole_use(directory):
-        started = time.monotonic()
+def run_job(directory: Path, *, patience: float = PATIENCE) -> Ended:
+    """Run the job in `directory` to its end, and keep its status there.
+
+    A process that is still at it, as after a requeue, gets `patience` seconds to end; a `UserError`
+    if it does not.
+    """
+    job = load_job(directory)
+    with sole_use(directory, patience=patience):
+        before, started = read_status(directory), time.monotonic()
         status = before._replace(
             state="running",
             reason=None,
@@ -209,7 +214,7 @@ def _in_the_child() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def wait_until_free(run_dir: Path, seconds: float = 120.0) -> None:
+def wait_until_free(run_dir: Path, seconds: float = PATIENCE) -> None:
     """A run whose supervisor was killed may still be writing its checkpoint."""
     if not (run_dir / LOCK_FILE).exists():
         return

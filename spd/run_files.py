@@ -104,11 +104,14 @@ def refuse_other_files(directory: Path) -> None:
 
 
 @contextmanager
-def sole_use(directory: Path) -> Iterator[None]:
-    """Keep other processes away from a run, or raise a `UserError` if one is working on it."""
+def sole_use(directory: Path, *, patience: float = 0.0) -> Iterator[None]:
+    """Keep other processes away from a run, or raise a `UserError` if one is working on it.
+
+    It is given `patience` seconds to end.
+    """
     lock = FileLock(directory / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise UserError(f"{directory}: another process is working on this run") from None
     try:

@@ -79,7 +79,5 @@ def table(text: str) -> list[list[str]]:
     """The rows of a printed table without what depends on time."""
     lines = text[text.index("experiment  ") :].splitlines()
     end = next(i for i, line in enumerate(lines) if line.startswith("summary: "))
-    return [
-        [cell for cell in line.split("  ") if not cell.strip().endswith(" s")]
-        for line in lines[:end]
-    ]
+    rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[:end]]
+    return [[cell for cell in row if not cell.endswith(" s")] for row in rows]

@@ -130,7 +130,7 @@ def test_a_command_does_not_outlive_its_supervisor(tmp_path: Path):
     process = supervisor(job)
     assert is_worked_on(job.directory)
     with pytest.raises(UserError, match="another process is working on"):
-        run_job(job.directory)
+        run_job(job.directory, patience=0)
     process.kill()
     process.wait()
     until(lambda: "TERM" in output(job))

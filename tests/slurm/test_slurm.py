@@ -63,7 +63,10 @@ def start_now(launcher: Launcher, number: str) -> None:
         subprocess.run(command, env=launcher.environment, capture_output=True)
         return queue(launcher)[number] in ("RUNNING", "COMPLETED")
 
-    until(tried, f"job {number} starts again")
+    try:
+        until(tried, f"job {number} starts again")
+    except AssertionError:
+        pytest.fail(slurm_says(launcher, "scontrol", "show", "job", number))
 
 
 def only_study(launcher: Launcher, kind: str = "evals") -> Path:
