@@ -96,6 +96,7 @@ class Display:
 
 def job_table(jobs: Sequence[Job], statuses: Mapping[str, Status], title: str) -> Any:
     """One line per job: step, loss, time left; a table for rich's console."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
@@ -107,7 +108,8 @@ def job_table(jobs: Sequence[Job], statuses: Mapping[str, Status], title: str) -
         progress = progress_of(job) if status.state != "waiting" else Progress()
         reason = f": {status.reason.splitlines()[0]}" if status.reason else ""
         style = COLOURS.get(status.state, "dim")
-        table.add_row(job.name, f"[{style}]{status.state}[/]{reason}", *_cells(progress, status))
+        cells = map(escape, _cells(progress, status))
+        table.add_row(job.name, f"[{style}]{status.state}[/]{escape(reason)}", *cells)
     return table
 
 

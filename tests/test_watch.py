@@ -52,7 +52,7 @@ def test_a_table_has_a_line_per_job(tmp_path: Path):
     make_run(jobs[0])
     statuses = {
         "one": Status("running", attempts=1),
-        "two": Status("failed", "loss/x = nan\nmore"),
+        "two": Status("failed", "loss [x] = nan\nmore"),
         "three": Status(),
     }
     console = Console(file=StringIO(), width=120)
@@ -60,7 +60,7 @@ def test_a_table_has_a_line_per_job(tmp_path: Path):
     assert isinstance(console.file, StringIO)
     lines = [line.split() for line in console.file.getvalue().splitlines()]
     assert lines[2] == ["one", "running", "201/1,000", "1.667e-01", "2", "min"]
-    assert lines[3] == ["two", "failed:", "loss/x", "=", "nan"]
+    assert lines[3] == ["two", "failed:", "loss", "[x]", "=", "nan"]
     assert lines[4] == ["three", "waiting"]
 
 
