@@ -25,6 +25,9 @@ DEFINITION = {
 }
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(name="study")
 def study_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> launch.Study:
     """As `spd-sweep` makes it, without asking W&B for anything."""
