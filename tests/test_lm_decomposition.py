@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from spd.config import UserError, load_config, parse
 from spd.experiments.lm.lm_decomposition import LMConfig, build
 from spd.experiments.lm.loading import import_class
+from spd.experiments.lm.problem import LMProblem
 from spd.run import load_run, resume, start
 from spd.settings import PACKAGE_DIR
 from tests.lm_stand_ins import (
@@ -225,6 +226,7 @@ def test_importances_of_a_string_in_four_lines(little: LMConfig, tmp_path: Path)
         )
 
     run = load_run(directory)
+    assert isinstance(run.problem, LMProblem) and run.problem.tokenizer is not None
     ids = run.problem.tokenizer("The little cat sat.", return_tensors="pt")["input_ids"]
     _, site_inputs = run.model.target_forward(ids)
     g = run.model.causal_importances(site_inputs).lower["model.layers.1.mlp.up_proj"]
