@@ -1,0 +1,1 @@
+"""Measurements, run by hand; what they gave stands in README.md."""

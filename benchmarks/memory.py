@@ -1,0 +1,134 @@
+"""Peak memory and speed of a step on a language model, by the number of decomposed matrices.
+
+python -m benchmarks.memory [--steps 5]
+
+A Llama of the size of SimpleStories-1.25M (8 layers instead of 4 for 24 matrices), 4 × 512 tokens,
+C = 100, affine importance functions, both stochastic losses. Every case runs in a process of its own; the
+peak is that of the process, with everything it has imported.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+
+from spd.config import parse
+from spd.experiments.lm.model import TokenModel
+from spd.optimize import SPDConfig, prepare
+from spd.problem import Problem
+
+BATCH, POSITIONS, VOCAB, C = 4, 512, 4096, 100
+LOSSES = {
+    "faithfulness": {"coeff": 1.0},
+    "importance_minimality": {"coeff": 1e-6, "pnorm": 2.0},
+    "stochastic_recon": {"coeff": 1.0},
+    "stochastic_recon_layerwise": {"coeff": 1.0},
+}
+MLP_MATRICES = "model.layers.*.mlp.*_proj"
+PATTERNS = {
+    1: "model.layers.0.mlp.down_proj",
+    4: "model.layers.*.mlp.down_proj",
+    12: MLP_MATRICES,
+    24: MLP_MATRICES,
+}
+PASSES: tuple[Literal["one_by_one"], Literal["together"]] = ("one_by_one", "together")
+
+
+class Measured(NamedTuple):
+    """One case."""
+
+    megabytes: float
+    """largest resident set of the process, in 10⁶ bytes"""
+    tokens_per_second: float
+    """of the median step after the first"""
+
+
+def measure(n_sites: int, passes: str, steps: int) -> Measured:
+    """Train for `steps` steps in this process."""
+    torch.manual_seed(0)
+    n_layers = 8 if n_sites == 24 else 4
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=128,
+            intermediate_size=341,
+            num_hidden_layers=n_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=POSITIONS,
+            use_cache=False,
+        )
+    )
+    raw = {"sites": {PATTERNS[n_sites]: C}, "losses": LOSSES, "importance": {"type": "affine"}}
+    raw |= {"steps": steps, "lr": 1e-4, "passes": passes, "compile": False, "n_eval_batches": 1}
+    config = parse(SPDConfig, raw, "benchmark")
+    problem = Problem(TokenModel(llama, "logits"), _tokens(), _tokens(), recon="kl")
+    objective = prepare(problem, config).objective
+    parameters = list(objective.model.subcomponent_parameters().values())
+    assert len(objective.model.sites) == n_sites
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
+    seconds = []
+    for step in range(steps):
+        started = time.perf_counter()
+        batch = next(problem.train_batches)
+        noise = objective.noise(batch, stream="train", seed=0, step=step)
+        progress = torch.tensor(step / steps)
+        if passes == "together":
+            objective(batch, progress, dict(noise))[0].backward()
+        else:
+            objective.backward_one_by_one(batch, progress, noise)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - started)
+    per_kib = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * per_kib / 1e6
+    return Measured(peak, BATCH * POSITIONS / statistics.median(seconds[1:]))
+
+
+def _tokens() -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(0, VOCAB, (BATCH, POSITIONS), generator=generator)
+
+
+def measured_apart(n_sites: int, passes: str, steps: int) -> Measured:
+    """The same in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--case", str(n_sites), passes]
+    done = subprocess.run(
+        [*command, "--steps", str(steps)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    megabytes, speed = done.stdout.split()
+    return Measured(float(megabytes), float(speed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=5, help="of each case, the first not timed")
+    parser.add_argument("--case", nargs=2, metavar=("SITES", "PASSES"), help="one, unformatted")
+    args = parser.parse_args()
+    if args.steps < 2:
+        parser.error("--steps: at least 2 are needed")
+    if args.case:
+        print(*measure(int(args.case[0]), args.case[1], args.steps))
+        return
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| matrices | layers | passes | peak memory | tokens/s |\n|---|---|---|---|---|")
+    for n_sites in PATTERNS:
+        for passes in PASSES:
+            peak, speed = measured_apart(n_sites, passes, args.steps)
+            layers = 8 if n_sites == 24 else 4
+            print(
+                f"| {n_sites} | {layers} | `{passes}` | {peak:.0f} MB | {speed:,.0f} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
