@@ -22,7 +22,7 @@ else
 SAY_ENV = echo "Ready, in the active environment $(ENV)"
 endif
 
-.PHONY: help install install-dev env env-dev check type format test test-all demo clean
+.PHONY: help install install-dev env env-dev check type format test test-slurm test-all demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -52,7 +52,10 @@ format: env-dev ## fix formatting and lint
 	@sh scripts/hooks.sh fix ruff-check ruff-format
 
 test: env-dev ## the tests, without the slow ones
-	@"$(BIN)/python" -m pytest -m "not slow"
+	@"$(BIN)/python" -m pytest -m "not slow and not slurm"
+
+test-slurm: env-dev ## the tests against a real SLURM, where slurm-wlm and munge are installed
+	@"$(BIN)/python" -m pytest -m slurm tests/slurm
 
 test-all: env-dev ## all tests
 	@"$(BIN)/python" -m pytest

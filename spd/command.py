@@ -12,16 +12,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spd.config import RunError, UserError
+from spd.config import RunError, Unreachable, UserError
 
 ALLOWED_DEVICES = "(allowed: auto, or one that torch has here, as cpu, cuda or cuda:1)"
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn exceptions into one message and the exit status of a command."""
+    """Turn exceptions into one message and the exit status of a command.
+
+    1 it failed, 2 a mistake of the user, 3 data or a model cannot be reached, 130 interrupted.
+    """
     try:
         yield
+    except Unreachable as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import platform
 import shlex
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from spd.config import UserError
 from spd.settings import REPO_DIR
+from spd.snapshot import code_state
 
 PACKAGES = ("torch", "numpy", "pydantic", "transformers", "datasets", "wandb", "safetensors")
 
@@ -25,8 +25,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "argv": sys.argv,
         "command": shlex.join(["python", *sys.argv]),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **code_state()._asdict(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "device": cuda or str(device),
         "host": platform.node(),
@@ -58,13 +57,3 @@ def import_entry(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def _git(*args: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(REPO_DIR), *args], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

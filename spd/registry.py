@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from spd.config import UserError, nearest
+from spd.config import UserError, apply_overrides, nearest, read_yaml
 from spd.settings import PACKAGE_DIR
 
 
@@ -15,6 +15,15 @@ class Published(NamedTuple):
 
     value: float
     spread: float | None = None
+
+
+class Expected(NamedTuple):
+    """The result to expect, as `spd-evals` judges it over the seeds of an experiment."""
+
+    solved: float | None = None
+    """least fraction of the seeds that are solved; None: not judged"""
+    means: dict[str, tuple[float, float]] = {}
+    """metric key → lowest and highest mean"""
 
 
 class Experiment(NamedTuple):
@@ -30,6 +39,12 @@ class Experiment(NamedTuple):
     """the result to expect, in words"""
     published: dict[str, Published]
     """metric key → figure of the paper"""
+    expects: Expected = Expected()
+    """the same as `expected`, to be judged by"""
+    gpu_minutes: int | None = None
+    """expected on one GPU; None: not known"""
+    default: bool = True
+    """whether `spd-evals` runs it without being told"""
 
 
 def _tms(name: str, minutes: int, expected: str, ml2r: Published) -> Experiment:
@@ -39,44 +54,56 @@ def _tms(name: str, minutes: int, expected: str, ml2r: Published) -> Experiment:
         minutes=minutes,
         expected=expected,
         published={"mmcs/linear1": Published(1.0, 0.0), "ml2r/linear1": ml2r},
+        expects=Expected(0.5, {"mmcs/linear1": (0.99, 1.001), "ml2r/linear1": (0.95, 1.05)}),
+        gpu_minutes=5,
     )
 
 
-def _lm(name: str, minutes: int, expected: str) -> Experiment:
+def _lm(name: str, minutes: int, expected: str, expects: Expected, *, default: bool) -> Experiment:
     return Experiment(
         module="spd.experiments.lm.lm_decomposition",
         config=f"experiments/lm/{name}_config.yaml",
         minutes=minutes,
         expected=expected,
         published={},
+        expects=expects,
+        default=default,
     )
 
 
-def _resid_mlp(n_layers: int, minutes: int, expected: str, correlation: float) -> Experiment:
+def _resid_mlp(
+    n_layers: int, minutes: int, expected: str, correlation: float, *, gpu_minutes: int
+) -> Experiment:
+    key = "correlation/neuron_contributions"
     return Experiment(
         module="spd.experiments.resid_mlp.resid_mlp_decomposition",
         config=f"experiments/resid_mlp/resid_mlp{n_layers}_config.yaml",
         minutes=minutes,
         expected=expected,
-        published={"correlation/neuron_contributions": Published(correlation)},
+        published={key: Published(correlation)},
+        expects=Expected(means={key: (0.98, 1.001)}),
+        gpu_minutes=gpu_minutes,
     )
 
+
+_RECOVERED = (
+    "over 90 % of the cost of ablation avoided with rounded masks",
+    Expected(means={"recovered/rounded": (0.9, 1.1)}),
+)
 
 EXPERIMENTS: dict[str, Experiment] = {
     "tms_5-2": _tms("tms_5-2", 8, "solved on most seeds", Published(0.993, 0.002)),
     "tms_5-2-id": _tms("tms_5-2-id", 10, "solved on most seeds", Published(0.992, 0.010)),
     "tms_40-10": _tms("tms_40-10", 70, "solved on most seeds", Published(1.010, 0.007)),
     "tms_40-10-id": _tms("tms_40-10-id", 100, "solved on most seeds", Published(1.031, 0.001)),
-    "resid_mlp1": _resid_mlp(1, 25, "solved on some seeds", 1.000),
-    "resid_mlp2": _resid_mlp(2, 150, "sensitive to the seed", 0.999),
-    "resid_mlp3": _resid_mlp(3, 2500, "sensitive to the seed", 0.999),
-    "ss_emb": _lm("ss_emb", 600, "not measured; needs the Hugging Face hub"),
-    "pydoc_emb": _lm(
-        "pydoc_emb", 6, "over 90 % of the cost of ablation avoided with rounded masks"
+    "resid_mlp1": _resid_mlp(1, 25, "solved on some seeds", 1.000, gpu_minutes=3),
+    "resid_mlp2": _resid_mlp(2, 150, "sensitive to the seed", 0.999, gpu_minutes=11),
+    "resid_mlp3": _resid_mlp(3, 2500, "sensitive to the seed", 0.999, gpu_minutes=60),
+    "ss_emb": _lm(
+        "ss_emb", 600, "not measured; needs the Hugging Face hub", Expected(), default=True
     ),
-    "pydoc_mlp": _lm(
-        "pydoc_mlp", 8, "over 90 % of the cost of ablation avoided with rounded masks"
-    ),
+    "pydoc_emb": _lm("pydoc_emb", 6, *_RECOVERED, default=False),
+    "pydoc_mlp": _lm("pydoc_mlp", 8, *_RECOVERED, default=False),
 }
 
 
@@ -86,6 +113,21 @@ def get_experiment(name: str) -> Experiment:
         known = ", ".join(EXPERIMENTS)
         raise UserError(f"unknown experiment {name!r}{nearest(name, EXPERIMENTS)} (known: {known})")
     return EXPERIMENTS[name]
+
+
+def default_experiments() -> list[str]:
+    """Those that `spd-evals` runs without being told."""
+    return [name for name, experiment in EXPERIMENTS.items() if experiment.default]
+
+
+def expected_minutes(name: str, overrides: Sequence[str] = (), *, gpu: bool = False) -> float:
+    """How long the experiment takes, target included; in proportion where `steps` is overridden."""
+    experiment = get_experiment(name)
+    minutes = experiment.gpu_minutes if gpu else None
+    config = read_yaml(PACKAGE_DIR / experiment.config)
+    steps = apply_overrides(config, overrides).get("steps")
+    share = steps / config["steps"] if isinstance(steps, int) else 1.0
+    return (experiment.minutes if minutes is None else minutes) * share
 
 
 def command_line(name: str, arguments: Sequence[str] = ()) -> list[str]:

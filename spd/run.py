@@ -39,8 +39,10 @@ from spd.run_files import (
     RESULT_FILE,
     TARGET,
     FolderName,
+    new_directory,
     read_json,
     read_meta,
+    refuse_other_files,
     sole_use,
     write_json,
 )
@@ -88,20 +90,29 @@ def cli(
 ) -> NoReturn:
     """The entry point of an experiment script: CONFIG.yaml [key=value …] [--resume RUN_DIR].
 
-    Exit status: 0 finished, 1 the run failed, 2 a mistake of the user, 130 or 143 interrupted.
+    Exit status: 0 finished, 1 the run failed, 2 a mistake of the user, 3 its data or model cannot be
+    reached, 130 or 143 interrupted.
     """
     parser = argparse.ArgumentParser(description=(build.__doc__ or "").partition("\n")[0])
     parser.add_argument("config", nargs="?", help="YAML configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, YAML values")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue that run")
+    where = "the run's own directory; a run that is there already is continued"
+    parser.add_argument("--run_dir", type=Path, metavar="DIR", help=where)
     args = parser.parse_intermixed_args(argv)
+    if args.run_dir is not None and (args.resume is not None or args.config is None):
+        parser.error("--run_dir needs a configuration, and no --resume")
+    run_dir: Path | None = args.resume or args.run_dir
+    begun = run_dir is not None and (run_dir / META_FILE).is_file()
     settings.load_env()
     with console_log(), user_errors():
-        if args.resume is not None:
-            directory = resume(config_class, build, args.resume, args.config, args.overrides)
+        if run_dir is not None and (begun or args.resume is not None):
+            directory = resume(config_class, build, run_dir, args.config, args.overrides)
         elif args.config is not None:
             config = load_config(config_class, Path(args.config), args.overrides)
-            directory = start(config, build, folder=Path(args.config).parent)
+            directory = start(
+                config, build, folder=Path(args.config).parent, directory=args.run_dir
+            )
         else:
             parser.error("a configuration or --resume RUN_DIR is needed")
         print(format_result(read_json(directory / RESULT_FILE)))
@@ -109,36 +120,38 @@ def cli(
     raise SystemExit(0)
 
 
-def start(config: ExperimentConfig, build: Build, *, folder: Path | None = None) -> Path:
+def start(
+    config: ExperimentConfig,
+    build: Build,
+    *,
+    folder: Path | None = None,
+    directory: Path | None = None,
+) -> Path:
     """Run a configuration from the beginning in a new directory, which is returned.
 
     A target that is not found as it is named is looked for in `folder`, where the YAML file lies.
     """
+    if directory is None:
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        directory = settings.output_root() / config.experiment / name
+    refuse_other_files(directory)
     if config.compile is True:
         require_compiler()
     device = resolve_device(config.device)
     with kept_log() as earlier:
         prepared = prepare(build(_with_target_beside(config, folder), device), config)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    directory = settings.output_root() / config.experiment / f"{stamp}-{secrets.token_hex(3)}"
-    try:
-        directory.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"{directory.parent}: the output root cannot be written ({error.strerror});"
-            " set SPD_OUT_DIR to a writable folder"
-        ) from None
-    (directory / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
-    prepared.problem.save_target(directory / TARGET)
-    meta = provenance(device)
-    meta["entry"] = {
-        "module": entry_of(sys.modules[build.__module__]),
-        "config": type(config).__name__,
-        "build": build.__name__,
-    }
-    meta["num_threads"] = torch.get_num_threads()
-    meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
-    write_json(directory / META_FILE, {**meta, "seconds": 0.0})
+    with new_directory(directory) as partial:
+        (partial / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        prepared.problem.save_target(partial / TARGET)
+        meta = provenance(device)
+        meta["entry"] = {
+            "module": entry_of(sys.modules[build.__module__]),
+            "config": type(config).__name__,
+            "build": build.__name__,
+        }
+        meta["num_threads"] = torch.get_num_threads()
+        meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        write_json(partial / META_FILE, {**meta, "seconds": 0.0})
     return _execute(directory, config, prepared, earlier, resume=False)
 
 

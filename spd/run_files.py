@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,11 +76,42 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def sole_use(directory: Path) -> Iterator[None]:
-    """Keep other processes away from a run, or raise a `UserError` if one is working on it."""
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A folder to fill; it becomes `directory` when that is done, which is there whole or not at all."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    try:
+        if partial.exists():  # of a process that was killed here
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"{directory.parent}: the output root cannot be written ({error.strerror});"
+            " set SPD_OUT_DIR to a writable folder"
+        ) from None
+    yield partial
+    partial.rename(directory)
+
+
+def refuse_other_files(directory: Path) -> None:
+    """`UserError` if something else than a run lies where a run is wanted."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists():
+        raise UserError(
+            f"--run_dir {directory}: holds something else than a run; a new or an empty folder is"
+            " allowed, or a run, which is then continued"
+        )
+
+
+@contextmanager
+def sole_use(directory: Path, *, patience: float = 0.0) -> Iterator[None]:
+    """Keep other processes away from a run, or raise a `UserError` if one is working on it.
+
+    It is given `patience` seconds to end.
+    """
     lock = FileLock(directory / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise UserError(f"{directory}: another process is working on this run") from None
     try:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
-from spd.config import UserError
+from spd.config import Unreachable, UserError
 from spd.run_files import cut_lines
 from spd.settings import output_root
 
@@ -206,7 +206,7 @@ def start_wandb(
     if mode == "disabled":
         logger.info("W&B is switched off by WANDB_MODE=disabled: logging locally only")
         return None
-    if mode not in ("offline", "dryrun") and not _has_credentials():
+    if mode not in ("offline", "dryrun") and not has_credentials():
         logger.info("no W&B key or login found: logging locally only (project %s)", project)
         return None
     try:
@@ -249,7 +249,7 @@ def download_run(reference: str, api: Any = None) -> Path:
     directory = output_root() / "downloads" / Path(*parts)
     if directory.is_dir():
         return directory
-    if api is None and not _has_credentials():
+    if api is None and not has_credentials():
         raise UserError(
             f"{reference}: W&B needs a key: WANDB_API_KEY, for example in .env, or a login"
         )
@@ -276,14 +276,15 @@ def _download(api: Any, path: str, directory: Path) -> None:
             if file.name.startswith(folder):
                 file.download(root=str(directory), replace=True)
     except Exception as error:
-        raise UserError(f"wandb:{path}: cannot be fetched from W&B: {_first_line(error)}") from None
+        message = f"wandb:{path}: cannot be fetched from W&B: {_first_line(error)}"
+        raise Unreachable(message) from None
 
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _has_credentials() -> bool:
+def has_credentials() -> bool:
     """Whether a key is in the environment or a login in netrc; never asks."""
     if os.environ.get("WANDB_API_KEY"):
         return True

@@ -15,11 +15,15 @@ from spd import settings
 SPD = settings.PACKAGE_DIR
 
 # A module imports only from lines above its own; those on one line do not know each other.
-# Experiments stand below all of them, their shared modules above the folders.
+# Experiments stand below all of them, their shared modules above the folders; evals and sweeps come
+# last, and do not know each other.
 CORE = """
 settings config components problem reassociation __init__
+snapshot arguments resources
 compilation command provenance registry run_files schedule importance data checkpoint divergence
-component_model noise results tracking
+job component_model noise results tracking
+slurm watch
+launch
 losses activation_checkpointing silent_rows
 metrics passes
 drawing
@@ -31,9 +35,14 @@ report_command pretrained redraw
 """
 LAYERS = [line.split() for line in CORE.strip().splitlines()]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line}
+LAST = ("evals.", "sweeps.")
 MAY_IMPORT = {
     "wandb": ("tracking",),
-    "matplotlib": ("drawing", "figures", "experiments."),
+    "matplotlib": ("drawing", "figures", "experiments.", "sweeps.figures"),
+    "submitit": ("slurm",),
+    "optuna": ("sweeps.local_study",),
+    "fire": ("arguments",),
+    "rich": ("watch",),
     "transformers": ("experiments.lm.",),
     "datasets": ("experiments.lm.",),
 }
@@ -70,7 +79,8 @@ def own_modules(path: Path) -> Iterator[str]:
 
 
 def test_every_module_of_the_core_has_its_layer():
-    assert sorted(LEVEL) == sorted(name for name in FILES if not name.startswith("experiments."))
+    core = [name for name in FILES if not name.startswith(("experiments.", *LAST))]
+    assert sorted(LEVEL) == sorted(core)
 
 
 @pytest.mark.parametrize("name", LEVEL)
@@ -82,11 +92,23 @@ def test_the_core_imports_from_layers_below(name: str):
 
 def test_experiments_do_not_know_each_other():
     for name in FILES.keys() - LEVEL.keys():
+        if name.startswith(LAST):
+            continue
         folder = name.rpartition(".")[0]
         for other in own_modules(FILES[name]):
             other_folder = other.rpartition(".")[0]
             if other not in LEVEL and other_folder != "experiments":
                 assert folder == other_folder, f"{name} imports {other}"
+
+
+def test_evals_and_sweeps_come_last():
+    """They know the core and what experiments share, but neither an experiment nor each other."""
+    for name in FILES.keys() - LEVEL.keys():
+        for other in own_modules(FILES[name]):
+            if other.startswith(LAST):
+                assert name.partition(".")[0] == other.partition(".")[0], f"{name} imports {other}"
+            elif name.startswith(LAST) and other not in LEVEL:
+                assert other.count(".") == 1, f"{name} imports {other}"
 
 
 def test_no_module_imports_itself_in_a_roundabout_way():

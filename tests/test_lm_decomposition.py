@@ -110,7 +110,7 @@ def test_the_command_of_the_tiny_stories_example(command: Command, tmp_path: Pat
 
 def test_without_the_hub_one_message_names_the_experiment_that_needs_none(command: Command):
     done = command.run(SCRIPT, LM / "ss_emb_config.yaml")
-    assert done.status == 2 and done.out == ""
+    assert done.status == 3 and done.out == ""
     line = done.err.splitlines()[-1]
     assert line.startswith("error: target: 'SimpleStories/SimpleStories-1.25M'")
     assert "pydoc_emb" in line and not command.out.exists()

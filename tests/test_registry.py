@@ -172,7 +172,9 @@ def test_the_published_correlation_of_residual_mlps(n_layers: int, correlation: 
 def test_every_experiment_can_be_started_from_the_editor():
     launch = json.loads((REPO_DIR / ".vscode" / "launch.json").read_text(encoding="utf-8"))
     entries = {
-        entry["name"]: (entry["program"], *entry["args"]) for entry in launch["configurations"]
+        entry["name"]: (entry["program"], *entry["args"])
+        for entry in launch["configurations"]
+        if "program" in entry
     }
     assert entries == {
         name: (
@@ -181,6 +183,13 @@ def test_every_experiment_can_be_started_from_the_editor():
         )
         for name, experiment in EXPERIMENTS.items()
     }
+
+
+def test_the_other_commands_can_be_started_from_the_editor():
+    launch = json.loads((REPO_DIR / ".vscode" / "launch.json").read_text(encoding="utf-8"))
+    modules = [entry["module"] for entry in launch["configurations"] if "module" in entry]
+    assert modules == ["spd.evals.run_evals", "spd.sweeps.sweep"]
+    assert all(hasattr(importlib.import_module(module), "main") for module in modules)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():

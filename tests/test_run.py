@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,35 @@ def test_devices():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UserError, match="device: 'cuba' cannot be used .allowed: auto"):
         resolve_device("cuba")
+
+
+# --- a directory of one's own --------------------------------------------------------------------
+
+
+def test_a_run_in_a_named_directory_goes_on_whenever_it_is_named_again(
+    command: Command, finished: Path
+):
+    """One command, given again and again until it has finished, wherever it was killed."""
+    own = command.out / "study" / "seed0"
+    args = ("--run_dir", own)
+    for event in ("*.seed0.partial/.meta.json*", "*.00000004.partial", "*.result.json.partial"):
+        assert command.tms(*args, stop=Stop(signal.SIGKILL, event)).status == -9
+    done = command.tms(*args)
+    assert done.status == 0 and f"report: {own / 'report.html'}" in done.out
+    for name in ("metrics.jsonl", "checkpoints/00000006/model.safetensors"):
+        assert (own / name).read_bytes() == (finished / name).read_bytes()
+    assert [path.name for path in own.parent.iterdir()] == ["seed0"]
+    assert not list(command.out.glob("tms_5-2"))
+
+
+def test_a_named_directory_keeps_its_configuration_and_what_is_no_run(
+    command: Command, run_copy: Path
+):
+    before = listing(run_copy)
+    done = command.tms("--run_dir", run_copy, "lr=0.5")
+    assert done.status == 2 and "lr is 0.5 here" in done.err and listing(run_copy) == before
+    (run_copy / "meta.json").unlink()
+    done = command.tms("--run_dir", run_copy)
+    assert done.status == 2 and f"--run_dir {run_copy}: holds something else" in done.err
+    done = command.resume(run_copy, "--run_dir", run_copy)
+    assert done.status == 2 and "--run_dir needs a configuration, and no --resume" in done.err

@@ -27,7 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 
 def test_every_file_of_the_package_is_inside(wheel: zipfile.ZipFile):
     names = set(wheel.namelist())
-    wanted = [p for p in SPD.rglob("*") if p.suffix in (".py", ".yaml", ".j2")]
+    wanted = [p for p in SPD.rglob("*") if p.suffix in (".py", ".yaml", ".j2", ".css")]
     assert {path.relative_to(REPO).as_posix() for path in wanted} <= names
     for name in ("spd/report.html.j2", "spd/experiments/tms/tms_5-2_config.yaml"):
         assert wheel.read(name) == (REPO / name).read_bytes()
@@ -45,4 +45,10 @@ def test_metadata_licence_and_command(wheel: zipfile.ZipFile):
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert f"Version: {project['version']}" in metadata and "Name: spd\n" in metadata
     assert wheel.read(f"{info}/licenses/LICENSE") == (REPO / "LICENSE").read_bytes()
-    assert "spd-run = spd.registry:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    commands = wheel.read(f"{info}/entry_points.txt").decode()
+    for command in (
+        "run = spd.registry",
+        "evals = spd.evals.run_evals",
+        "sweep = spd.sweeps.sweep",
+    ):
+        assert f"spd-{command}:main" in commands

@@ -1,0 +1,1 @@
+"""Run registered experiments and compare them with what is expected of them."""

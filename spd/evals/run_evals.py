@@ -1,0 +1,245 @@
+"""`spd-evals`: one job per experiment and seed, and one table of what came out.
+
+spd-evals --experiments tms_5-2-id,resid_mlp2,resid_mlp3 --seeds 5
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from spd.arguments import Arguments, Command, read_arguments, split_list
+from spd.config import UserError, parse
+from spd.job import ENDED, Job
+from spd.launch import (
+    JOBS,
+    Study,
+    cancel,
+    create_study,
+    find_study,
+    job_environment,
+    launch,
+    new_id,
+    preview,
+    python,
+    statuses,
+    study_jobs,
+)
+from spd.registry import default_experiments, expected_minutes, get_experiment
+from spd.resources import LaunchOptions, uses_gpus, with_surroundings
+from spd.settings import load_env, output_root
+
+KIND = "evals"
+DEFAULT = tuple(default_experiments())
+
+
+def _seed_list(value: Any) -> Any:
+    """`5` is the first five seeds, `0,3` or `[3]` are just these."""
+    if isinstance(value, str) and not ("," in value or "[" in value):
+        try:
+            n = int(value)
+        except ValueError:
+            return [value]
+        if n < 1:
+            raise ValueError(f"at least 1 is needed, got {n}")
+        return list(range(n))
+    return split_list(value)
+
+
+class EvalsOptions(LaunchOptions):
+    """The options of `spd-evals`."""
+
+    experiments: Annotated[tuple[str, ...], BeforeValidator(split_list)] = Field(
+        default=DEFAULT, min_length=1, description="names, with commas between"
+    )
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_seed_list)] = Field(
+        default=(0,), min_length=1, description="how many (5), or which (0,3,4)"
+    )
+    wait: bool = Field(default=False, description="on SLURM: wait for the jobs, then collect")
+    collect: str | None = Field(
+        default=None, description="the table of an earlier study, by its ID"
+    )
+    resume: str | None = Field(default=None, description="go on with a study, by its ID")
+    cancel: str | None = Field(
+        default=None, description="cancel the SLURM jobs of a study, by its ID"
+    )
+
+    @field_validator("experiments")
+    @classmethod
+    def _registered(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            get_experiment(name)
+        return _each_once(names)
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if any(seed < 0 for seed in seeds):
+            raise ValueError("a seed is at least 0")
+        return _each_once(seeds)
+
+
+COMMAND = Command(
+    name="spd-evals",
+    usage="[key=value ...] [options]",
+    about="Run registered experiments, on SLURM where there is one and on this machine elsewhere,\n"
+    "and compare the results with the published ones. Overrides (key=value) apply to every\n"
+    "experiment. Exit status 1 if a job failed or an experiment misses its expected result.",
+    options=EvalsOptions,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Exit status: 0 as expected, 1 not, 2 a mistake of the user, 130 interrupted."""
+    try:
+        load_env()
+        status = _run(read_arguments(COMMAND, argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    raise SystemExit(status)
+
+
+def _run(arguments: Arguments) -> int:
+    given = arguments.options
+    options = parse(EvalsOptions, with_surroundings(given, COMMAND.name), COMMAND.name)
+    earlier = [name for name in ("collect", "resume", "cancel") if getattr(options, name)]
+    if not earlier:
+        return _new(arguments.positional, options)
+    if len(earlier) > 1 or arguments.positional or {"experiments", "seeds"} & given.keys():
+        raise UserError(
+            f"--{earlier[0]} takes the study as it is: no experiments, seeds, overrides"
+        )
+    study = find_study(KIND, getattr(options, earlier[0]))
+    if options.cancel:
+        print(cancel(study))
+        return 0
+    return _collect(study) if options.collect else _go_on(study, options)
+
+
+def _new(overrides: Sequence[str], options: EvalsOptions) -> int:
+    check_overrides(options.experiments, overrides, options.seeds)
+    name = new_id()
+    directory = output_root().absolute() / KIND / name
+    jobs = eval_jobs(directory, overrides, options)
+    if options.dry_run:
+        preview(directory, jobs, options)
+        return 0
+    study = create_study(
+        KIND,
+        name,
+        {
+            "experiments": options.experiments,
+            "seeds": options.seeds,
+            "overrides": list(overrides),
+            "jobs": [job.name for job in jobs],
+        },
+    )
+    for job in jobs:
+        job.save()
+    try:
+        return _launched(study, jobs, options)
+    except UserError:  # refused by SLURM: as if nothing had been
+        shutil.rmtree(study.directory)
+        raise
+
+
+def _go_on(study: Study, options: EvalsOptions) -> int:
+    now = statuses(study, jobs := study_jobs(study))
+    numbered = study.record["slurm"]
+    left = [
+        job
+        for job in jobs
+        if now[job.name].state not in ENDED
+        and not (job.name in numbered and now[job.name].state in ("waiting", "running"))
+    ]
+    if not left:
+        print(f"{study.id}: nothing is left to do")
+        return _collect(study)
+    return _launched(study, left, options)
+
+
+def _launched(study: Study, jobs: Sequence[Job], options: EvalsOptions) -> int:
+    print(f"study {study.id}: {study.directory}")
+    try:
+        total = sum(job.minutes for job in jobs)
+        if launch(study, jobs, options, wait=options.wait, expected=total):
+            return _collect(study)
+        print(f"the table: spd-evals --collect {study.id}")
+        return 0
+    except KeyboardInterrupt:
+        here = not study.record["slurm"]
+        print(f"go on with: spd-evals --{'resume' if here else 'collect'} {study.id}")
+        return 130
+
+
+def _collect(study: Study) -> int:
+    from spd.evals.summary import write_summary
+
+    jobs = study_jobs(study)
+    summary = write_summary(study.directory, jobs, statuses(study, jobs), study.record)
+    print(summary.text)
+    print(f"summary: {summary.page}")
+    if summary.unfinished:
+        print(f"not finished: go on with spd-evals --resume {study.id}, or collect later")
+    return 0 if summary.as_expected else 1
+
+
+def check_overrides(names: Sequence[str], overrides: Sequence[str], seeds: Sequence[int]) -> None:
+    """`UserError` unless every experiment can be run with these overrides."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in ("seed", "device", "experiment"):
+            instead = {"seed": "--seeds", "device": "--cpu", "experiment": "--experiments"}[key]
+            raise UserError(f"override {override!r}: say it with {instead}")
+    from spd.experiments.checks import checked_config
+
+    for name in names:
+        checked_config(name, [*overrides, f"seed={max(seeds)}"])
+
+
+def eval_jobs(directory: Path, overrides: Sequence[str], options: EvalsOptions) -> list[Job]:
+    """One per experiment and seed; they run the study's own copy of the code."""
+    code = directory / "code"
+    jobs = []
+    for name in options.experiments:
+        experiment = get_experiment(name)
+        minutes = expected_minutes(name, overrides, gpu=uses_gpus(options))
+        for seed in options.seeds:
+            run_dir = output_root().absolute() / name / f"{directory.name}-seed{seed}"
+            device = ["device=cpu"] if options.cpu else []
+            command = python(
+                experiment.module,
+                str(code / "spd" / experiment.config),
+                *overrides,
+                *device,
+                f"seed={seed}",
+                "--run_dir",
+                str(run_dir),
+            )
+            jobs.append(
+                Job(
+                    name=f"{name}-seed{seed}",
+                    directory=directory / JOBS / f"{name}-seed{seed}",
+                    command=command,
+                    env=job_environment(code, options),
+                    minutes=minutes,
+                    run_dir=run_dir,
+                    slurm_name=f"spd-eval-{name}-{max(1, round(minutes))}min",
+                )
+            )
+    return jobs
+
+
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    twice = [value for index, value in enumerate(values) if value in values[:index]]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is named twice")
+    return values
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""An agent of a sweep, as a process: `python -m spd.sweeps.agent STUDY NAME`."""
+
+import sys
+from pathlib import Path
+
+from spd.config import UserError
+from spd.launch import STUDY_FILE, Study
+from spd.run_files import read_json
+from spd.sweeps import local_study, wandb_sweep
+
+BACKENDS = {"local": local_study, "wandb": wandb_sweep}
+
+
+def main(directory: Path, name: str) -> int:
+    """Run trials until none is left; the exit status: 0, or 143 where it was asked to stop."""
+    try:
+        study = Study(directory, read_json(directory / STUDY_FILE))
+        return BACKENDS[study.record["backend"]].work(study, name)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,178 @@
+"""The trials of a sweep: one run each, and a record of it that every back end shares."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from spd.config import UserError, nearest
+from spd.job import NOW_FILE, Ended, State, supervise, wait_until_free
+from spd.launch import JOBS, Study, python
+from spd.registry import get_experiment
+from spd.run_files import read_json, write_json
+from spd.settings import output_root
+from spd.sweeps.definition import Definition, overrides_of
+from spd.tracking import METRICS_FILE, read_metrics
+
+TRIALS = "trials"
+OUTPUT = "output.txt"
+
+
+class Trial(NamedTuple):
+    """One point, and what came of it."""
+
+    name: str
+    point: dict[str, Any]
+    run_dir: str
+    state: State | str
+    """as of a job, or pruned"""
+    value: float | None = None
+    """the metric when the run ended"""
+    reason: str | None = None
+    agent: str | None = None
+    env: dict[str, str] = {}
+    """what the back end gave the run, so that it can be continued"""
+
+
+class Watcher(NamedTuple):
+    """What looks after a run while it goes on."""
+
+    heard: Callable[[int, float], None]
+    """the metric's n-th value was logged"""
+    hopeless: Callable[[], bool]
+
+
+def ignore() -> Watcher:
+    return Watcher(lambda n, value: None, lambda: False)
+
+
+def definition_of(study: Study) -> Definition:
+    return Definition.model_validate(study.record["definition"])
+
+
+def trials_of(study: Study) -> list[Trial]:
+    """Every trial that was begun, in order of name."""
+    files = (study.directory / TRIALS).glob("*.json")
+    trials = [Trial(**read_json(path)) for path in files]
+    return sorted(trials, key=lambda trial: (len(trial.name), trial.name))
+
+
+def try_lock(study: Study, name: str) -> FileLock | None:
+    """The trial for this process alone, as long as the lock is held; None if another one has it."""
+    (study.directory / TRIALS).mkdir(exist_ok=True)
+    lock = FileLock(study.directory / TRIALS / f".{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+def run_trial(
+    study: Study,
+    name: str,
+    point: Mapping[str, Any],
+    *,
+    agent: str,
+    env: Mapping[str, str] | None = None,
+    watcher: Watcher | None = None,
+) -> tuple[Trial, Ended]:
+    """Run one point to its end, or go on with it; its record is kept in the study.
+
+    The caller holds the trial's lock.
+    """
+    record = study.record
+    run_dir = output_root().absolute() / record["experiment"] / f"{study.id}-{name}"
+    experiment = get_experiment(record["experiment"])
+    command = python(
+        experiment.module,
+        str(study.code / "spd" / experiment.config),
+        *(*record["overrides"], *overrides_of(point), "--run_dir", str(run_dir)),
+    )
+    trial = Trial(name, dict(point), str(run_dir), "running", agent=agent, env=dict(env or {}))
+    _write(study, trial)
+    label = f"{name}: " + " ".join(overrides_of(point))
+    now = {"label": label, "run_dir": str(run_dir)}
+    write_json(study.directory / JOBS / agent / NOW_FILE, now)
+    wait_until_free(run_dir)
+    watched = _Watched(run_dir, definition_of(study).metric.name, watcher or ignore())
+    output = study.directory / TRIALS / f"{name}.{OUTPUT}"
+    ended = supervise(command, output, {**os.environ, **(env or {})}, hopeless=watched.hopeless)
+    trial = _judged(trial, ended, watched)
+    _write(study, trial)
+    return trial, ended
+
+
+class _Watched:
+    """The metric of one run, read from what it logs."""
+
+    def __init__(self, run_dir: Path, metric: str, watcher: Watcher) -> None:
+        self.run_dir, self.metric, self.watcher = run_dir, metric, watcher
+        self.file = run_dir / METRICS_FILE
+        self.size, self.n_heard, self.pruned = -1, 0, False
+        self.problem: str | None = None
+
+    def hopeless(self) -> bool:
+        """Whether the run should be stopped: the watcher says so, or its metric is not logged."""
+        size = self.file.stat().st_size if self.file.is_file() else -1
+        if size == self.size or size <= 0:
+            return False
+        self.size = size
+        values = self.values()
+        for n, value in enumerate(values[self.n_heard :], start=self.n_heard):
+            self.watcher.heard(n, value)
+        self.n_heard = len(values)
+        self.problem = self.problem or self._missing()
+        self.pruned = self.problem is None and self.watcher.hopeless()
+        return self.pruned or self.problem is not None
+
+    def values(self) -> list[float]:
+        try:
+            lines = read_metrics(self.run_dir)
+        except UserError:
+            return []
+        return [line[self.metric] for line in lines if self.metric in line]
+
+    def _missing(self) -> str | None:
+        """What is wrong if the first lines of its kind do not hold the metric."""
+        lines = read_metrics(self.run_dir)
+        evaluated = self.metric.startswith("eval/")
+        keys = [key for line in lines for key in line if key.startswith("eval/") == evaluated]
+        if self.metric in keys or set(keys) <= {"step"}:
+            return None
+        logged = sorted(set(keys) - {"step"})
+        hint = nearest(self.metric, logged)
+        return f"the metric {self.metric!r} is not logged{hint} (logged: {', '.join(logged)})"
+
+
+def _judged(trial: Trial, ended: Ended, watched: _Watched) -> Trial:
+    if watched.problem is not None:
+        return trial._replace(state="failed", reason=watched.problem)
+    values = watched.values()
+    value = values[-1] if values else None
+    if watched.pruned and ended.state == "interrupted" and ended.signum is None:
+        return trial._replace(state="pruned", value=value)
+    if ended.state == "finished" and (value is None or not math.isfinite(value)):
+        return trial._replace(state="failed", value=None, reason=f"its metric is {value}")
+    return trial._replace(state=ended.state, value=value, reason=ended.reason)
+
+
+def _write(study: Study, trial: Trial) -> None:
+    write_json(study.directory / TRIALS / f"{trial.name}.json", trial._asdict())
+
+
+def by_value(trials: Sequence[Trial], definition: Definition) -> list[Trial]:
+    """The best first; those without a value last, in their own order."""
+    sign = 1 if definition.metric.goal == "minimize" else -1
+    return sorted(trials, key=lambda trial: math.inf if trial.value is None else sign * trial.value)
+
+
+def shown(value: Any) -> str:
+    """A swept value as text."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)
