@@ -1,6 +1,7 @@
 """Decompositions of language models from their commands to what a run leaves, and back in."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from spd.config import UserError, load_config, parse
 from spd.experiments.lm.lm_decomposition import LMConfig, build
 from spd.experiments.lm.loading import import_class
 from spd.experiments.lm.problem import LMProblem
+from spd.optimize import evaluate, prepare
 from spd.run import load_run, resume, start
 from spd.settings import PACKAGE_DIR
 from tests.lm_stand_ins import (
@@ -250,12 +252,23 @@ def test_a_target_that_is_trained_brings_its_text(tmp_path: Path, little: LMConf
     assert {"config.yaml", "training.json", "config.json", "tokenizer.json"} <= set(files)
     assert run.prepared.eval_batches[0].shape == (2, 16)
     kept = load_file(run.directory / "target" / "held_out.safetensors")["ids"]
+    assert isinstance(run.problem, LMProblem) and run.problem.tokenizer is not None
     documents = "<end>".join(stories(20, seed=1))
     assert all(
         part in documents
         for row in kept
         for part in run.problem.tokenizer.decode(row).split("<|end|>")
     )
+
+
+def test_a_target_of_half_precision_needs_autocast(little: LMConfig):
+    with pytest.raises(UserError, match="dtype bfloat16 needs autocast: bf16"):
+        changed(little, dtype="bfloat16")
+    prepared = prepare(
+        build(changed(little, dtype="bfloat16", autocast="bf16"), torch.device("cpu")),
+        changed(little, dtype="bfloat16", autocast="bf16"),
+    )
+    assert all(math.isfinite(value) for value in evaluate(prepared).values())
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ python spd/experiments/lm/lm_decomposition.py spd/experiments/lm/pydoc_mlp_confi
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from spd.config import BY_TYPE, NAME_IS_TYPE, UserError, load_config
 from spd.experiments.lm.batches import (
@@ -44,6 +44,7 @@ class LMConfig(ExperimentConfig):
     output: str | int = "logits"
     """attribute of what the model returns, or an index into it"""
     dtype: Dtype = "float32"
+    """of the target's weights; subcomponents are float32 always"""
     tokenizer: str | None = None
     """None: the target's own"""
     data: TextConfig | None = None
@@ -57,6 +58,14 @@ class LMConfig(ExperimentConfig):
     copy_target_mb: int = Field(default=1000, ge=0)
     """a target of at most so many megabytes is copied into the run, which then needs no hub"""
     metrics: LMMetrics = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @model_validator(mode="after")
+    def _precision(self) -> Self:
+        if self.dtype != "float32" and self.autocast is None:
+            raise ValueError(
+                f"dtype {self.dtype} needs autocast: bf16, as subcomponents are float32"
+            )
+        return self
 
 
 def build(config: LMConfig, device: torch.device) -> LMProblem:
