@@ -168,10 +168,32 @@ def make_tms_target(directory: Path, name: str = "tms_5-2", seed: int = 0) -> Pa
     return directory
 
 
+def make_resid_mlp_target(directory: Path, name: str) -> Path:
+    """The same for a residual MLP, with a narrow residual stream."""
+    import torch
+
+    from spd.config import load_config
+    from spd.experiments.resid_mlp.model import initial_weights
+    from spd.experiments.resid_mlp.train_resid_mlp import ResidMLPTrainConfig, bends_at_probe
+    from spd.experiments.target_training import training_record
+    from spd.experiments.targets import TrainedTarget, save_target
+
+    path = EXPERIMENTS / "resid_mlp" / f"{name}_target.yaml"
+    config = load_config(ResidMLPTrainConfig, path, ["model.d_embed=120"])
+    weights = initial_weights(config.model, generator=torch.Generator().manual_seed(0))
+    bends = bends_at_probe(config, {n: w[None] for n, w in weights.items()})
+    record = training_record(
+        bends, torch.zeros(1), required=0.25, probe=0.75, seeds=[0], seconds=0.0
+    )
+    save_target(directory, config, TrainedTarget(weights, record))
+    return directory
+
+
 def make_target(directory: Path, name: str) -> Path:
     """A target for the registered experiment `name`."""
     family = Path(registry.EXPERIMENTS[name].config).parent.name
-    return {"tms": make_tms_target}[family](directory, name)
+    makers = {"tms": make_tms_target, "resid_mlp": make_resid_mlp_target}
+    return makers[family](directory, name)
 
 
 @pytest.fixture(scope="session", name="tms_target")
