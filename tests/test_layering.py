@@ -28,7 +28,8 @@ losses activation_checkpointing silent_rows
 metrics passes
 drawing
 figures
-optimize report
+objective report
+optimize
 reporting
 run
 report_command pretrained redraw

@@ -1,0 +1,136 @@
+"""What is optimised: its configuration, and the step as a pure callable of batch, progress and noise."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from spd.component_model import ComponentModel
+from spd.config import BaseConfig
+from spd.figures import Figures
+from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
+from spd.losses import Losses, Noise, StepContext, loss_terms, noise_key
+from spd.metrics import L0_THRESHOLD, Metrics
+from spd.noise import StepNoise
+from spd.passes import Passes, backward_one_by_one
+from spd.problem import Problem, ReconKind
+from spd.schedule import ScheduleConfig
+
+
+class SPDConfig(BaseConfig):
+    """Everything about a decomposition that does not depend on what is decomposed."""
+
+    sites: dict[str, int]
+    """module pattern (`fnmatch`) → number of subcomponents C"""
+    losses: Losses
+    importance: ImportanceConfig = MLPImportanceConfig()
+    lower_leak: LowerLeak = "both"
+    steps: int = Field(ge=1)
+    lr: float = Field(gt=0.0, allow_inf_nan=False)
+    lr_schedule: ScheduleConfig = ScheduleConfig()
+    seed: int = Field(default=0, ge=0)
+    compile: Literal["auto"] | bool = "auto"
+    passes: Passes = "auto"
+    """whether the masked forward passes of a step go back in one graph or `one_by_one`, with the same
+    gradients: the first is faster and is what is compiled, the second needs the memory of one pass"""
+    autocast: Literal["bf16"] | None = None
+    """run the target and its replaced sites in mixed precision; importances and losses stay float32"""
+    activation_checkpointing: bool = False
+    """recompute the layers of a Hugging Face target in the backward pass; nothing is compiled then"""
+    grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """largest norm of the gradient of all parameters together"""
+    metrics: Metrics = {}
+    figures: Figures = {}
+    figures_every: int | None = Field(default=None, ge=1)
+    """besides at the end"""
+    n_eval_batches: int = Field(default=4, ge=1)
+    log_every: int = Field(default=100, ge=1)
+    eval_every: int = Field(default=1000, ge=1)
+    save_every: int = Field(default=5000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    @field_validator("losses")
+    @classmethod
+    def _some_loss(cls, losses: Losses) -> Losses:
+        if not any(spec.coeff > 0 for spec in losses.values()):
+            raise ValueError("at least one needs a coefficient above 0")
+        return losses
+
+
+class Objective(nn.Module):
+    """The step as a pure callable: (batch, progress, noise) → (total, terms). This is what is compiled."""
+
+    def __init__(self, model: ComponentModel, config: SPDConfig, problem: Problem) -> None:
+        super().__init__()
+        self.model = model
+        self.losses = {name: spec for name, spec in config.losses.items() if spec.coeff > 0}
+        self.recon: ReconKind = problem.recon
+        self._leading_shapes: dict[torch.Size, dict[str, torch.Size]] = {}
+
+    def context(
+        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
+    ) -> StepContext:
+        target_out, site_inputs = self.model.target_forward(batch)
+        ci = self.model.causal_importances(site_inputs)
+        return StepContext(
+            self.model,
+            batch,
+            target_out,
+            site_inputs,
+            ci,
+            self.recon,
+            noise,
+            progress,
+            row_weights,
+        )
+
+    def forward(
+        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Σ coefficient × term, and what is worth logging (detached)."""
+        ctx = self.context(batch, progress, noise, row_weights)
+        return self._results(ctx, loss_terms(self.losses, ctx))
+
+    def backward_one_by_one(
+        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What `forward` and the backward pass of its total do, in the memory of one forward pass."""
+        ctx = self.context(batch, progress, noise, row_weights)
+        _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx))
+        return logged
+
+    def _results(
+        self, ctx: StepContext, terms: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        total = torch.stack([self.losses[name].coeff * term for name, term in terms.items()]).sum()
+        logged = {"loss/total": total.detach()}
+        logged |= {f"loss/{name}": term.detach() for name, term in terms.items()}
+        for path, g in ctx.ci.lower.items():
+            logged[f"l0/{path}"] = ctx.mean((g.detach() > L0_THRESHOLD).float().sum(dim=-1))
+        return total, logged
+
+    def noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> StepNoise:
+        """All uniform draws of one step; each depends on (stream, seed, step, term, sample, site) alone."""
+        shapes = {
+            noise_key(term, sample, path): torch.Size((*rows, self.model.sites[path].C))
+            for term, spec in self.losses.items()
+            for sample in range(spec.n_noise_samples)
+            for path, rows in self._rows(batch).items()
+        }
+        return StepNoise(shapes, batch.device, stream=stream, seed=seed, step=step)
+
+    def draw_noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> dict[str, Tensor]:
+        """The same, all at once."""
+        return dict(self.noise(batch, stream=stream, seed=seed, step=step))
+
+    def _rows(self, batch: Tensor) -> dict[str, torch.Size]:
+        """The shape of each site's importances without C, found by one forward pass per batch shape."""
+        if batch.shape not in self._leading_shapes:
+            inputs = self.model.target_forward(batch).site_inputs
+            self._leading_shapes[batch.shape] = {
+                path: x.shape[:-1] if x.is_floating_point() else x.shape
+                for path, x in inputs.items()
+            }
+        return self._leading_shapes[batch.shape]
