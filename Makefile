@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
 EXPERIMENT ?= tms_5-2
 ARGS ?=
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 VENV := $(CURDIR)/.venv
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
@@ -52,7 +53,7 @@ format: env-dev ## fix formatting and lint
 	@sh scripts/hooks.sh fix ruff-check ruff-format
 
 test: env-dev ## the tests, without the slow ones
-	@"$(BIN)/python" -m pytest -m "not slow and not slurm"
+	@"$(BIN)/python" -m pytest -m "not slow and not slurm" $(PARALLEL)
 
 test-slurm: env-dev ## the tests against a real SLURM, where slurm-wlm and munge are installed
 	@"$(BIN)/python" -m pytest -m slurm tests/slurm

@@ -16,6 +16,8 @@ from tests.typechecking import check
 UNCHECKED = "SPD_TESTS_UNCHECKED"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, before torch counts the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if UNCHECKED not in os.environ:
     assert "spd" not in sys.modules, "the hook comes too late: spd has been imported already"
     install_import_hook("spd", f"{check.__module__}.{check.__name__}")
