@@ -145,6 +145,13 @@ def test_without_the_hub_the_message_names_the_experiment_that_needs_none():
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_that_does_not_answer_is_said_to_be_out_of_reach(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(Unreachable, match="hub cannot be reached for 'some/data'.*pydoc_emb"):
+        load_text(config("some/data", eval_split="test"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -41,8 +41,8 @@ def hub_commit(
     except (OSError, HfHubHTTPError) as error:
         raise unreachable(name, place, error) from None
     except Exception as error:
-        # httpx errors have no common base with those of other clients that the hub's library used
-        if type(error).__module__.split(".")[0] not in ("httpx", "requests", "httpcore"):
+        # what the HTTP client raises: which client the hub's library uses changes between its releases
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
         raise unreachable(name, place, error) from None
 
