@@ -57,6 +57,7 @@ class Launcher:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=hears_ctrl_c,
         )
 
     def run(
@@ -73,6 +74,11 @@ class Launcher:
 
     def studies(self, kind: str) -> list[Path]:
         return sorted((self.out / kind).glob("*")) if (self.out / kind).is_dir() else []
+
+
+def hears_ctrl_c() -> None:
+    """For a child: a shell that starts the tests in the background lets them ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def table(text: str) -> list[list[str]]:

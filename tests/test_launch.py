@@ -15,6 +15,7 @@ from spd.job import Job, Status, read_status
 from spd.resources import LaunchOptions, has_slurm, places, with_surroundings
 from spd.settings import PACKAGE_DIR, REPO_DIR
 from spd.snapshot import code_state, take_snapshot
+from tests.launch_fixtures import hears_ctrl_c
 from tests.test_job import HEEDS, until
 
 LOCAL = LaunchOptions(local=True)
@@ -137,6 +138,7 @@ launch.launch(study, launch.study_jobs(study), options, wait=True, expected=3)
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=hears_ctrl_c,
     )
     outputs = list(study.directory.glob("jobs/*"))
     ready = lambda: [j for j in outputs if "ready" in _text(j / "output.txt")]  # noqa: E731

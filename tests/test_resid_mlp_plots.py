@@ -233,7 +233,7 @@ def test_runs_with_different_sites_are_not_drawn_side_by_side(
     ("n_layers", "C", "coeff", "n_hidden", "lr", "steps"),
     [
         (1, 100, 1e-5, 16, 2e-3, 30_000),
-        (2, 400, 1e-5, 16, 1e-3, 50_000),
+        (2, 400, 2e-5, 16, 1e-3, 50_000),
         (3, 500, 5e-6, 128, 1e-3, 100_000),
     ],
 )
