@@ -92,7 +92,7 @@ _RECOVERED = (
 )
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "tms_5-2": _tms("tms_5-2", 3, "solved on most seeds", Published(0.993, 0.002)),
+    "tms_5-2": _tms("tms_5-2", 4, "solved on most seeds", Published(0.993, 0.002)),
     "tms_5-2-id": _tms("tms_5-2-id", 10, "solved on most seeds", Published(0.992, 0.010)),
     "tms_40-10": _tms("tms_40-10", 52, "solved on most seeds", Published(1.010, 0.007)),
     "tms_40-10-id": _tms("tms_40-10-id", 100, "solved on most seeds", Published(1.031, 0.001)),
