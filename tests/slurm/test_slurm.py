@@ -206,7 +206,7 @@ def test_a_cancelled_job_writes_its_checkpoint_and_can_be_resumed(launcher: Laun
     launcher.environment["PYTHONPATH"] = str(PACKAGE_DIR.parent)
     study = only_study(launcher)
     run, number = run_of(launcher, study, 0), job_number(study, "tms_5-2-seed0")
-    until(lambda: (run / "checkpoints/00000020").is_dir(), "a checkpoint")
+    until(lambda: is_past(run, 20), "a checkpoint")
     (pid,) = processes(str(run))
     environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
     assert "CUDA_VISIBLE_DEVICES=0,1" in environment
