@@ -56,7 +56,11 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> No
 
 
 def start_now(launcher: Launcher, number: str) -> None:
-    """SLURM holds a requeued job back for a while."""
+    """SLURM holds a requeued job back for a while.
+
+    With reason: in the second in which it ended its node takes it for the one that was just killed.
+    """
+    time.sleep(3)
 
     def tried() -> bool:
         command = ["scontrol", "update", f"jobid={number}", "starttime=now"]
