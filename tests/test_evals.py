@@ -98,6 +98,12 @@ def test_data_out_of_reach_is_skipped_and_no_failure(tmp_path: Path):
     found = summary(tmp_path, {"tms_5-2": [("skipped", reason)], "tms_5-2-id": [good()]})
     assert found.as_expected and f"tms_5-2: seed 0 skipped: {reason}" in found.text
     assert re.search(r"^tms_5-2 .* skipped$", found.text, re.MULTILINE)
+    assert "As expected, 1 skipped" in found.page.read_text()
+
+
+def test_nothing_but_skipped_experiments_is_no_success_on_the_page(tmp_path: Path):
+    html = summary(tmp_path, {"tms_5-2": [("skipped", "no net")]}).page.read_text()
+    assert "Nothing to compare: all skipped" in html and "As expected" not in html
 
 
 @pytest.mark.parametrize(
