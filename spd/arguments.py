@@ -5,13 +5,14 @@ back what it was given, as text; work begins when `read_arguments` has returned.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import fire
 from fire.decorators import SetParseFn
 
 from spd.config import BaseConfig, UserError
+from spd.settings import load_env
 
 TRUTH = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
@@ -52,6 +53,19 @@ def read_arguments(command: Command, argv: Sequence[str] | None = None) -> Argum
     fire.Fire(hand_back, _with_values(command, words), name=command.name)
     (arguments,) = taken
     return arguments
+
+
+def run_command(
+    command: Command, run: Callable[[Arguments], int], argv: Sequence[str] | None
+) -> NoReturn:
+    """Exit with the status that `run` returns for the command line, or with 2 after a `UserError`."""
+    try:
+        load_env()
+        status = run(read_arguments(command, argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    raise SystemExit(status)
 
 
 def help_text(command: Command) -> str:

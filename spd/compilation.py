@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from spd import reassociation
 from spd.config import UserError
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,15 @@ def _inductor_options() -> dict[str, Any]:
 
     The former keeps tensors of shape (batch, C, hidden) out of memory.
     """
-    from spd.reassociation import CheapestProducts  # imports the compiler, which takes a while
+    # here, since the compiler takes a while to import and changes the environment
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class CheapestProducts(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            reassociation.multiply_cheaply(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((reassociation.__file__,))
 
     return {
         "realize_opcount_threshold": 1000,

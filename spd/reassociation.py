@@ -9,7 +9,6 @@ this order. Rounding aside, nothing changes. Knows nothing of subcomponents.
 from typing import Any, NamedTuple
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
@@ -20,14 +19,9 @@ TRAFFIC = 32
 """Multiplications that take about as long as writing one number."""
 
 
-class CheapestProducts(CustomGraphPass):
-    """For inductor's option `joint_custom_pre_pass`."""
-
-    def __call__(self, graph: Graph) -> None:
-        _Products(graph).rewrite()
-
-    def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))
+def multiply_cheaply(graph: Graph) -> None:
+    """Rewrite a graph of aten operations in place; for inductor's option `joint_custom_pre_pass`."""
+    _Products(graph).rewrite()
 
 
 class _Plan(NamedTuple):

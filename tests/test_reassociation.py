@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spd.reassociation import CheapestProducts
+from spd.reassociation import multiply_cheaply
 
 MM = torch.ops.aten.mm.default
 
@@ -37,7 +37,7 @@ def before_and_after(function: Callable[..., object], *args: Tensor) -> tuple[in
     module = traced(function, *args)
     plain = multiplications(module)
     expected = module(*args)
-    CheapestProducts()(module.graph)
+    multiply_cheaply(module.graph)
     module.graph.lint()
     module.recompile()
     torch.testing.assert_close(module(*args), expected)

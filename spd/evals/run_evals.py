@@ -4,14 +4,13 @@ spd-evals --experiments tms_5-2-id,resid_mlp2,resid_mlp3 --seeds 5
 """
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from spd.arguments import Arguments, Command, read_arguments, split_list
+from spd.arguments import Arguments, Command, run_command, split_list
 from spd.config import UserError, parse
 from spd.job import ENDED, Job
 from spd.launch import (
@@ -30,7 +29,7 @@ from spd.launch import (
 )
 from spd.registry import default_experiments, expected_minutes, get_experiment
 from spd.resources import LaunchOptions, uses_gpus, with_surroundings
-from spd.settings import load_env, output_root
+from spd.settings import output_root
 
 KIND = "evals"
 DEFAULT = tuple(default_experiments())
@@ -94,13 +93,7 @@ COMMAND = Command(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Exit status: 0 as expected, 1 not, 2 a mistake of the user, 130 interrupted."""
-    try:
-        load_env()
-        status = _run(read_arguments(COMMAND, argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    raise SystemExit(status)
+    run_command(COMMAND, _run, argv)
 
 
 def _run(arguments: Arguments) -> int:

@@ -8,14 +8,13 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from spd.arguments import Arguments, Command, read_arguments
+from spd.arguments import Arguments, Command, run_command
 from spd.config import UserError, parse
 from spd.job import Job
 from spd.launch import (
@@ -34,7 +33,7 @@ from spd.launch import (
 )
 from spd.registry import expected_minutes, get_experiment
 from spd.resources import LaunchOptions, uses_gpus, with_surroundings
-from spd.settings import PACKAGE_DIR, load_env, output_root
+from spd.settings import PACKAGE_DIR, output_root
 from spd.sweeps.definition import Definition, check, read_definition
 
 KIND = "sweeps"
@@ -81,13 +80,7 @@ COMMAND = Command(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Exit status: 0 all trials ended well, 1 not, 2 a mistake, 130 interrupted."""
-    try:
-        load_env()
-        status = _run(read_arguments(COMMAND, argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    raise SystemExit(status)
+    run_command(COMMAND, _run, argv)
 
 
 def _run(arguments: Arguments) -> int:
