@@ -18,6 +18,7 @@ from spd.experiments.lm.problem import LMProblem
 from spd.optimize import evaluate, prepare
 from spd.run import load_run, resume, start
 from spd.settings import PACKAGE_DIR
+from spd.tracking import WandbRun, download_run
 from tests.lm_stand_ins import (
     little_llama,
     make_tokenizer,
@@ -28,6 +29,7 @@ from tests.lm_stand_ins import (
     tiny_stories_neo,
 )
 from tests.run_fixtures import Command, command_fixture, listing, log_lines, target_fixture
+from tests.wandb_stand_ins import FakeApi, FakeRun
 
 __all__ = ["command_fixture", "target_fixture"]
 
@@ -237,6 +239,29 @@ def test_importances_of_a_string_in_four_lines(little: LMConfig, tmp_path: Path)
     assert len(list(run.problem.eval_batches)) == 1, "the report's third batch was kept as well"
     with pytest.raises(UserError, match="stories.txt' matches no file"):
         next(run.problem.train_batches)
+
+
+def test_a_run_on_wandb_is_loaded_and_its_target_decomposed_again(little: LMConfig, tmp_path: Path):
+    whole = load_run(start(little, build))
+    sent = FakeRun()
+    WandbRun(sent).upload(whole.directory)
+    reference = f"wandb:me/project/{whole.directory.name}"
+    download_run(reference, FakeApi(sent.files, reference.removeprefix("wandb:")))
+    for gone in (whole.directory, tmp_path / "model"):
+        shutil.rmtree(gone)
+
+    run = load_run(reference)
+    assert run.step == 4 and run.metrics == whole.metrics
+    assert isinstance(run.problem, LMProblem) and run.problem.tokenizer is not None
+    ids = run.problem.tokenizer("The little cat sat.", return_tensors="pt")["input_ids"]
+    g, expected = (
+        r.model.causal_importances(r.model.target_forward(ids).site_inputs).lower
+        for r in (run, whole)
+    )
+    assert g.keys() == expected.keys() and all(g[path].equal(expected[path]) for path in g)
+
+    again = load_run(start(changed(little, target=reference, steps=1), build))
+    assert again.problem.target(ids).equal(whole.problem.target(ids))
 
 
 def test_a_target_that_is_trained_brings_its_text(tmp_path: Path, little: LMConfig):

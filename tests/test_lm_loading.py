@@ -1,5 +1,6 @@
 """Targets from the hub, from disk and from any class: what is loaded, and what is refused in words."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from spd.component_model import ComponentModel
 from spd.config import Unreachable, UserError
 from spd.experiments.lm.loading import LoadedTarget, Wanted, load_lm, original_modules, save_copy
 from spd.importance import AffineImportanceConfig
+from spd.tracking import WandbRun, download_run
 from tests.lm_stand_ins import little_llama, make_tokenizer, save_model
+from tests.wandb_stand_ins import FakeApi, FakeRun
 
 CPU = torch.device("cpu")
 IDS = torch.arange(12).reshape(2, 6)
@@ -108,6 +111,26 @@ def test_a_class_of_ones_own(tmp_path: Path):
         load(tmp_path / "own", model_class=path, output=2, needs_tokenizer=False)
     with pytest.raises(UserError, match="output: 'logits' is None; .* returns a tuple of 2"):
         load(tmp_path / "own", model_class=path, needs_tokenizer=False)
+
+
+def test_a_target_of_a_run_on_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Downloaded once; the target of a run lies inside its directory, with the record of its origin."""
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
+    source = save_model(tmp_path / "source", little_llama(), make_tokenizer())
+    loaded = load(source)
+    run = tmp_path / "run-1"
+    save_copy(loaded.model, loaded.tokenizer, loaded.origin, run / "target", max_megabytes=1)
+    (run / "config.yaml").write_text("experiment: little\n", encoding="utf-8")
+    sent = FakeRun()
+    WandbRun(sent).upload(run)
+    download_run("wandb:me/project/run-1", FakeApi(sent.files))
+    shutil.rmtree(source)
+    shutil.rmtree(run)
+    again = load("wandb:me/project/run-1")
+    assert torch.equal(again.model(IDS), loaded.model(IDS)) and again.tokenizer is not None
+    assert again.origin.reference == str(source)
+    with pytest.raises(UserError, match="wandb:me/project/run-2: W&B needs a key"):
+        load("wandb:me/project/run-2")
 
 
 def test_weights_of_another_precision_become_float32(tmp_path: Path):

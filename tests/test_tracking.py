@@ -2,10 +2,9 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -19,6 +18,7 @@ from tests.run_fixtures import (
     listing,
     target_fixture,
 )
+from tests.wandb_stand_ins import FakeApi, FakeRun
 
 __all__ = ["command_fixture", "target_fixture"]
 
@@ -31,33 +31,6 @@ def _no_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
-
-
-class FakeRun:
-    """Stands in for a run of W&B: keeps what it is told, and fails in one of its methods."""
-
-    def __init__(self, fails: str = "") -> None:
-        self.fails = fails
-        self.calls: list[str] = []
-        self.history: list[Mapping[str, Any]] = []
-        self.files: dict[str, Path] = {}
-        self.offline, self.url = False, "https://wandb.example/me/project/runs/1"
-
-    def _note(self, name: str) -> None:
-        self.calls.append(name)
-        if name == self.fails:
-            raise OSError(f"{name} does not work\nand here is why")
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        self._note("log")
-        self.history.append(values)
-
-    def save(self, path: str, base_path: str, policy: str) -> None:
-        self._note("save")
-        self.files[str(Path(path).relative_to(base_path))] = Path(path)
-
-    def finish(self, exit_code: int) -> None:
-        self._note(f"finish {exit_code}")
 
 
 def no_figures(directory: Path, step: int, figures: Mapping[str, Any]) -> dict[str, Path]:
@@ -166,32 +139,6 @@ def test_without_a_key_or_switched_off_it_is_one_line(
 
 
 # --- upload and download -------------------------------------------------------------------------
-
-
-class FakeFile(NamedTuple):
-    name: str
-    source: Path
-
-    def download(self, root: str, replace: bool) -> None:
-        assert replace
-        path = Path(root) / self.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(self.source, path)
-
-
-class FakeApi:
-    """A server that holds the files of one run."""
-
-    def __init__(self, files: Mapping[str, Path], path: str = "me/project/run-1") -> None:
-        self.stored, self.path = files, path
-
-    def run(self, path: str) -> "FakeApi":
-        if path != self.path:
-            raise ValueError(f"could not find run {path}\n(HTTP 404)")
-        return self
-
-    def files(self) -> list[FakeFile]:
-        return [FakeFile(name, path) for name, path in self.stored.items()]
 
 
 def test_an_uploaded_run_is_downloaded_and_loaded(command: Command, tmp_path: Path):

@@ -23,6 +23,7 @@ from spd.experiments.targets import (
     target_directory,
 )
 from spd.run_files import read_json, write_json
+from spd.tracking import download_run
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,10 @@ def load_lm(wanted: Wanted, device: torch.device, *, folders: tuple[Path, ...]) 
 def find_target(wanted: Wanted, device: torch.device, folders: tuple[Path, ...]) -> Origin:
     """Where the target is; a training YAML is trained on first use, a hub name gets its commit."""
     target, path = wanted.target, Path(wanted.target).expanduser()
+    if target.startswith(WANDB_PREFIX):  # a run, from here on like any other directory
+        path = download_run(target)
     on_disk = [place for place in (path, *(f / path for f in folders)) if place.exists()]
-    if target.startswith(WANDB_PREFIX) or path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml"):
         _no_revision(wanted)
         directory = resolve_target(target, LM_TARGET, device=device, folders=folders)
         return Origin(str(directory), None, wanted.tokenizer, directory)
