@@ -18,7 +18,7 @@ import yaml
 from spd.drawing import FigureText, count
 from spd.figures import loss_curves, png_bytes, read_png
 from spd.registry import EXPERIMENTS
-from spd.results import format_value, result_of
+from spd.results import format_value, recovered, result_of
 from spd.run_files import CONFIG_FILE, META_FILE, RESULT_FILE, TARGET, read_json
 from spd.settings import PACKAGE_DIR
 from spd.tracking import FIGURES, METRICS_FILE, TIMINGS_FILE, read_metrics
@@ -130,6 +130,8 @@ def verdict(status: str, result: Mapping[str, Any], step: int, steps: int | None
         return Verdict("open", headline, f"What follows is the state until then. {so_far}")
     if solved is None:
         detail = "What the decomposition should look like is not known for this target."
+        if kept := recovered(result):
+            return Verdict("open", kept[0], f"{kept[1].capitalize()}. {detail}")
         return Verdict("open", "No known solution", detail)
     if solved:
         detail = "Every decomposed matrix matches the known importance pattern, without an error."

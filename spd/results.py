@@ -70,7 +70,8 @@ def result_of(
 def verdict(result: Mapping[str, Any]) -> str:
     """One line: solved, or the errors of each site."""
     if result["solved"] is None:
-        return "no known solution to compare with"
+        kept = recovered(result)
+        return f"{kept[0]} {kept[1]}" if kept else "no known solution to compare with"
     if result["solved"]:
         return "solved: every site matches the known importance pattern"
     errors = [
@@ -79,6 +80,17 @@ def verdict(result: Mapping[str, Any]) -> str:
         if row["key"].startswith("errors/") and row["key"] != "errors/total"
     ]
     return f"not solved: errors against the known pattern: {', '.join(errors)}"
+
+
+def recovered(result: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What a language model keeps, as a headline and how it goes on; None where it was not measured."""
+    values = {row["key"]: row["value"] for row in result.get("rows", [])}
+    if not {"recovered/masked", "recovered/rounded"} <= values.keys():
+        return None
+    return (
+        f"{values['recovered/masked']:.1%} of the cost of ablation avoided",
+        f"with the importances as masks, {values['recovered/rounded']:.1%} with rounded ones (g > 0.5)",
+    )
 
 
 def format_result(result: Mapping[str, Any]) -> str:

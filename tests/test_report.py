@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from spd.report import verdict, write_report
+from spd.results import verdict as line_of
 from tests.made_up_run import add_figures, make_run, result
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -175,3 +176,15 @@ def test_the_link_to_the_tracker(tmp_path: Path):
 def test_verdict(status: str, solved: bool | None, kind: str, headline: str):
     given = verdict(status, result(solved=solved, errors=0 if solved else 2), 7, 9)
     assert (given.kind, given.headline) == (kind, headline)
+
+
+def test_verdict_of_a_language_model_says_what_is_kept():
+    kept = {"recovered/masked": 0.9629, "recovered/rounded": 0.9512}
+    rows = [{"key": key, "value": value} for key, value in kept.items()]
+    of_model = {**result(solved=None, errors=0), "rows": rows}
+    given = verdict("finished", of_model, 9, 9)
+    assert given.headline == "96.3% of the cost of ablation avoided"
+    assert given.detail.startswith("With the importances as masks, 95.1% with rounded ones")
+    assert line_of(of_model).startswith(
+        "96.3% of the cost of ablation avoided with the importances"
+    )
