@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,11 +23,16 @@ class CompiledStep:
 
     `auto` compiles long runs where there is a C++ compiler and falls back to eager execution, with
     one line in the log, where compiling fails. `compiled` tells what was decided; None until the
-    first call.
+    first call. Functions in `opaque` are not looked into, only the operations they do are recorded.
     """
 
     def __init__(
-        self, function: Callable[..., Any], setting: Literal["auto"] | bool, n_steps: int
+        self,
+        function: Callable[..., Any],
+        setting: Literal["auto"] | bool,
+        n_steps: int,
+        *,
+        opaque: Sequence[Callable[..., Any]] = (),
     ) -> None:
         self.eager = function
         self.may_fall_back = setting == "auto"
@@ -38,6 +43,8 @@ class CompiledStep:
         elif wanted and not _has_compiler():
             logger.info("no C++ compiler found: running without torch.compile, which is slower")
             wanted = False
+        for inner in opaque if wanted else ():
+            torch.compiler.allow_in_graph(inner)
         self.fast = (
             torch.compile(function, fullgraph=True, dynamic=False, options=_inductor_options())
             if wanted

@@ -75,6 +75,11 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def seed_directory(directory: Path, seed: int) -> Path:
+    """Where the run of one seed lies if runs of several have been given `directory`."""
+    return directory.with_name(f"{directory.name}-seed{seed}")
+
+
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `directory` when that is done, which is there whole or not at all."""

@@ -29,8 +29,10 @@ metrics passes
 drawing
 figures
 objective report
+ensemble
 optimize
 reporting
+execution
 run
 report_command pretrained redraw
 """
