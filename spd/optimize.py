@@ -168,7 +168,7 @@ def run_side_by_side(
         if stopping:
             raise Interrupted(f"stopped before step {step} of {config.steps}")
         _look(members, step, last)
-        if last:
+        if last or not _going(members):
             break
         lr = config.lr * schedule_factor(config.lr_schedule, step, config.steps)
         for group in optimizer.param_groups:
@@ -190,8 +190,6 @@ def run_side_by_side(
 
         if due(step, config.log_every, step + 1 == config.steps):
             _log(members, terms, step, lr)
-            if not _going(members):
-                break
 
 
 def due(step: int, every: int, last: bool) -> bool:
@@ -234,11 +232,17 @@ def _going(members: Sequence[Member]) -> list[Member]:
 
 
 def _look(members: Sequence[Member], step: int, last: bool) -> None:
-    """Evaluate and draw, where it is time for that."""
+    """Evaluate and draw, where it is time for that; a member that is not finite ends here."""
     config = members[0].prepared.config
+    evaluating = due(step, config.eval_every, last)
     drawing = last or (config.figures_every and due(step, config.figures_every, last))
-    for member in _going(members):
-        if due(step, config.eval_every, last):
+    for member in _going(members) if evaluating or drawing else ():
+        parameters = member.prepared.objective.model.subcomponent_parameters()
+        bad = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
+        if bad:
+            member.failure = NonFiniteError(f"step {step}: {', '.join(bad)} not finite")
+            continue
+        if evaluating:
             member.tracker.write(step, evaluate(member.prepared))
         if drawing:
             member.tracker.write_figures(step, draw(member.prepared))
@@ -250,12 +254,13 @@ def _log(members: Sequence[Member], terms: Mapping[str, Tensor], step: int, lr: 
     rows = table.T.tolist()  # the only host sync
     for member, row in zip(members, rows, strict=True):
         values = dict(zip(terms, row, strict=True))
+        if member.failure is not None:
+            continue
         try:
             check_finite(values, step)
-        except NonFiniteError as error:
-            member.failure = member.failure or error
-        if member.failure is None:
             member.tracker.write(step, {**values, "lr": lr})
+        except NonFiniteError as error:
+            member.failure = error
 
 
 def check_finite(values: Mapping[str, float], step: int) -> None:

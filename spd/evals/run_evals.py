@@ -6,7 +6,7 @@ spd-evals --experiments tms_5-2-id,resid_mlp2,resid_mlp3 --seeds 5
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -29,6 +29,7 @@ from spd.launch import (
 )
 from spd.registry import default_experiments, expected_minutes, get_experiment
 from spd.resources import LaunchOptions, uses_gpus, with_surroundings
+from spd.run_files import seed_directory
 from spd.settings import output_root
 
 KIND = "evals"
@@ -56,6 +57,10 @@ class EvalsOptions(LaunchOptions):
     )
     seeds: Annotated[tuple[int, ...], BeforeValidator(_seed_list)] = Field(
         default=(0,), min_length=1, description="how many (5), or which (0,3,4)"
+    )
+    ensemble: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="all seeds of an experiment in one process; auto: on a GPU, not for language models",
     )
     wait: bool = Field(default=False, description="on SLURM: wait for the jobs, then collect")
     collect: str | None = Field(
@@ -102,9 +107,10 @@ def _run(arguments: Arguments) -> int:
     earlier = [name for name in ("collect", "resume", "cancel") if getattr(options, name)]
     if not earlier:
         return _new(arguments.positional, options)
-    if len(earlier) > 1 or arguments.positional or {"experiments", "seeds"} & given.keys():
+    new = {"experiments", "seeds", "ensemble"}
+    if len(earlier) > 1 or arguments.positional or new & given.keys():
         raise UserError(
-            f"--{earlier[0]} takes the study as it is: no experiments, seeds, overrides"
+            f"--{earlier[0]} takes the study as it is: no experiments, seeds, ensemble, overrides"
         )
     study = find_study(KIND, getattr(options, earlier[0]))
     if options.cancel:
@@ -185,8 +191,13 @@ def check_overrides(names: Sequence[str], overrides: Sequence[str], seeds: Seque
     """`UserError` unless every experiment can be run with these overrides."""
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if key in ("seed", "device", "experiment"):
-            instead = {"seed": "--seeds", "device": "--cpu", "experiment": "--experiments"}[key]
+        if key in ("seed", "seeds", "device", "experiment"):
+            instead = {
+                "seed": "--seeds",
+                "seeds": "--seeds",
+                "device": "--cpu",
+                "experiment": "--experiments",
+            }[key]
             raise UserError(f"override {override!r}: say it with {instead}")
     from spd.experiments.checks import checked_config
 
@@ -195,36 +206,60 @@ def check_overrides(names: Sequence[str], overrides: Sequence[str], seeds: Seque
 
 
 def eval_jobs(directory: Path, overrides: Sequence[str], options: EvalsOptions) -> list[Job]:
-    """One per experiment and seed; they run the study's own copy of the code."""
-    code = directory / "code"
+    """One per experiment and seed, or per experiment; they run the study's own copy of the code."""
     jobs = []
     for name in options.experiments:
-        experiment = get_experiment(name)
-        minutes = expected_minutes(name, overrides, gpu=uses_gpus(options))
-        for seed in options.seeds:
-            run_dir = output_root().absolute() / name / f"{directory.name}-seed{seed}"
-            device = ["device=cpu"] if options.cpu else []
-            command = python(
-                experiment.module,
-                str(code / "spd" / experiment.config),
-                *overrides,
-                *device,
-                f"seed={seed}",
-                "--run_dir",
-                str(run_dir),
-            )
-            jobs.append(
-                Job(
-                    name=f"{name}-seed{seed}",
-                    directory=directory / JOBS / f"{name}-seed{seed}",
-                    command=command,
-                    env=job_environment(code, options),
-                    minutes=minutes,
-                    run_dir=run_dir,
-                    slurm_name=f"spd-eval-{name}-{max(1, round(minutes))}min",
-                )
-            )
+        if side_by_side(name, options):
+            jobs.append(_job(directory, name, options.seeds, overrides, options))
+        else:
+            jobs += [_job(directory, name, [seed], overrides, options) for seed in options.seeds]
     return jobs
+
+
+def side_by_side(name: str, options: EvalsOptions) -> bool:
+    """Whether one job runs all seeds of an experiment: `auto` where they share a GPU."""
+    if len(options.seeds) == 1 or options.ensemble == "never":
+        return False
+    possible = get_experiment(name).side_by_side
+    if options.ensemble == "always" and not possible:
+        raise UserError(
+            f"--ensemble always: the seeds of {name}, a language model, cannot run side by side"
+        )
+    return possible and (options.ensemble == "always" or uses_gpus(options))
+
+
+def _job(
+    directory: Path,
+    name: str,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    options: EvalsOptions,
+) -> Job:
+    experiment, code = get_experiment(name), directory / "code"
+    several = len(seeds) > 1
+    job_name = f"{name}-seeds" if several else f"{name}-seed{seeds[0]}"
+    minutes = len(seeds) * expected_minutes(name, overrides, gpu=uses_gpus(options))
+    base = output_root().absolute() / name / directory.name
+    run_dir = base if several else seed_directory(base, seeds[0])
+    command = python(
+        experiment.module,
+        str(code / "spd" / experiment.config),
+        *overrides,
+        *(["device=cpu"] if options.cpu else []),
+        f"seeds={list(seeds)}" if several else f"seed={seeds[0]}",
+        "--run_dir",
+        str(run_dir),
+    )
+    return Job(
+        name=job_name,
+        directory=directory / JOBS / job_name,
+        command=command,
+        env=job_environment(code, options),
+        minutes=minutes,
+        run_dir=run_dir,
+        seeds=tuple(seeds) if several else (),
+        slurm_name=f"spd-eval-{name}-{max(1, round(minutes))}min",
+    )
 
 
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
