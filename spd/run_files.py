@@ -60,6 +60,11 @@ def read_meta(directory: Path) -> dict[str, Any]:
     return meta
 
 
+def has_finished(directory: Path) -> bool:
+    """Whether there is a run that came to its end."""
+    return (directory / META_FILE).is_file() and read_meta(directory).get("status") == "finished"
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file, or a `UserError` if it is damaged."""
     try:

@@ -6,7 +6,7 @@ spd-evals --experiments tms_5-2-id,resid_mlp2,resid_mlp3 --seeds 5
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -28,7 +28,7 @@ from spd.launch import (
     study_jobs,
 )
 from spd.registry import default_experiments, expected_minutes, get_experiment
-from spd.resources import LaunchOptions, uses_gpus, with_surroundings
+from spd.resources import LaunchOptions, uses_gpus, wants_ensemble, with_surroundings
 from spd.run_files import seed_directory
 from spd.settings import output_root
 
@@ -57,10 +57,6 @@ class EvalsOptions(LaunchOptions):
     )
     seeds: Annotated[tuple[int, ...], BeforeValidator(_seed_list)] = Field(
         default=(0,), min_length=1, description="how many (5), or which (0,3,4)"
-    )
-    ensemble: Literal["auto", "always", "never"] = Field(
-        default="auto",
-        description="all seeds of an experiment in one process; auto: on a GPU, not for language models",
     )
     wait: bool = Field(default=False, description="on SLURM: wait for the jobs, then collect")
     collect: str | None = Field(
@@ -217,15 +213,15 @@ def eval_jobs(directory: Path, overrides: Sequence[str], options: EvalsOptions) 
 
 
 def side_by_side(name: str, options: EvalsOptions) -> bool:
-    """Whether one job runs all seeds of an experiment: `auto` where they share a GPU."""
-    if len(options.seeds) == 1 or options.ensemble == "never":
+    """Whether one job runs all seeds of an experiment."""
+    if len(options.seeds) == 1:
         return False
     possible = get_experiment(name).side_by_side
     if options.ensemble == "always" and not possible:
         raise UserError(
             f"--ensemble always: the seeds of {name}, a language model, cannot run side by side"
         )
-    return possible and (options.ensemble == "always" or uses_gpus(options))
+    return possible and wants_ensemble(options)
 
 
 def _job(

@@ -12,7 +12,7 @@ import jinja2
 from spd.job import Job, Status
 from spd.registry import EXPERIMENTS, Experiment
 from spd.results import LABELS, format_value
-from spd.run_files import META_FILE, RESULT_FILE, read_json, read_meta, write_json
+from spd.run_files import RESULT_FILE, has_finished, read_json, write_json
 from spd.settings import PACKAGE_DIR
 from spd.watch import duration
 
@@ -227,7 +227,7 @@ def _seeds(directory: Path, job: Job, statuses: Mapping[str, Status]) -> Iterato
     names = [str(seed) for seed in job.seeds] or [job.name.rpartition("-seed")[2]]
     for name, run_dir in zip(names, job.run_dirs, strict=True):
         result, report = run_dir / RESULT_FILE, run_dir / "report.html"
-        finished = status.state == "finished" or (bool(job.seeds) and _has_finished(run_dir))
+        finished = status.state == "finished" or (bool(job.seeds) and has_finished(run_dir))
         yield Seed(
             name,
             "finished" if finished else status.state,
@@ -236,10 +236,6 @@ def _seeds(directory: Path, job: Job, statuses: Mapping[str, Status]) -> Iterato
             read_json(result) if finished and result.is_file() else None,
             os.path.relpath(report, directory) if report.is_file() else None,
         )
-
-
-def _has_finished(run_dir: Path) -> bool:
-    return (run_dir / META_FILE).is_file() and read_meta(run_dir).get("status") == "finished"
 
 
 def _cells(figure: Figure | None) -> tuple[str, str]:
