@@ -23,7 +23,8 @@ class CompiledStep:
 
     `auto` compiles long runs where there is a C++ compiler and falls back to eager execution, with
     one line in the log, where compiling fails. `compiled` tells what was decided; None until the
-    first call. Functions in `opaque` are not looked into, only the operations they do are recorded.
+    first call. Functions in `opaque` are not looked into, only the operations they do are recorded;
+    `n_members` is the length of the axis over which a step is mapped.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class CompiledStep:
         n_steps: int,
         *,
         opaque: Sequence[Callable[..., Any]] = (),
+        n_members: int = 1,
     ) -> None:
         self.eager = function
         self.may_fall_back = setting == "auto"
@@ -46,7 +48,9 @@ class CompiledStep:
         for inner in opaque if wanted else ():
             torch.compiler.allow_in_graph(inner)
         self.fast = (
-            torch.compile(function, fullgraph=True, dynamic=False, options=_inductor_options())
+            torch.compile(
+                function, fullgraph=True, dynamic=False, options=_inductor_options(n_members)
+            )
             if wanted
             else None
         )
@@ -80,7 +84,7 @@ class CompiledStep:
         return result
 
 
-def _inductor_options() -> dict[str, Any]:
+def _inductor_options(n_members: int) -> dict[str, Any]:
     """Recompute rather than store, and multiply matrices in the cheapest order.
 
     The former keeps tensors of shape (batch, C, hidden) out of memory.
@@ -90,10 +94,10 @@ def _inductor_options() -> dict[str, Any]:
 
     class CheapestProducts(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
-            reassociation.multiply_cheaply(graph)
+            reassociation.multiply_cheaply(graph, n_members)
 
         def uuid(self) -> Any:
-            return get_hash_for_files((reassociation.__file__,))
+            return get_hash_for_files((reassociation.__file__,), extra=str(n_members))
 
     return {
         "realize_opcount_threshold": 1000,

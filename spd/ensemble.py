@@ -33,6 +33,7 @@ class Alone:
     """One run, as what the loop trains."""
 
     opaque = ()
+    n_members = 1
 
     def __init__(self, objective: Objective) -> None:
         self.function = objective

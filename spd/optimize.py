@@ -157,7 +157,13 @@ def run_side_by_side(
     start = state.get("step", 0)
     together = passes_of(config.passes, batch) == "together"
     setting = state.get("compiled", config.compile) if may_compile(config, batch) else False
-    step_fn = CompiledStep(trained.function, setting, config.steps, opaque=trained.opaque)
+    step_fn = CompiledStep(
+        trained.function,
+        setting,
+        config.steps,
+        opaque=trained.opaque,
+        n_members=trained.n_members,
+    )
     for member in members:
         member.tracker.start(start, config.steps)
 
