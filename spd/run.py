@@ -18,7 +18,8 @@ from spd.compilation import require_compiler
 from spd.component_model import ComponentModel
 from spd.config import RunError, UserError, differences, load_config, to_yaml
 from spd.execution import ExperimentConfig, Ready, execute
-from spd.optimize import Prepared, check_side_by_side, prepare
+from spd.optimize import Prepared, prepare
+from spd.prepared import check_side_by_side
 from spd.problem import Problem
 from spd.provenance import entry_of, import_entry, provenance
 from spd.results import format_result, format_table

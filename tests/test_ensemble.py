@@ -292,6 +292,12 @@ def test_passes_one_by_one_are_refused():
         run_side_by_side(members)
 
 
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"seeds: .* share one process, here are 2 \(torchrun\)"):
+        run_side_by_side([Member(p, Recorder()) for p in toys()])
+
+
 def test_token_ids_are_refused():
     tokens = torch.zeros(2, 3, dtype=torch.long)
     members = []

@@ -30,6 +30,7 @@ drawing
 figures
 objective report
 ensemble
+prepared
 optimize
 reporting
 execution

@@ -23,6 +23,7 @@ from tests.run_fixtures import (
     log_lines,
     target_fixture,
 )
+from tests.test_wandb import OFFLINE, history
 
 __all__ = ["command_fixture", "target_fixture"]
 
@@ -162,6 +163,13 @@ def test_all_that_fail_are_named(command: Command):
     assert done.status == 1 and not done.out and "Traceback" not in done.err
     assert "error: 2 of 2 runs failed\n" in done.err
     assert re.search(r"seed0: step .*\n  .*seed3: step ", done.err)
+
+
+def test_each_has_a_run_of_its_own_on_wandb(command: Command):
+    done = side_by_side(command, env=OFFLINE)
+    assert done.status == 0, done.err
+    for run in members(command):
+        assert history(run) == log_lines(run)
 
 
 MISTAKES = {
