@@ -152,6 +152,8 @@ def _stack_and_view_(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
 
 
 def _filled(rows: Float[Tensor, "n_own *rest"], n_rows: int) -> Float[Tensor, "{n_rows} *rest"]:
+    if len(rows) == n_rows:
+        return rows
     return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, n_rows - len(rows)))
 
 
