@@ -174,6 +174,19 @@ def test_compiled_members_are_eager_single_runs():
         assert_same(pair[0], pair[1], *pair[2])
 
 
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_compiled_residual_mlps_are_eager_single_runs(targets: dict[str, Path]):
+    """Whose products the compiler takes in another order."""
+    changes = ("losses={stochastic_recon_layerwise: {coeff: 1}}", SITES["resid_mlp2"])
+    members, singles = (
+        [experiment("resid_mlp2", targets["resid_mlp2"], s, *changes, compiled) for s in SEEDS]
+        for compiled in ("compile=true", "compile=false")
+    )
+    for pair in zip(members, singles, run_both(members, singles), strict=True):
+        assert_same(pair[0], pair[1], *pair[2])
+
+
 def test_a_batch_without_room_is_taken_whole_beside_the_others():
     members, singles = (
         [prepared_toy(seed, full_at=3 if seed == 1 else -1) for seed in SEEDS] for _ in range(2)
