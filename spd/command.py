@@ -73,12 +73,11 @@ def kept_log() -> Iterator[MemoryHandler]:
 
 @contextmanager
 def file_log(path: Path, earlier: MemoryHandler) -> Iterator[None]:
-    """Append log lines with their time to `path`, those that were kept first."""
+    """Append log lines with their time to `path`, those that were kept first (and are kept on)."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    earlier.setTarget(handler)
-    earlier.flush()
-    earlier.setTarget(None)
+    for record in earlier.buffer:
+        handler.handle(record)
     logging.getLogger("spd").addHandler(handler)
     try:
         yield

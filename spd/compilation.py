@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,11 +23,18 @@ class CompiledStep:
 
     `auto` compiles long runs where there is a C++ compiler and falls back to eager execution, with
     one line in the log, where compiling fails. `compiled` tells what was decided; None until the
-    first call.
+    first call. Functions in `opaque` are not looked into, only the operations they do are recorded;
+    `n_members` is the length of the axis over which a step is mapped.
     """
 
     def __init__(
-        self, function: Callable[..., Any], setting: Literal["auto"] | bool, n_steps: int
+        self,
+        function: Callable[..., Any],
+        setting: Literal["auto"] | bool,
+        n_steps: int,
+        *,
+        opaque: Sequence[Callable[..., Any]] = (),
+        n_members: int = 1,
     ) -> None:
         self.eager = function
         self.may_fall_back = setting == "auto"
@@ -38,8 +45,12 @@ class CompiledStep:
         elif wanted and not _has_compiler():
             logger.info("no C++ compiler found: running without torch.compile, which is slower")
             wanted = False
+        for inner in opaque if wanted else ():
+            torch.compiler.allow_in_graph(inner)
         self.fast = (
-            torch.compile(function, fullgraph=True, dynamic=False, options=_inductor_options())
+            torch.compile(
+                function, fullgraph=True, dynamic=False, options=_inductor_options(n_members)
+            )
             if wanted
             else None
         )
@@ -73,7 +84,7 @@ class CompiledStep:
         return result
 
 
-def _inductor_options() -> dict[str, Any]:
+def _inductor_options(n_members: int) -> dict[str, Any]:
     """Recompute rather than store, and multiply matrices in the cheapest order.
 
     The former keeps tensors of shape (batch, C, hidden) out of memory.
@@ -83,10 +94,10 @@ def _inductor_options() -> dict[str, Any]:
 
     class CheapestProducts(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
-            reassociation.multiply_cheaply(graph)
+            reassociation.multiply_cheaply(graph, n_members)
 
         def uuid(self) -> Any:
-            return get_hash_for_files((reassociation.__file__,))
+            return get_hash_for_files((reassociation.__file__,), extra=str(n_members))
 
     return {
         "realize_opcount_threshold": 1000,

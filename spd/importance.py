@@ -79,7 +79,7 @@ class MLPImportance(nn.Module):
 
     def forward(self, h: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows C"]:
         rows = h.reshape(-1, h.shape[-1])
-        out, _ = _ScalarMLPs.apply(rows, self.mlp_in, self.in_bias, self.mlp_out)
+        out = _scalar_mlps(rows, self.mlp_in, self.in_bias, self.mlp_out)
         return out.reshape(h.shape) + self.out_bias
 
 
@@ -189,7 +189,7 @@ def lower_leaky_hard_sigmoid(
     descent step would raise the importance.
     """
     if leak == "gradient":
-        return _GradientLeak.apply(x)
+        return _gradient_leak(x)
     return torch.where(x < 0, LEAK * x, x.clamp(max=1.0))
 
 
@@ -276,3 +276,16 @@ class _GradientLeak(torch.autograd.Function):
         below = torch.where(grad < 0, LEAK * grad, torch.zeros_like(grad))
         inside = torch.where(x <= 1, grad, torch.zeros_like(grad))
         return torch.where(x < 0, below, inside)
+
+
+def _scalar_mlps(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+    return _ScalarMLPs.apply(h, w1, b1, w2)[0]
+
+
+def _gradient_leak(x: Tensor) -> Tensor:
+    return _GradientLeak.apply(x)
+
+
+WITH_OWN_GRADIENT = (_scalar_mlps, _gradient_leak)
+"""Functions whose backward pass is written out. Below `torch.func.vmap` the compiler looks through them
+and differentiates what they compute instead, unless it is told not to."""

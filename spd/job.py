@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from spd.run_files import LOCK_FILE, read_json, sole_use, write_json
+from spd.run_files import LOCK_FILE, read_json, seed_directory, sole_use, write_json
 
 JOB_FILE, STATUS_FILE, OUTPUT_FILE, NOW_FILE = "job.json", "status.json", "output.txt", "now.json"
 State = Literal["waiting", "running", "finished", "failed", "skipped", "interrupted", "cancelled"]
@@ -43,7 +43,16 @@ class Job(NamedTuple):
     """expected"""
     run_dir: Path | None = None
     """the run that the command makes, if it makes one"""
+    seeds: tuple[int, ...] = ()
+    """where it makes several side by side: `run_dir` is then what each `seed_directory` is made of"""
     slurm_name: str = "spd"
+
+    @property
+    def run_dirs(self) -> list[Path]:
+        """Of all runs that the command makes."""
+        if self.run_dir is None or not self.seeds:
+            return [] if self.run_dir is None else [self.run_dir]
+        return [seed_directory(self.run_dir, seed) for seed in self.seeds]
 
     def save(self) -> None:
         """Write it into its folder, where nothing remains of what became of it before."""
@@ -81,7 +90,7 @@ def load_job(directory: Path) -> Job:
     record = read_json(directory / JOB_FILE)
     run_dir = record["run_dir"]
     paths = {"directory": directory, "run_dir": None if run_dir is None else Path(run_dir)}
-    return Job(**{**record, **paths})
+    return Job(**{**record, **paths, "seeds": tuple(record.get("seeds", ()))})
 
 
 def read_status(directory: Path) -> Status:
@@ -124,8 +133,8 @@ def run_job(directory: Path, *, patience: float = PATIENCE) -> Ended:
             slurm_id=os.environ.get("SLURM_JOB_ID"),
         )
         write_status(directory, status)
-        if job.run_dir is not None:
-            wait_until_free(job.run_dir)
+        for run_dir in job.run_dirs:
+            wait_until_free(run_dir)
         ended = supervise(job.command, directory / OUTPUT_FILE, {**os.environ, **job.env})
         seconds = before.seconds + time.monotonic() - started
         status = status._replace(state=ended.state, reason=ended.reason, seconds=seconds)

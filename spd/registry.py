@@ -45,6 +45,8 @@ class Experiment(NamedTuple):
     """expected on one GPU; None: not known"""
     default: bool = True
     """whether `spd-evals` runs it without being told"""
+    side_by_side: bool = True
+    """whether several seeds can run in one process"""
 
 
 def _tms(name: str, minutes: int, expected: str, ml2r: Published) -> Experiment:
@@ -68,6 +70,7 @@ def _lm(name: str, minutes: int, expected: str, expects: Expected, *, default: b
         published={},
         expects=expects,
         default=default,
+        side_by_side=False,
     )
 
 

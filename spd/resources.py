@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -52,6 +52,10 @@ class Resources(BaseConfig):
 class LaunchOptions(Resources):
     """What the commands that launch jobs have in common."""
 
+    ensemble: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="all seeds in one process; auto: where jobs use a GPU, not for language models",
+    )
     cpu: bool = Field(default=False, description="no GPU: run on the CPU even where one is visible")
     local: bool = Field(default=False, description="on this machine even where there is SLURM")
     dry_run: bool = Field(default=False, description="print what would be run or submitted")
@@ -114,6 +118,14 @@ def uses_gpus(options: LaunchOptions) -> bool:
     """Whether the jobs will run on a GPU."""
     submitted = has_slurm() and not options.local
     return options.n_gpus > 0 and (submitted or bool(visible_gpus()))
+
+
+def wants_ensemble(options: LaunchOptions) -> bool:
+    """Whether runs that differ in their seed alone go side by side, where they can.
+
+    A GPU has room for many small models at once; CPU cores work on as many jobs as there are cores.
+    """
+    return options.ensemble == "always" or (options.ensemble == "auto" and uses_gpus(options))
 
 
 def places(resources: LaunchOptions) -> list[dict[str, str]]:

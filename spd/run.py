@@ -1,12 +1,11 @@
 """A run as a directory: the command line of an experiment, what it leaves, and `load_run`."""
 
 import argparse
-import logging
 import secrets
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from itertools import groupby
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -14,52 +13,30 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from spd import checkpoint, settings
-from spd.command import (
-    caught_signals,
-    console_log,
-    file_log,
-    kept_log,
-    resolve_device,
-    user_errors,
-)
+from spd.command import console_log, kept_log, resolve_device, user_errors
 from spd.compilation import require_compiler
 from spd.component_model import ComponentModel
-from spd.config import UserError, differences, load_config, to_yaml
-from spd.figures import loss_curves, save_figures
-from spd.optimize import Interrupted, Prepared, SPDConfig, prepare, run_steps
+from spd.config import RunError, UserError, differences, load_config, to_yaml
+from spd.execution import ExperimentConfig, Ready, execute
+from spd.optimize import Prepared, prepare
+from spd.prepared import check_side_by_side
 from spd.problem import Problem
 from spd.provenance import entry_of, import_entry, provenance
-from spd.reporting import report_on
-from spd.results import format_result, format_table, result_of
+from spd.results import format_result, format_table
 from spd.run_files import (
     CHECKPOINTS,
     CONFIG_FILE,
-    LOG_FILE,
     META_FILE,
     RESULT_FILE,
     TARGET,
-    FolderName,
     new_directory,
     read_json,
     read_meta,
     refuse_other_files,
-    sole_use,
+    seed_directory,
     write_json,
 )
-from spd.tracking import FIGURES, RunTracker, download_run, read_metrics, start_wandb
-
-logger = logging.getLogger(__name__)
-
-
-class ExperimentConfig(SPDConfig):
-    """What every experiment's configuration has in common; experiments add their data."""
-
-    experiment: FolderName
-    """names the folder of its runs"""
-    target: str | None = None
-    """a trained directory, `wandb:entity/project/run`, a training YAML; None: `build` makes it"""
-    wandb_project: str | None = None
-    device: str = "auto"
+from spd.tracking import download_run, read_metrics
 
 
 class Run(NamedTuple):
@@ -90,29 +67,35 @@ def cli(
 ) -> NoReturn:
     """The entry point of an experiment script: CONFIG.yaml [key=value …] [--resume RUN_DIR].
 
-    Exit status: 0 finished, 1 the run failed, 2 a mistake of the user, 3 its data or model cannot be
+    Exit status: 0 finished, 1 a run failed, 2 a mistake of the user, 3 its data or model cannot be
     reached, 130 or 143 interrupted.
     """
     parser = argparse.ArgumentParser(description=(build.__doc__ or "").partition("\n")[0])
     parser.add_argument("config", nargs="?", help="YAML configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, YAML values")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue that run")
-    where = "the run's own directory; a run that is there already is continued"
+    where = (
+        "the run's own directory (of several seeds: DIR-seed0 and so on); a run that is there"
+        " already is continued"
+    )
     parser.add_argument("--run_dir", type=Path, metavar="DIR", help=where)
     args = parser.parse_intermixed_args(argv)
     if args.run_dir is not None and (args.resume is not None or args.config is None):
         parser.error("--run_dir needs a configuration, and no --resume")
-    run_dir: Path | None = args.resume or args.run_dir
-    begun = run_dir is not None and (run_dir / META_FILE).is_file()
     settings.load_env()
     with console_log(), user_errors():
-        if run_dir is not None and (begun or args.resume is not None):
-            directory = resume(config_class, build, run_dir, args.config, args.overrides)
+        if args.resume is not None:
+            directory = resume(config_class, build, args.resume, args.config, args.overrides)
         elif args.config is not None:
             config = load_config(config_class, Path(args.config), args.overrides)
-            directory = start(
-                config, build, folder=Path(args.config).parent, directory=args.run_dir
-            )
+            folder = Path(args.config).parent
+            if config.seeds:
+                _show_seeds(*run_seeds(config, build, folder=folder, base=args.run_dir))
+                raise SystemExit(0)
+            if args.run_dir is not None and (args.run_dir / META_FILE).is_file():
+                directory = resume(config_class, build, args.run_dir, args.config, args.overrides)
+            else:
+                directory = start(config, build, folder=folder, directory=args.run_dir)
         else:
             parser.error("a configuration or --resume RUN_DIR is needed")
         print(format_result(read_json(directory / RESULT_FILE)))
@@ -131,28 +114,12 @@ def start(
 
     A target that is not found as it is named is looked for in `folder`, where the YAML file lies.
     """
-    if directory is None:
-        name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-        directory = settings.output_root() / config.experiment / name
+    directory = directory or _new_name(config)
     refuse_other_files(directory)
-    if config.compile is True:
-        require_compiler()
-    device = resolve_device(config.device)
     with kept_log() as earlier:
-        prepared = prepare(build(_with_target_beside(config, folder), device), config)
-    with new_directory(directory) as partial:
-        (partial / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
-        prepared.problem.save_target(partial / TARGET)
-        meta = provenance(device)
-        meta["entry"] = {
-            "module": entry_of(sys.modules[build.__module__]),
-            "config": type(config).__name__,
-            "build": build.__name__,
-        }
-        meta["num_threads"] = torch.get_num_threads()
-        meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
-        write_json(partial / META_FILE, {**meta, "seconds": 0.0})
-    return _execute(directory, config, prepared, earlier, resume=False)
+        run = _prepared(config, build, folder, directory, earlier)
+    _create(run, build)
+    return _alone(run)
 
 
 def resume(
@@ -163,31 +130,46 @@ def resume(
     overrides: Sequence[str] = (),
 ) -> Path:
     """Go on with the run in `directory` from its newest checkpoint, under its own configuration."""
-    meta = read_meta(directory)
-    config = load_config(config_class, directory / CONFIG_FILE)
-    if config_path is not None:
-        if "=" in config_path and not Path(config_path).exists():
-            raise UserError(f"{config_path!r}: a run is resumed under its own configuration")
-        given = load_config(config_class, Path(config_path), overrides)
-        changed = [
-            f"{key} is {here!r} here, but {own!r} in the run's {CONFIG_FILE}"
-            for key, here, own in differences(given, config)
-        ]
-        if changed:
-            raise UserError(
-                f"--resume {directory}: a run is resumed under its own configuration:\n  "
-                + "\n  ".join(changed)
-            )
-    device = resolve_device(config.device)
-    torch.set_num_threads(meta.get("num_threads", torch.get_num_threads()))
+    if config_path is not None and "=" in config_path and not Path(config_path).exists():
+        raise UserError(f"{config_path!r}: a run is resumed under its own configuration")
+    read_meta(directory)
+    given = None if config_path is None else load_config(config_class, Path(config_path), overrides)
     with kept_log() as earlier:
-        prepared = prepare(build(_with_own_target(config, directory), device), config)
-    newest = checkpoint.latest(directory / CHECKPOINTS)
-    if newest is not None:  # all that can be wrong with it, before anything is written
-        _load_parameters(prepared, newest)
-        if checkpoint.load_state(newest).get("compiled"):
-            require_compiler()
-    return _execute(directory, config, prepared, earlier, resume=True)
+        return _alone(_reopened(config_class, build, directory, given, earlier))
+
+
+def run_seeds(
+    config: ExperimentConfig, build: Build, *, folder: Path | None = None, base: Path | None = None
+) -> tuple[list[Path], dict[Path, RunError]]:
+    """Run all of `config.seeds` side by side; the run directories, and the failures among them.
+
+    Each lies in `seed_directory(base, seed)` and is a run like any other; what is there already goes
+    on. Runs that are not at the same step, as after a crash, go on one group after the other.
+    """
+    base = base or _new_name(config)
+    own = {
+        seed_directory(base, seed): config.model_copy(update={"seed": seed, "seeds": ()})
+        for seed in config.seeds
+    }
+    begun = [directory for directory in own if (directory / META_FILE).is_file()]
+    for directory in own:
+        if directory not in begun:
+            refuse_other_files(directory)
+    with kept_log() as earlier:
+        runs = [
+            _reopened(type(config), build, directory, given, earlier)
+            if directory in begun
+            else _prepared(given, build, folder, directory, earlier)
+            for directory, given in own.items()
+        ]
+    check_side_by_side([run.prepared for run in runs])
+    for run in runs:
+        if run.directory not in begun:
+            _create(run, build)
+    failures = {}
+    for _, group in groupby(sorted(runs, key=_step), key=_step):
+        failures |= execute(list(group), go_on_with=f"--run_dir {base} and the same configuration")
+    return list(own), failures
 
 
 def load_run(directory: str | Path, *, device: str = "cpu") -> Run:
@@ -220,68 +202,97 @@ def results_table(directories: Sequence[Path]) -> str:
     return format_table(results)
 
 
-def _execute(
-    directory: Path,
-    config: ExperimentConfig,
-    prepared: Prepared,
-    earlier: MemoryHandler,
-    *,
-    resume: bool,
-) -> Path:
-    """The run itself, between a prepared problem and a finished directory."""
-    with (
-        sole_use(directory),
-        file_log(directory / LOG_FILE, earlier),
-        caught_signals() as signals,
-    ):
-        logger.info("run directory: %s", directory)
-        wandb_run = start_wandb(
-            config.wandb_project,
-            name=f"{config.experiment}-seed{config.seed}-{directory.name}",
-            directory=directory,
-            config=config.model_dump(mode="json"),
-            run_id=directory.name,
+def _show_seeds(directories: Sequence[Path], failures: Mapping[Path, RunError]) -> None:
+    """The table of the finished runs; `RunError` if there are others."""
+    finished = [directory for directory in directories if directory not in failures]
+    if finished:
+        print(results_table(finished))
+        print("reports:", *(directory / "report.html" for directory in finished), sep="\n  ")
+    if failures:
+        lines = [f"{directory.name}: {error}" for directory, error in failures.items()]
+        raise RunError(
+            f"{len(failures)} of {len(directories)} runs failed\n  " + "\n  ".join(lines)
         )
-        meta = read_meta(directory)
-        meta |= {"status": "running", "tracker": wandb_run.place if wandb_run else None}
-        write_json(directory / META_FILE, meta)
-        tracker = RunTracker(directory, save_figures=save_figures, wandb_run=wandb_run)
-        begun, status = time.perf_counter() - meta["seconds"], "failed"
-        try:
-            run_steps(
-                prepared,
-                tracker,
-                checkpoints=directory / CHECKPOINTS,
-                resume=resume,
-                stop_requested=lambda: bool(signals),
-            )
-            tracker.close()
-            _finish(directory, config, time.perf_counter() - begun)
-            status = "finished"
-            return directory
-        except Interrupted as stop:
-            status = "interrupted"
-            logger.info("%s; continue with --resume %s", stop, directory)
-            raise SystemExit(128 + signals[0]) from None
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            tracker.close()
-            meta |= {"status": status, "seconds": time.perf_counter() - begun}
-            write_json(directory / META_FILE, meta)
-            if status == "finished":
-                report_on(directory, prepared)
-            if wandb_run is not None:
-                if status == "finished":
-                    wandb_run.upload(directory)
-                wandb_run.finish(exit_code=0 if status == "finished" else 1)
 
 
-def _finish(directory: Path, config: ExperimentConfig, seconds: float) -> None:
-    history = read_metrics(directory)
-    save_figures(directory / FIGURES, config.steps, {"loss_curves": loss_curves(history)})
-    write_json(directory / RESULT_FILE, result_of(config, history, seconds))
+def _new_name(config: ExperimentConfig) -> Path:
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    return settings.output_root() / config.experiment / name
+
+
+def _alone(run: Ready) -> Path:
+    failures = execute([run], go_on_with=f"--resume {run.directory}")
+    for error in failures.values():
+        raise error
+    return run.directory
+
+
+def _prepared(
+    config: ExperimentConfig,
+    build: Build,
+    folder: Path | None,
+    directory: Path,
+    earlier: MemoryHandler,
+) -> Ready:
+    """A run that is not in its directory yet."""
+    if config.compile is True:
+        require_compiler()
+    device = resolve_device(config.device)
+    problem = build(_with_target_beside(config, folder), device)
+    return Ready(directory, config, prepare(problem, config), earlier)
+
+
+def _create(run: Ready, build: Build) -> None:
+    """Write what a run can begin with."""
+    config, problem = run.config, run.prepared.problem
+    with new_directory(run.directory) as partial:
+        (partial / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        problem.save_target(partial / TARGET)
+        meta = provenance(resolve_device(config.device))
+        meta["entry"] = {
+            "module": entry_of(sys.modules[build.__module__]),
+            "config": type(config).__name__,
+            "build": build.__name__,
+        }
+        meta["num_threads"] = torch.get_num_threads()
+        meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        write_json(partial / META_FILE, {**meta, "seconds": 0.0})
+
+
+def _reopened(
+    config_class: type[ExperimentConfig],
+    build: Build,
+    directory: Path,
+    given: ExperimentConfig | None,
+    earlier: MemoryHandler,
+) -> Ready:
+    """A run that lies in its directory; `given` must be its own configuration."""
+    meta = read_meta(directory)
+    config = load_config(config_class, directory / CONFIG_FILE)
+    changed = [
+        f"{key} is {here!r} here, but {own!r} in the run's {CONFIG_FILE}"
+        for key, here, own in ([] if given is None else differences(given, config))
+    ]
+    if changed:
+        raise UserError(
+            f"--resume {directory}: a run is resumed under its own configuration:\n  "
+            + "\n  ".join(changed)
+        )
+    device = resolve_device(config.device)
+    torch.set_num_threads(meta.get("num_threads", torch.get_num_threads()))
+    prepared = prepare(build(_with_own_target(config, directory), device), config)
+    newest = checkpoint.latest(directory / CHECKPOINTS)
+    if newest is not None:  # all that can be wrong with it, before anything is written
+        _load_parameters(prepared, newest)
+        if checkpoint.load_state(newest).get("compiled"):
+            require_compiler()
+    return Ready(directory, config, prepared, earlier)
+
+
+def _step(run: Ready) -> int:
+    """Where the run goes on."""
+    newest = checkpoint.latest(run.directory / CHECKPOINTS)
+    return 0 if newest is None else int(newest.name)
 
 
 def _with_target_beside(config: ExperimentConfig, folder: Path | None) -> ExperimentConfig:

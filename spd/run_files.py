@@ -60,6 +60,11 @@ def read_meta(directory: Path) -> dict[str, Any]:
     return meta
 
 
+def has_finished(directory: Path) -> bool:
+    """Whether there is a run that came to its end."""
+    return (directory / META_FILE).is_file() and read_meta(directory).get("status") == "finished"
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file, or a `UserError` if it is damaged."""
     try:
@@ -73,6 +78,11 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def seed_directory(directory: Path, seed: int) -> Path:
+    """Where the run of one seed lies if runs of several have been given `directory`."""
+    return directory.with_name(f"{directory.name}-seed{seed}")
 
 
 @contextmanager

@@ -116,7 +116,10 @@ class WandbRun:
 
 
 class RunTracker:
-    """metrics.jsonl, timings.jsonl, progress on the terminal, and W&B if a run of it is given."""
+    """metrics.jsonl, timings.jsonl, progress on the terminal, and W&B if a run of it is given.
+
+    Of runs side by side one shows the progress of all, with a `label`; those with None show nothing.
+    """
 
     def __init__(
         self,
@@ -124,10 +127,12 @@ class RunTracker:
         *,
         save_figures: Callable[[Path, int, Mapping[str, Any]], dict[str, Path]],
         wandb_run: WandbRun | None = None,
+        label: str | None = "",
     ) -> None:
         self.directory = directory
         self.save_figures = save_figures
         self.wandb_run = wandb_run
+        self.label = label
         self.steps = 0
 
     def start(self, step: int, steps: int) -> None:
@@ -137,7 +142,14 @@ class RunTracker:
             cut_lines(self.directory / name, step)
         self.metrics = (self.directory / METRICS_FILE).open("a", encoding="utf-8")
         self.timings = (self.directory / TIMINGS_FILE).open("a", encoding="utf-8")
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=None, leave=False)
+        self.bar = tqdm(
+            total=steps,
+            initial=step,
+            desc=self.label,
+            unit="step",
+            disable=True if self.label is None else None,
+            leave=False,
+        )
         self.first: tuple[int, float] | None = None
         self.started = time.perf_counter()
         self.last_line = self.started - PLAIN_LINE_SECONDS
@@ -175,12 +187,21 @@ class RunTracker:
         if not self.bar.disable:
             self.bar.set_postfix(loss=f"{values['loss/total']:.2e}", L0=f"{l0:.2f}", refresh=False)
             self.bar.update(step + 1 - self.bar.n)
-        elif now - self.last_line > PLAIN_LINE_SECONDS or step + 1 == self.steps:
+        elif self.label is not None and (
+            now - self.last_line > PLAIN_LINE_SECONDS or step + 1 == self.steps
+        ):
             self.last_line = now
             left = f"  {(self.steps - step - 1) / pace:.0f} s left" if pace else ""
             logger.info(
-                "step %d/%d  loss %.3e  L0 %.2f%s",
-                *(step + 1, self.steps, values["loss/total"], l0, left),
+                "%sstep %d/%d  loss %.3e  L0 %.2f%s",
+                *(
+                    f"{self.label}: " if self.label else "",
+                    step + 1,
+                    self.steps,
+                    values["loss/total"],
+                    l0,
+                    left,
+                ),
             )
 
 
@@ -216,6 +237,7 @@ def start_wandb(
             silent=True,
             console="off",
             init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or 60),
+            reinit="create_new",  # runs side by side
         )
         wandb.setup(settings=quiet)
         run = wandb.init(

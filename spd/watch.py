@@ -34,7 +34,7 @@ class Progress(NamedTuple):
 
 def progress_of(job: Job) -> Progress:
     """From what the run writes anyway."""
-    label, run_dir = "", job.run_dir
+    label, run_dir = "", next(iter(job.run_dirs), None)
     if (job.directory / NOW_FILE).is_file():
         now = read_json(job.directory / NOW_FILE)
         label, run_dir = now["label"], Path(now["run_dir"])

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from spd.config import UserError
 from spd.evals.run_evals import EvalsOptions, eval_jobs
 from spd.evals.summary import write_summary
-from spd.job import Job, Status
+from spd.job import Job, Status, load_job
 from spd.registry import EXPERIMENTS, default_experiments, expected_minutes
 from tests.made_up_run import result
 
@@ -148,6 +149,67 @@ def test_a_job_per_experiment_and_seed(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     assert command[4] == str(tmp_path / "evals/ID/code/spd" / EXPERIMENTS["tms_5-2"].config)
     assert jobs[1].env["PYTHONPATH"].startswith(str(tmp_path / "evals/ID/code"))
+
+
+def test_seeds_side_by_side_are_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path))
+    options = EvalsOptions(experiments=("tms_5-2",), seeds=(0, 3), cpu=True, ensemble="always")
+    (job,) = eval_jobs(tmp_path / "evals" / "ID", ["steps=20000"], options)
+    assert (job.name, job.seeds, job.minutes) == ("tms_5-2-seeds", (0, 3), 4)
+    place = str(tmp_path / "tms_5-2" / "ID")
+    assert job.command[-4:] == ["device=cpu", "seeds=[0, 3]", "--run_dir", place]
+    assert job.run_dirs == [tmp_path / "tms_5-2" / f"ID-seed{seed}" for seed in (0, 3)]
+    job.save()
+    assert load_job(job.directory) == job
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "gpu", "names"),
+    [
+        ("auto", "", ["tms_5-2-seed0", "tms_5-2-seed1", "pydoc_emb-seed0", "pydoc_emb-seed1"]),
+        ("auto", "0", ["tms_5-2-seeds", "pydoc_emb-seed0", "pydoc_emb-seed1"]),
+        ("never", "0", ["tms_5-2-seed0", "tms_5-2-seed1", "pydoc_emb-seed0", "pydoc_emb-seed1"]),
+    ],
+)
+def test_auto_is_side_by_side_on_a_gpu_where_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ensemble: Any, gpu: str, names: list[str]
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpu)
+    options = EvalsOptions(
+        experiments=("tms_5-2", "pydoc_emb"), seeds=(0, 1), ensemble=ensemble, local=True
+    )
+    assert [job.name for job in eval_jobs(tmp_path / "ID", [], options)] == names
+    single = options.model_copy(update={"seeds": (0,)})
+    assert eval_jobs(tmp_path / "ID", [], single)[0].name == "tms_5-2-seed0"
+
+
+def test_a_language_model_cannot_be_forced(tmp_path: Path):
+    options = EvalsOptions(experiments=("pydoc_emb",), seeds=(0, 1), ensemble="always")
+    with pytest.raises(UserError, match="--ensemble always: the seeds of pydoc_emb"):
+        eval_jobs(tmp_path / "ID", [], options)
+
+
+@pytest.mark.parametrize("state", ["failed", "interrupted"])
+def test_of_seeds_side_by_side_those_that_finished_count(tmp_path: Path, state: str):
+    base = tmp_path / "tms_5-2" / "ID"
+    job = Job("tms_5-2-seeds", tmp_path, [], {}, 1, base, (0, 3))
+    for run, status in zip(job.run_dirs, ("finished", state), strict=True):
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text("")
+        meta = {"entry": {}, "seconds": 1.0, "status": status}
+        (run / "meta.json").write_text(json.dumps(meta))
+    (job.run_dirs[0] / "result.json").write_text(json.dumps(good()))
+    study = tmp_path / "evals" / "ID"
+    study.mkdir(parents=True)
+    record = {**RECORD, "experiments": ["tms_5-2"], "dirty": False, "created": "now"}
+    status = Status(state, "1 of 2 runs failed")  # pyright: ignore[reportArgumentType]
+    found = write_summary(study, [job], {job.name: status}, record)
+    assert not found.as_expected and re.search(f"1 of 1 .* 1 {state}$", found.text, re.MULTILINE)
+    assert f"tms_5-2: seed 3 {state}: 1 of 2 runs failed" in found.text
+    (row,) = json.loads((study / "summary.json").read_text())
+    assert [(seed["name"], seed["state"]) for seed in row["seeds"]] == [
+        *(("0", "finished"), ("3", state)),
+    ]
 
 
 def test_times_go_with_the_steps():

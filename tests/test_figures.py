@@ -23,7 +23,8 @@ from spd.figures import (
     save_figures,
 )
 from spd.metrics import collect
-from spd.optimize import Prepared, eval_contexts
+from spd.optimize import Prepared
+from spd.prepared import eval_contexts
 from spd.problem import Dense, Identity
 from tests.solved_toy import PROBE, columns_of, set_importance, solved_toy
 

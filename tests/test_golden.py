@@ -17,7 +17,8 @@ from spd.component_model import ComponentModel
 from spd.config import parse
 from spd.importance import AffineImportanceConfig, MLPImportanceConfig
 from spd.losses import kl_divergence
-from spd.optimize import Objective, SPDConfig
+from spd.objective import Objective
+from spd.optimize import SPDConfig
 from spd.problem import Problem
 from spd.schedule import ScheduleConfig, schedule_factor
 from tests.golden_targets import build_target

@@ -29,8 +29,11 @@ metrics passes
 drawing
 figures
 objective report
+ensemble
+prepared
 optimize
 reporting
+execution
 run
 report_command pretrained redraw
 """

@@ -20,7 +20,9 @@ from spd.experiments.lm.metrics import (
 )
 from spd.experiments.lm.problem import LMProblem
 from spd.metrics import Metric
-from spd.optimize import Objective, eval_contexts, prepare
+from spd.objective import Objective
+from spd.optimize import prepare
+from spd.prepared import eval_contexts
 from spd.problem import Problem
 from spd.results import format_result, result_of
 from tests.toy import TokenModel, make_config

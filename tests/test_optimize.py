@@ -14,7 +14,9 @@ from spd.experiments.targets import TrainedTarget, save_target
 from spd.experiments.tms.model import TMSModel
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.experiments.tms.train_tms import TMSTrainConfig
-from spd.optimize import NonFiniteError, Objective, due, eval_contexts, evaluate, optimize, prepare
+from spd.objective import Objective
+from spd.optimize import NonFiniteError, due, evaluate, optimize, prepare
+from spd.prepared import eval_contexts
 from spd.problem import Problem
 from spd.schedule import ScheduleConfig, schedule_factor
 from tests.toy import (

@@ -13,7 +13,8 @@ from spd.config import UserError
 from spd.data import SparseFeatureConfig, SparseFeatures
 from spd.losses import Noise
 from spd.noise import StepNoise
-from spd.optimize import Interrupted, Objective, Prepared, prepare, run_steps
+from spd.objective import Objective
+from spd.optimize import Interrupted, Prepared, prepare, run_steps
 from spd.passes import passes_of
 from spd.problem import Problem
 from spd.tracking import NullTracker

@@ -13,7 +13,8 @@ from spd.component_model import ComponentModel
 from spd.config import UserError
 from spd.experiments.lm.model import TokenModel as HuggingFaceModel
 from spd.importance import AffineImportanceConfig, lower_leaky_hard_sigmoid
-from spd.optimize import Objective, evaluate, optimize, prepare
+from spd.objective import Objective
+from spd.optimize import evaluate, optimize, prepare
 from spd.problem import Problem
 from tests.toy import MLP, MLP_SITES, TokenModel, decompose, make_config, make_objective
 

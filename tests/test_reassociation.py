@@ -1,5 +1,6 @@
 """Products in the cheapest order: the same numbers from fewer multiplications."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from spd.reassociation import multiply_cheaply
 
-MM = torch.ops.aten.mm.default
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+N_MEMBERS = 3
 
 
 def rand(*shape: int) -> Tensor:
@@ -26,18 +28,20 @@ def traced(function: Callable[..., object], *args: Tensor) -> GraphModule:
 def multiplications(module: GraphModule) -> int:
     total = 0
     for node in module.graph.nodes:
-        if node.target is MM:
-            (m, k), (_, n) = (arg.meta["val"].shape for arg in node.args)
-            total += m * k * n
+        if node.target in PRODUCTS:
+            (*many, m, k), (*_, n) = (arg.meta["val"].shape for arg in node.args)
+            total += math.prod(many) * m * k * n
     return total
 
 
-def before_and_after(function: Callable[..., object], *args: Tensor) -> tuple[int, int]:
+def before_and_after(
+    function: Callable[..., object], *args: Tensor, n_members: int = 1
+) -> tuple[int, int]:
     """Multiplications without and with the pass, after checking that the results are the same."""
     module = traced(function, *args)
     plain = multiplications(module)
     expected = module(*args)
-    multiply_cheaply(module.graph)
+    multiply_cheaply(module.graph, n_members)
     module.graph.lint()
     module.recompile()
     torch.testing.assert_close(module(*args), expected)
@@ -72,6 +76,38 @@ def test_sums_are_taken_apart_and_gradients_too():
         return [total.detach(), *torch.autograd.grad(total, own)]
 
     plain, cheap = before_and_after(with_gradients, rand(200, 6), rand(6, 300), *blocks)
+    assert cheap < plain / 4
+
+
+def with_gradients(function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """Values and gradients of a function of what is given, what is shared, and weights."""
+
+    def all_of_it(x: Tensor, shared: Tensor, *weights: Tensor) -> list[Tensor]:
+        own = [w.detach().requires_grad_() for w in weights]
+        out = function(x, shared, *own)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), own)]
+
+    return all_of_it
+
+
+def test_members_side_by_side_multiply_as_cheaply_as_each_alone():
+    def stacked(*shape: int) -> Tensor:
+        return torch.stack([rand(*shape) * (i + 1) for i in range(N_MEMBERS)])
+
+    shapes = [(200, 6), (300, 8), (8, 300), (300, 7), (7, 300)]
+    x, *blocks = (stacked(*shape) for shape in shapes)
+    W_E = rand(6, 300)
+    _, alone = before_and_after(with_gradients(residual_mlp), x[0], W_E, *(w[0] for w in blocks))
+    mapped = with_gradients(torch.func.vmap(residual_mlp, in_dims=(0, None, *[0] * len(blocks))))
+    plain, cheap = before_and_after(mapped, x, W_E, *blocks, n_members=N_MEMBERS)
+    assert cheap <= N_MEMBERS * alone and cheap < plain / 4
+
+
+def test_stacks_that_are_no_members_are_left_alone():
+    x, W_E, V = rand(5, 40, 6), rand(6, 300), rand(300, 4)
+    plain, same = before_and_after(lambda x, E, V: x @ E @ V, x, W_E, V)
+    assert plain == same
+    _, cheap = before_and_after(lambda x, E, V: x @ E @ V, x, W_E, V, n_members=5)
     assert cheap < plain / 4
 
 

@@ -17,7 +17,7 @@ from spd.experiments.resid_mlp.metrics import (
 )
 from spd.experiments.resid_mlp.model import ResidMLP, mlp_in_path, mlp_out_path
 from spd.metrics import collect
-from spd.optimize import eval_contexts
+from spd.prepared import eval_contexts
 from spd.problem import Problem
 from tests.solved_toy import set_importance, solved_toy
 from tests.test_resid_mlp_solution import columns_of, solved_resid_mlp

@@ -12,7 +12,7 @@ from spd import launch
 from spd.config import UserError
 from spd.sweeps import local_study, wandb_sweep
 from spd.sweeps.definition import check, overrides_of, read_definition
-from spd.sweeps.sweep import SHIPPED
+from spd.sweeps.sweep import SHIPPED, main
 
 SCHEMA = json.loads((Path(__file__).parent / "sweep_schema.json").read_text(encoding="utf-8"))
 GRID = {
@@ -139,6 +139,40 @@ def test_both_ends_of_an_interval_are_checked(tmp_path: Path):
     path = written(tmp_path, RANDOM, parameters=parameters)
     with pytest.raises(UserError, match=r"data.feature_probability: .*got 1.5"):
         checked(path)
+
+
+def test_a_point_is_one_run(tmp_path: Path):
+    with pytest.raises(
+        UserError, match="seeds: every point of a sweep is one run; sweep over seed"
+    ):
+        checked(written(tmp_path, GRID), "seeds=[0, 1]")
+    swept = written(tmp_path, GRID, parameters={"seeds": {"values": [[0], [1]]}})
+    with pytest.raises(UserError, match="seeds: every point of a sweep is one run"):
+        checked(swept)
+
+
+SEEDS_ALONE = {"seed": {"values": [0, 1, 2]}}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "changes"),
+    [
+        ("pydoc_emb", {"parameters": SEEDS_ALONE}),
+        ("tms_5-2", {}),
+        ("tms_5-2", {"parameters": SEEDS_ALONE, "early_terminate": RANDOM["early_terminate"]}),
+    ],
+    ids=["a language model", "other settings", "pruning"],
+)
+def test_what_cannot_go_side_by_side_is_not_forced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], experiment: str, changes: dict[str, Any]
+):
+    params = str(written(tmp_path, GRID, **changes))
+    words = [experiment, "2", "--dry_run", "--local", "--params", params, "--backend", "local"]
+    for ensemble, status in (("always", 2), ("auto", 0)):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--ensemble", ensemble])
+        assert ended.value.code == status
+        assert (status == 2) == ("goes with a grid over seed alone" in capsys.readouterr().err)
 
 
 def test_what_is_fixed_is_not_swept(tmp_path: Path):

@@ -9,7 +9,8 @@ from spd.component_model import ComponentModel
 from spd.config import parse
 from spd.importance import AffineImportanceConfig, ImportanceConfig, MLPImportanceConfig
 from spd.losses import loss_terms
-from spd.optimize import Objective, SPDConfig
+from spd.objective import Objective
+from spd.optimize import SPDConfig
 from spd.problem import Problem, ReconKind
 
 MLP_SITES = {"first": 7, "deep.mid": 5, "last": 9}

@@ -28,7 +28,8 @@ from spd.launch import (
     study_jobs,
 )
 from spd.registry import default_experiments, expected_minutes, get_experiment
-from spd.resources import LaunchOptions, uses_gpus, with_surroundings
+from spd.resources import LaunchOptions, uses_gpus, wants_ensemble, with_surroundings
+from spd.run_files import seed_directory
 from spd.settings import output_root
 
 KIND = "evals"
@@ -102,9 +103,10 @@ def _run(arguments: Arguments) -> int:
     earlier = [name for name in ("collect", "resume", "cancel") if getattr(options, name)]
     if not earlier:
         return _new(arguments.positional, options)
-    if len(earlier) > 1 or arguments.positional or {"experiments", "seeds"} & given.keys():
+    new = {"experiments", "seeds", "ensemble"}
+    if len(earlier) > 1 or arguments.positional or new & given.keys():
         raise UserError(
-            f"--{earlier[0]} takes the study as it is: no experiments, seeds, overrides"
+            f"--{earlier[0]} takes the study as it is: no experiments, seeds, ensemble, overrides"
         )
     study = find_study(KIND, getattr(options, earlier[0]))
     if options.cancel:
@@ -185,8 +187,13 @@ def check_overrides(names: Sequence[str], overrides: Sequence[str], seeds: Seque
     """`UserError` unless every experiment can be run with these overrides."""
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if key in ("seed", "device", "experiment"):
-            instead = {"seed": "--seeds", "device": "--cpu", "experiment": "--experiments"}[key]
+        if key in ("seed", "seeds", "device", "experiment"):
+            instead = {
+                "seed": "--seeds",
+                "seeds": "--seeds",
+                "device": "--cpu",
+                "experiment": "--experiments",
+            }[key]
             raise UserError(f"override {override!r}: say it with {instead}")
     from spd.experiments.checks import checked_config
 
@@ -195,36 +202,60 @@ def check_overrides(names: Sequence[str], overrides: Sequence[str], seeds: Seque
 
 
 def eval_jobs(directory: Path, overrides: Sequence[str], options: EvalsOptions) -> list[Job]:
-    """One per experiment and seed; they run the study's own copy of the code."""
-    code = directory / "code"
+    """One per experiment and seed, or per experiment; they run the study's own copy of the code."""
     jobs = []
     for name in options.experiments:
-        experiment = get_experiment(name)
-        minutes = expected_minutes(name, overrides, gpu=uses_gpus(options))
-        for seed in options.seeds:
-            run_dir = output_root().absolute() / name / f"{directory.name}-seed{seed}"
-            device = ["device=cpu"] if options.cpu else []
-            command = python(
-                experiment.module,
-                str(code / "spd" / experiment.config),
-                *overrides,
-                *device,
-                f"seed={seed}",
-                "--run_dir",
-                str(run_dir),
-            )
-            jobs.append(
-                Job(
-                    name=f"{name}-seed{seed}",
-                    directory=directory / JOBS / f"{name}-seed{seed}",
-                    command=command,
-                    env=job_environment(code, options),
-                    minutes=minutes,
-                    run_dir=run_dir,
-                    slurm_name=f"spd-eval-{name}-{max(1, round(minutes))}min",
-                )
-            )
+        if side_by_side(name, options):
+            jobs.append(_job(directory, name, options.seeds, overrides, options))
+        else:
+            jobs += [_job(directory, name, [seed], overrides, options) for seed in options.seeds]
     return jobs
+
+
+def side_by_side(name: str, options: EvalsOptions) -> bool:
+    """Whether one job runs all seeds of an experiment."""
+    if len(options.seeds) == 1:
+        return False
+    possible = get_experiment(name).side_by_side
+    if options.ensemble == "always" and not possible:
+        raise UserError(
+            f"--ensemble always: the seeds of {name}, a language model, cannot run side by side"
+        )
+    return possible and wants_ensemble(options)
+
+
+def _job(
+    directory: Path,
+    name: str,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    options: EvalsOptions,
+) -> Job:
+    experiment, code = get_experiment(name), directory / "code"
+    several = len(seeds) > 1
+    job_name = f"{name}-seeds" if several else f"{name}-seed{seeds[0]}"
+    minutes = len(seeds) * expected_minutes(name, overrides, gpu=uses_gpus(options))
+    base = output_root().absolute() / name / directory.name
+    run_dir = base if several else seed_directory(base, seeds[0])
+    command = python(
+        experiment.module,
+        str(code / "spd" / experiment.config),
+        *overrides,
+        *(["device=cpu"] if options.cpu else []),
+        f"seeds={list(seeds)}" if several else f"seed={seeds[0]}",
+        "--run_dir",
+        str(run_dir),
+    )
+    return Job(
+        name=job_name,
+        directory=directory / JOBS / job_name,
+        command=command,
+        env=job_environment(code, options),
+        minutes=minutes,
+        run_dir=run_dir,
+        seeds=tuple(seeds) if several else (),
+        slurm_name=f"spd-eval-{name}-{max(1, round(minutes))}min",
+    )
 
 
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:

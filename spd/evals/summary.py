@@ -3,7 +3,7 @@
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import jinja2
 from spd.job import Job, Status
 from spd.registry import EXPERIMENTS, Experiment
 from spd.results import LABELS, format_value
-from spd.run_files import RESULT_FILE, read_json, write_json
+from spd.run_files import RESULT_FILE, has_finished, read_json, write_json
 from spd.settings import PACKAGE_DIR
 from spd.watch import duration
 
@@ -112,7 +112,7 @@ def write_summary(
 ) -> Summary:
     """Write `summary.html` and `summary.json` into the study."""
     rows = [
-        summarise(name, [_seed(directory, job, statuses[job.name]) for job in group])
+        summarise(name, [seed for job in group for seed in _seeds(directory, job, statuses)])
         for name, group in _by_experiment(jobs, record).items()
     ]
     states = [status.state for status in statuses.values()]
@@ -221,18 +221,21 @@ def _by_experiment(jobs: Sequence[Job], record: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _seed(directory: Path, job: Job, status: Status) -> Seed:
-    assert job.run_dir is not None, "every job of an eval makes one run"
-    result = job.run_dir / RESULT_FILE
-    report = job.run_dir / "report.html"
-    return Seed(
-        job.name.rpartition("-seed")[2],
-        status.state,
-        status.reason,
-        status.seconds,
-        read_json(result) if status.state == "finished" and result.is_file() else None,
-        os.path.relpath(report, directory) if report.is_file() else None,
-    )
+def _seeds(directory: Path, job: Job, statuses: Mapping[str, Status]) -> Iterator[Seed]:
+    """The runs of a job; of several, some may have finished where it has failed or was stopped."""
+    status = statuses[job.name]
+    names = [str(seed) for seed in job.seeds] or [job.name.rpartition("-seed")[2]]
+    for name, run_dir in zip(names, job.run_dirs, strict=True):
+        result, report = run_dir / RESULT_FILE, run_dir / "report.html"
+        finished = status.state == "finished" or (bool(job.seeds) and has_finished(run_dir))
+        yield Seed(
+            name,
+            "finished" if finished else status.state,
+            None if finished else status.reason,
+            status.seconds,
+            read_json(result) if finished and result.is_file() else None,
+            os.path.relpath(report, directory) if report.is_file() else None,
+        )
 
 
 def _cells(figure: Figure | None) -> tuple[str, str]:

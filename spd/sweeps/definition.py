@@ -200,6 +200,8 @@ def check(definition: Definition, experiment: str, fixed: Sequence[str], source:
     flat = definition.parameters
     set_already = {override.partition("=")[0].strip() for override in fixed}
     known = sorted(_dotted("", settings))
+    if "seeds" in set_already or "seeds" in flat:
+        raise UserError(f"{source}: seeds: every point of a sweep is one run; sweep over seed")
     for key in flat:
         if key in set_already or key in ("device", "experiment"):
             raise UserError(f"{source}: parameters.{key}: is set for all trials already")

@@ -6,7 +6,7 @@ stopped, is taken over by the next agent that looks for work, and goes on from i
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,9 +23,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from spd.config import UserError
+from spd.job import Ended
 from spd.launch import Study
 from spd.sweeps.definition import Definition, Parameter, Point, choices
-from spd.sweeps.trials import Trial, Watcher, definition_of, run_trial, try_lock
+from spd.sweeps.trials import Trial, Watcher, definition_of, run_seeds, run_trial, try_lock
 
 JOURNAL, CLAIM_LOCK = "journal.log", ".claim.lock"
 POINT, AGENT = "point", "agent"
@@ -87,18 +88,35 @@ def n_waiting(study: Study) -> int:
 
 
 def work(study: Study, agent: str) -> int:
-    """Run trials until none is left; the exit status of the agent."""
-    while (taken := claim(study, agent)) is not None:
-        name, watcher = _name(taken.number), pruning(study, taken)
+    """Run trials until none is left, as many at once as the study says; the agent's exit status."""
+    while taken := _claim_up_to(study.record.get("at_once", 1), study, agent):
         try:
-            trial, ended = run_trial(study, name, taken.point, agent=agent, watcher=watcher)
-            if ended.signum is None or trial.state == "finished":
-                tell(study, taken, trial)
+            trials, ended = _run(study, taken, agent)
+            for own, trial in zip(taken, trials, strict=True):
+                if ended.signum is None or trial.state == "finished":
+                    tell(study, own, trial)
             if ended.signum is not None:  # an unfinished trial is for whoever goes on with it
                 return 143
         finally:
-            taken.lock.release()
+            for own in taken:
+                own.lock.release()
     return 0
+
+
+def _claim_up_to(n: int, study: Study, agent: str) -> list[Claim]:
+    taken: list[Claim] = []
+    while len(taken) < n and (own := claim(study, agent)) is not None:
+        taken.append(own)
+    return taken
+
+
+def _run(study: Study, taken: Sequence[Claim], agent: str) -> tuple[list[Trial], Ended]:
+    if study.record.get("at_once", 1) > 1:
+        return run_seeds(study, {_name(own.number): own.point for own in taken}, agent=agent)
+    (own,) = taken
+    watcher = pruning(study, own)
+    trial, ended = run_trial(study, _name(own.number), own.point, agent=agent, watcher=watcher)
+    return [trial], ended
 
 
 def distributions(definition: Definition) -> dict[str, BaseDistribution]:

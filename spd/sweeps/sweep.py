@@ -32,7 +32,7 @@ from spd.launch import (
     study_jobs,
 )
 from spd.registry import expected_minutes, get_experiment
-from spd.resources import LaunchOptions, uses_gpus, with_surroundings
+from spd.resources import LaunchOptions, uses_gpus, wants_ensemble, with_surroundings
 from spd.settings import PACKAGE_DIR, output_root
 from spd.sweeps.definition import Definition, check, read_definition
 
@@ -91,7 +91,7 @@ def _run(arguments: Arguments) -> int:
     if not earlier:
         return _new(words, options)
     action = earlier[0]
-    if len(earlier) > 1 or "backend" in given or "job_suffix" in given:
+    if len(earlier) > 1 or {"backend", "job_suffix", "ensemble"} & given.keys():
         raise UserError(f"--{action} takes the sweep as it is")
     if words and not (action == "resume" and len(words) == 1):
         raise UserError(f"--{action}: {' '.join(words)!r} has no meaning here; see --help")
@@ -125,6 +125,8 @@ def _new(words: Sequence[str], options: SweepOptions) -> int:
     }
     directory = output_root().absolute() / KIND / name
     n = definition.n_points if definition.n_points is not None else n_agents
+    together = _side_by_side(options, definition, experiment, backend)
+    asked["at_once"] = math.ceil(n / min(n_agents, n)) if together else 1
     jobs = _agents(directory, asked, range(min(n_agents, n)), n, options)
     if options.dry_run:
         for point in definition.points() if definition.method == "grid" else ():
@@ -241,6 +243,21 @@ def _backend(
         )
     BACKENDS[wanted].check(definition)
     return wanted, project
+
+
+def _side_by_side(
+    options: SweepOptions, definition: Definition, experiment: str, backend: str
+) -> bool:
+    """Whether every agent runs its points in one process: those of a sweep over seeds alone."""
+    seeds_alone = definition.method == "grid" and list(definition.parameters) == ["seed"]
+    possible = seeds_alone and definition.early_terminate is None and backend == "local"
+    possible = possible and get_experiment(experiment).side_by_side
+    if options.ensemble == "always" and not possible:
+        raise UserError(
+            "--ensemble always: goes with a grid over seed alone, of an experiment that is no language"
+            " model, on the local back end and without early_terminate"
+        )
+    return possible and wants_ensemble(options)
 
 
 def _tracks(project: str | None) -> bool:

@@ -13,7 +13,7 @@ from spd.config import UserError, nearest
 from spd.job import NOW_FILE, Ended, State, supervise, wait_until_free
 from spd.launch import JOBS, Study, python
 from spd.registry import get_experiment
-from spd.run_files import read_json, write_json
+from spd.run_files import has_finished, read_json, seed_directory, write_json
 from spd.settings import output_root
 from spd.sweeps.definition import Definition, overrides_of
 from spd.tracking import METRICS_FILE, read_metrics
@@ -85,26 +85,57 @@ def run_trial(
 
     The caller holds the trial's lock.
     """
-    record = study.record
-    run_dir = output_root().absolute() / record["experiment"] / f"{study.id}-{name}"
-    experiment = get_experiment(record["experiment"])
-    command = python(
-        experiment.module,
-        str(study.code / "spd" / experiment.config),
-        *(*record["overrides"], *overrides_of(point), "--run_dir", str(run_dir)),
-    )
+    run_dir = _runs(study) / f"{study.id}-{name}"
     trial = Trial(name, dict(point), str(run_dir), "running", agent=agent, env=dict(env or {}))
-    _write(study, trial)
-    label = f"{name}: " + " ".join(overrides_of(point))
-    now = {"label": label, "run_dir": str(run_dir)}
-    write_json(study.directory / JOBS / agent / NOW_FILE, now)
-    wait_until_free(run_dir)
-    watched = _Watched(run_dir, definition_of(study).metric.name, watcher or ignore())
-    output = study.directory / TRIALS / f"{name}.{OUTPUT}"
-    ended = supervise(command, output, {**os.environ, **(env or {})}, hopeless=watched.hopeless)
-    trial = _judged(trial, ended, watched)
-    _write(study, trial)
+    arguments = [*overrides_of(point), "--run_dir", str(run_dir)]
+    (trial,), ended = _run(study, [trial], arguments, watcher or ignore())
     return trial, ended
+
+
+def run_seeds(
+    study: Study, points: Mapping[str, Mapping[str, Any]], *, agent: str
+) -> tuple[list[Trial], Ended]:
+    """The same for points of seeds alone, by name: side by side in one process."""
+    base = _runs(study) / study.id
+    trials = [
+        Trial(name, dict(point), str(seed_directory(base, point["seed"])), "running", agent=agent)
+        for name, point in points.items()
+    ]
+    seeds = json.dumps([point["seed"] for point in points.values()])
+    return _run(study, trials, [f"seeds={seeds}", "--run_dir", str(base)], ignore())
+
+
+def _runs(study: Study) -> Path:
+    return output_root().absolute() / study.record["experiment"]
+
+
+def _run(
+    study: Study, trials: Sequence[Trial], arguments: Sequence[str], watcher: Watcher
+) -> tuple[list[Trial], Ended]:
+    """One process for all of them, from the first record to the last."""
+    experiment = get_experiment(study.record["experiment"])
+    config = str(study.code / "spd" / experiment.config)
+    command = python(experiment.module, config, *study.record["overrides"], *arguments)
+    metric = definition_of(study).metric.name
+    watched = [_Watched(Path(trial.run_dir), metric, watcher) for trial in trials]
+    for trial in trials:
+        _write(study, trial)
+        wait_until_free(Path(trial.run_dir))
+    first = trials[0]
+    label = f"{', '.join(trial.name for trial in trials)}: {' '.join(arguments[:-2])}"
+    now = {"label": label, "run_dir": first.run_dir}
+    write_json(study.directory / JOBS / str(first.agent) / NOW_FILE, now)
+    output = study.directory / TRIALS / f"{first.name}.{OUTPUT}"
+    ended = supervise(
+        command,
+        output,
+        {**os.environ, **first.env},
+        hopeless=lambda: any([own.hopeless() for own in watched]),
+    )
+    judged = [_judged(*pair, ended, len(trials)) for pair in zip(trials, watched, strict=True)]
+    for trial in judged:
+        _write(study, trial)
+    return judged, ended
 
 
 class _Watched:
@@ -149,7 +180,10 @@ class _Watched:
         return f"the metric {self.metric!r} is not logged{hint} (logged: {', '.join(logged)})"
 
 
-def _judged(trial: Trial, ended: Ended, watched: _Watched) -> Trial:
+def _judged(trial: Trial, watched: _Watched, ended: Ended, n_trials: int) -> Trial:
+    """Of several in one process, some may have finished where it failed or was stopped."""
+    if n_trials > 1 and has_finished(watched.run_dir):
+        ended = ended._replace(state="finished", reason=None)
     if watched.problem is not None:
         return trial._replace(state="failed", reason=watched.problem)
     values = watched.values()
