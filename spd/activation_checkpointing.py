@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from spd.component_model import ComponentModel, Site
+from spd.component_model import ComponentModel, Mask, Site
 from spd.config import UserError
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 """what layers are given to append to; a second time would be one too many"""
 
-State = tuple[bool, Tensor | None]
+State = tuple[bool, Mask | None]
 """whether a site is replaced, and its mask"""
 
 

@@ -4,7 +4,8 @@ A spec yields its term in *parts*, one per forward pass, whose sum is the term: 
 in one graph or run the backward pass of one after another.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -12,13 +13,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from spd.component_model import ComponentModel, Site
+from spd.component_model import ComponentModel, Mask, Site
 from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError, nearest
 from spd.divergence import kl_divergence, mean_over_rows, recon_error
 from spd.importance import CausalImportances
 from spd.problem import ReconKind
 
-Masks = dict[str, Tensor]
 Noise = Mapping[str, Tensor]
 
 
@@ -41,10 +41,18 @@ class StepContext(NamedTuple):
     """one for each row of `batch`, with mean 1: how many rows of the data it stands for; None: one each"""
     term: str = ""
     """name of the loss that is being computed"""
+    recompute_masks: bool = False
+    """make the masks of all sites anew in the backward pass, so that none is stored"""
 
     def uniform(self, sample: int, site: str) -> Tensor:
         """This term's noise for one mask sample and site."""
         return self.noise[noise_key(self.term, sample, site)]
+
+    def masks(self, make: Callable[[str], Tensor]) -> Mapping[str, Mask]:
+        """`make(site)` for every site."""
+        if self.recompute_masks:
+            return {path: partial(make, path) for path in self.model.sites}
+        return {path: make(path) for path in self.model.sites}
 
     def mean(self, values: Float[Tensor, "*rows"]) -> Float[Tensor, ""]:
         """Mean over batch and positions; what every term that is a mean over the data must use."""
@@ -147,7 +155,9 @@ class ImportanceMinimality(LossSpec):
     pnorm: float = Field(gt=0.0, allow_inf_nan=False)
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield importance_minimality(ctx.ci.upper, self.pnorm, ctx.row_weights)
+        for path in ctx.ci.upper:
+            upper = {path: ctx.ci.upper[path]}
+            yield importance_minimality(upper, self.pnorm, ctx.row_weights)
 
 
 class Schatten(LossSpec):
@@ -155,7 +165,9 @@ class Schatten(LossSpec):
     pnorm: float = Field(gt=0.0, allow_inf_nan=False)
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield schatten(ctx.ci.upper, ctx.model.sites, self.pnorm, ctx.row_weights)
+        for path in ctx.ci.upper:
+            upper = {path: ctx.ci.upper[path]}
+            yield schatten(upper, ctx.model.sites, self.pnorm, ctx.row_weights)
 
 
 class OutRecon(LossSpec):
@@ -173,7 +185,7 @@ class Recon(LossSpec):
     type: Literal["recon"] = "recon"
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield ctx.error(ctx.model(ctx.batch, ctx.ci.lower))
+        yield ctx.error(ctx.model(ctx.batch, ctx.masks(ctx.ci.lower.__getitem__)))
 
 
 class ReconLayerwise(LossSpec):
@@ -182,8 +194,8 @@ class ReconLayerwise(LossSpec):
     type: Literal["recon_layerwise"] = "recon_layerwise"
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        for path, g in ctx.ci.lower.items():
-            yield ctx.error(ctx.model(ctx.batch, {path: g})) / len(ctx.ci.lower)
+        for path in ctx.ci.lower:
+            yield ctx.error(ctx.model(ctx.batch, {path: ctx.ci.lower[path]})) / len(ctx.ci.lower)
 
 
 class _Sampled(LossSpec):
@@ -192,9 +204,6 @@ class _Sampled(LossSpec):
     @property
     def n_noise_samples(self) -> int:
         return self.n_samples
-
-    def masks(self, ctx: StepContext, sample: int) -> Masks:
-        return {path: self.mask(ctx, sample, path) for path in ctx.ci.lower}
 
     def mask(self, ctx: StepContext, sample: int, path: str) -> Tensor:
         return stochastic_mask(ctx.ci.lower[path], ctx.uniform(sample, path))
@@ -207,7 +216,8 @@ class StochasticRecon(_Sampled):
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for sample in range(self.n_samples):
-            yield ctx.error(ctx.model(ctx.batch, self.masks(ctx, sample))) / self.n_samples
+            masks = ctx.masks(partial(self.mask, ctx, sample))
+            yield ctx.error(ctx.model(ctx.batch, masks)) / self.n_samples
 
 
 class StochasticReconLayerwise(_Sampled):
@@ -251,7 +261,7 @@ class EmbeddingRecon(_Sampled):
         ((path, site),) = ctx.model.sites.items()
         expected = site.original(ctx.site_inputs[path])
         for sample in range(self.n_samples):
-            mask = self.masks(ctx, sample)[path]
+            mask = self.mask(ctx, sample, path)
             masked = site.subcomponents(ctx.site_inputs[path], mask)
             if self.unembed is None:
                 error = ctx.mean((masked - expected).square().sum(dim=-1))

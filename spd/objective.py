@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig
 from spd.figures import Figures
-from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
+from spd.importance import CausalImportances, ImportanceConfig, LowerLeak, MLPImportanceConfig
 from spd.losses import Losses, Noise, StepContext, loss_terms, noise_key
 from spd.metrics import L0_THRESHOLD, Metrics
 from spd.noise import StepNoise
@@ -72,19 +72,9 @@ class Objective(nn.Module):
     def context(
         self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
     ) -> StepContext:
-        target_out, site_inputs = self.model.target_forward(batch)
-        ci = self.model.causal_importances(site_inputs)
-        return StepContext(
-            self.model,
-            batch,
-            target_out,
-            site_inputs,
-            ci,
-            self.recon,
-            noise,
-            progress,
-            row_weights,
-        )
+        target = self.model.target_forward(batch)
+        ci = self.model.causal_importances(target.site_inputs)
+        return StepContext(self.model, batch, *target, ci, self.recon, noise, progress, row_weights)
 
     def forward(
         self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
@@ -97,8 +87,13 @@ class Objective(nn.Module):
         self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """What `forward` and the backward pass of its total do, in the memory of one forward pass."""
-        ctx = self.context(batch, progress, noise, row_weights)
-        _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx))
+        target = self.model.target_forward(batch)
+        with torch.no_grad():
+            logits = self.model.importance_logits(target.site_inputs)
+        leaves = {path: x.requires_grad_() for path, x in logits.items()}
+        ci = CausalImportances.of_logits(leaves, self.model.lower_leak, lazy=True)
+        ctx = StepContext(self.model, batch, *target, ci, self.recon, noise, progress, row_weights)
+        _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx, leaves))
         return logged
 
     def _results(
