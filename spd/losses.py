@@ -17,6 +17,7 @@ from spd.component_model import ComponentModel, Mask, Site
 from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError, nearest
 from spd.divergence import kl_divergence, mean_over_rows, recon_error
 from spd.importance import CausalImportances
+from spd.prefix import SharedPrefix
 from spd.problem import ReconKind
 
 Noise = Mapping[str, Tensor]
@@ -28,7 +29,7 @@ class StepContext(NamedTuple):
     model: ComponentModel
     batch: Tensor
     target_out: Tensor
-    """output of the unchanged target"""
+    """output of the unchanged target; with KL as recon, logits that are log-probabilities"""
     site_inputs: dict[str, Tensor]
     """what the unchanged target feeds to each site"""
     ci: CausalImportances
@@ -41,6 +42,8 @@ class StepContext(NamedTuple):
     """one for each row of `batch`, with mean 1: how many rows of the data it stands for; None: one each"""
     term: str = ""
     """name of the loss that is being computed"""
+    prefix: SharedPrefix | None = None
+    """what masked passes need not compute again; None: they are whole"""
     recompute_masks: bool = False
     """make the masks of all sites anew in the backward pass, so that none is stored"""
 
@@ -54,13 +57,17 @@ class StepContext(NamedTuple):
             return {path: partial(make, path) for path in self.model.sites}
         return {path: make(path) for path in self.model.sites}
 
+    def masked_error(self, masks: Mapping[str, Mask] | None = None) -> Float[Tensor, ""]:
+        """D(output with these masks, target); None: all sites, all subcomponents on."""
+        run = self.model if self.prefix is None else self.prefix.forward
+        prediction = run(self.batch, masks)
+        return recon_error(
+            prediction, self.target_out, self.recon, self.row_weights, normalized=True
+        )
+
     def mean(self, values: Float[Tensor, "*rows"]) -> Float[Tensor, ""]:
         """Mean over batch and positions; what every term that is a mean over the data must use."""
         return mean_over_rows(values, self.row_weights)
-
-    def error(self, prediction: Tensor) -> Float[Tensor, ""]:
-        """D(prediction, target)."""
-        return recon_error(prediction, self.target_out, self.recon, self.row_weights)
 
 
 def noise_key(term: str, sample: int, site: str) -> str:
@@ -176,7 +183,7 @@ class OutRecon(LossSpec):
     type: Literal["out_recon"] = "out_recon"
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield ctx.error(ctx.model(ctx.batch))
+        yield ctx.masked_error()
 
 
 class Recon(LossSpec):
@@ -185,7 +192,7 @@ class Recon(LossSpec):
     type: Literal["recon"] = "recon"
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield ctx.error(ctx.model(ctx.batch, ctx.masks(ctx.ci.lower.__getitem__)))
+        yield ctx.masked_error(ctx.masks(ctx.ci.lower.__getitem__))
 
 
 class ReconLayerwise(LossSpec):
@@ -195,7 +202,7 @@ class ReconLayerwise(LossSpec):
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for path in ctx.ci.lower:
-            yield ctx.error(ctx.model(ctx.batch, {path: ctx.ci.lower[path]})) / len(ctx.ci.lower)
+            yield ctx.masked_error({path: ctx.ci.lower[path]}) / len(ctx.ci.lower)
 
 
 class _Sampled(LossSpec):
@@ -217,7 +224,7 @@ class StochasticRecon(_Sampled):
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for sample in range(self.n_samples):
             masks = ctx.masks(partial(self.mask, ctx, sample))
-            yield ctx.error(ctx.model(ctx.batch, masks)) / self.n_samples
+            yield ctx.masked_error(masks) / self.n_samples
 
 
 class StochasticReconLayerwise(_Sampled):
@@ -229,7 +236,7 @@ class StochasticReconLayerwise(_Sampled):
         for sample in range(self.n_samples):
             for path in ctx.ci.lower:
                 masks = {path: self.mask(ctx, sample, path)}
-                error = ctx.error(ctx.model(ctx.batch, masks))
+                error = ctx.masked_error(masks)
                 yield error / (self.n_samples * len(ctx.ci.lower))
 
 

@@ -1,13 +1,13 @@
 """What is optimised: its configuration, and the step as a pure callable of batch, progress and noise."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from spd.component_model import ComponentModel
+from spd.component_model import ComponentModel, TargetOutput
 from spd.config import BaseConfig
 from spd.figures import Figures
 from spd.importance import CausalImportances, ImportanceConfig, LowerLeak, MLPImportanceConfig
@@ -15,6 +15,7 @@ from spd.losses import Losses, Noise, StepContext, loss_terms, noise_key
 from spd.metrics import L0_THRESHOLD, Metrics
 from spd.noise import StepNoise
 from spd.passes import Passes, backward_one_by_one
+from spd.prefix import SharedPrefix
 from spd.problem import Problem, ReconKind
 from spd.schedule import ScheduleConfig
 
@@ -59,6 +60,13 @@ class SPDConfig(BaseConfig):
         return losses
 
 
+class _Step(NamedTuple):
+    batch: Tensor
+    progress: Tensor
+    noise: Noise
+    row_weights: Tensor | None
+
+
 class Objective(nn.Module):
     """The step as a pure callable: (batch, progress, noise) → (total, terms). This is what is compiled."""
 
@@ -67,6 +75,7 @@ class Objective(nn.Module):
         self.model = model
         self.losses = {name: spec for name, spec in config.losses.items() if spec.coeff > 0}
         self.recon: ReconKind = problem.recon
+        self.prefix = SharedPrefix(model)
         self._leading_shapes: dict[torch.Size, dict[str, torch.Size]] = {}
 
     def context(
@@ -74,7 +83,22 @@ class Objective(nn.Module):
     ) -> StepContext:
         target = self.model.target_forward(batch)
         ci = self.model.causal_importances(target.site_inputs)
-        return StepContext(self.model, batch, *target, ci, self.recon, noise, progress, row_weights)
+        step = _Step(batch, progress, noise, row_weights)
+        return self._context(step, target, ci)
+
+    def _context(self, step: _Step, target: TargetOutput, ci: CausalImportances) -> StepContext:
+        return StepContext(
+            model=self.model,
+            batch=step.batch,
+            # once for all passes, which compare with probabilities
+            target_out=target.output.log_softmax(dim=-1) if self.recon == "kl" else target.output,
+            site_inputs=target.site_inputs,
+            ci=ci,
+            recon=self.recon,
+            noise=step.noise,
+            progress=step.progress,
+            row_weights=step.row_weights,
+        )
 
     def forward(
         self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
@@ -87,14 +111,15 @@ class Objective(nn.Module):
         self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """What `forward` and the backward pass of its total do, in the memory of one forward pass."""
-        target = self.model.target_forward(batch)
-        with torch.no_grad():
-            logits = self.model.importance_logits(target.site_inputs)
-        leaves = {path: x.requires_grad_() for path, x in logits.items()}
-        ci = CausalImportances.of_logits(leaves, self.model.lower_leak, lazy=True)
-        ctx = StepContext(self.model, batch, *target, ci, self.recon, noise, progress, row_weights)
-        _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx, leaves))
-        return logged
+        with self.prefix.kept(batch) as target:
+            with torch.no_grad():
+                logits = self.model.importance_logits(target.site_inputs)
+            leaves = {path: x.requires_grad_() for path, x in logits.items()}
+            ci = CausalImportances.of_logits(leaves, self.model.lower_leak, lazy=True)
+            ctx = self._context(_Step(batch, progress, noise, row_weights), target, ci)
+            ctx = ctx._replace(prefix=self.prefix, recompute_masks=True)
+            _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx, leaves))
+            return logged
 
     def _results(
         self, ctx: StepContext, terms: Mapping[str, Tensor]

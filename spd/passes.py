@@ -34,7 +34,7 @@ def backward_one_by_one(
     terms = {}
     for name, spec in losses.items():
         values = []
-        for part in spec.parts(ctx._replace(term=name, recompute_masks=True)):
+        for part in spec.parts(ctx._replace(term=name)):
             (spec.coeff * part).backward()
             values.append(part.detach())
         terms[name] = torch.stack(values).sum()

@@ -22,7 +22,7 @@ settings config components problem reassociation __init__
 snapshot arguments resources
 compilation command provenance registry run_files schedule importance data checkpoint divergence
 job component_model noise results tracking
-slurm watch
+slurm watch prefix
 launch
 losses activation_checkpointing silent_rows
 metrics passes
