@@ -90,12 +90,19 @@ class _KLPerRow(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or zeros as large as the logits would be made
         ctx.save_for_backward(output[1])
+        ctx.used_up = False
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+        assert grads[0] is not None, "nothing else can be differentiated"
+        assert not ctx.used_up, (
+            "the backward pass scales the stored gradient in place, so runs once"
+        )
+        ctx.used_up = True
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][..., None], None, None
+        return gradient.mul_(grads[0][..., None]), None, None
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, TargetOutput
 from spd.config import BaseConfig
+from spd.distributed import Share
 from spd.figures import Figures
 from spd.importance import CausalImportances, ImportanceConfig, LowerLeak, MLPImportanceConfig
 from spd.losses import Losses, Noise, StepContext, loss_terms, noise_key
@@ -18,6 +19,8 @@ from spd.passes import Passes, backward_one_by_one
 from spd.prefix import SharedPrefix
 from spd.problem import Problem, ReconKind
 from spd.schedule import ScheduleConfig
+
+ALL_ROWS = Share()
 
 
 class SPDConfig(BaseConfig):
@@ -76,7 +79,7 @@ class Objective(nn.Module):
         self.losses = {name: spec for name, spec in config.losses.items() if spec.coeff > 0}
         self.recon: ReconKind = problem.recon
         self.prefix = SharedPrefix(model)
-        self._leading_shapes: dict[torch.Size, dict[str, torch.Size]] = {}
+        self._leading_shapes: dict[torch.Size, dict[str, tuple[torch.Size, bool]]] = {}
 
     def context(
         self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
@@ -118,6 +121,7 @@ class Objective(nn.Module):
             ci = CausalImportances.of_logits(leaves, self.model.lower_leak, lazy=True)
             ctx = self._context(_Step(batch, progress, noise, row_weights), target, ci)
             ctx = ctx._replace(prefix=self.prefix, recompute_masks=True)
+            del target  # whose logits the context holds in another form
             _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx, leaves))
             return logged
 
@@ -131,26 +135,46 @@ class Objective(nn.Module):
             logged[f"l0/{path}"] = ctx.mean((g.detach() > L0_THRESHOLD).float().sum(dim=-1))
         return total, logged
 
-    def noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> StepNoise:
-        """All uniform draws of one step; each depends on (stream, seed, step, term, sample, site) alone."""
-        shapes = {
-            noise_key(term, sample, path): torch.Size((*rows, self.model.sites[path].C))
-            for term, spec in self.losses.items()
-            for sample in range(spec.n_noise_samples)
-            for path, rows in self._rows(batch).items()
-        }
-        return StepNoise(shapes, batch.device, stream=stream, seed=seed, step=step)
+    def noise(
+        self, batch: Tensor, *, stream: str, seed: int, step: int, share: Share = ALL_ROWS
+    ) -> StepNoise:
+        """All uniform draws of one step; each depends on (stream, seed, step, term, sample, site) alone.
+
+        With a `share`, what the draws for the joint batch hold for its rows.
+        """
+        shapes: dict[str, torch.Size] = {}
+        own: dict[str, slice] = {}
+        for path, (rows, per_example) in self._rows(batch).items():
+            for term, spec in self.losses.items():
+                for sample in range(spec.n_noise_samples):
+                    key = noise_key(term, sample, path)
+                    shapes[key] = torch.Size((*rows, self.model.sites[path].C))
+                    if share.of > 1 and per_example:
+                        own[key] = share.rows(rows[0])
+        return StepNoise(shapes, batch.device, stream=stream, seed=seed, step=step, rows=own)
 
     def draw_noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> dict[str, Tensor]:
         """The same, all at once."""
         return dict(self.noise(batch, stream=stream, seed=seed, step=step))
 
-    def _rows(self, batch: Tensor) -> dict[str, torch.Size]:
-        """The shape of each site's importances without C, found by one forward pass per batch shape."""
+    def _rows(self, batch: Tensor) -> dict[str, tuple[torch.Size, bool]]:
+        """The shape of each site's importances without C, and whether every example has its own.
+
+        Found once per batch shape, by running the target on two examples.
+        """
         if batch.shape not in self._leading_shapes:
-            inputs = self.model.target_forward(batch).site_inputs
+            two = batch[:2] if len(batch) > 1 else torch.cat([batch, batch])
+            inputs = self.model.target_forward(two).site_inputs
             self._leading_shapes[batch.shape] = {
-                path: x.shape[:-1] if x.is_floating_point() else x.shape
+                path: _scaled(x.shape[:-1] if x.is_floating_point() else x.shape, len(batch))
                 for path, x in inputs.items()
             }
         return self._leading_shapes[batch.shape]
+
+
+def _scaled(rows_of_two: torch.Size, n_examples: int) -> tuple[torch.Size, bool]:
+    """From what two examples give; one row for all of them, as of positions, stays one."""
+    first, *rest = rows_of_two
+    if first % 2:
+        return rows_of_two, False
+    return torch.Size((first // 2 * n_examples, *rest)), True

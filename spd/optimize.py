@@ -14,6 +14,7 @@ from spd.activation_checkpointing import checkpoint_layers_
 from spd.compilation import CompiledStep
 from spd.component_model import ComponentModel
 from spd.config import RunError, UserError
+from spd.distributed import agreed_maximum, average_, is_leader, own_share
 from spd.figures import Figure
 from spd.losses import StepContext
 from spd.metrics import HeldOutLosses, Metric, collect
@@ -21,7 +22,7 @@ from spd.objective import Objective, SPDConfig
 from spd.passes import passes_of
 from spd.problem import Problem, Resumable
 from spd.schedule import schedule_factor
-from spd.silent_rows import SilentRows
+from spd.silent_rows import Rows, SilentRows
 from spd.tracking import NullTracker, Tracker
 
 
@@ -37,7 +38,7 @@ class Prepared(NamedTuple):
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
-    """A run was asked to stop and has written its checkpoint."""
+    """A run was asked to stop, by what is given as second argument, and has written its checkpoint."""
 
 
 def prepare(problem: Problem, config: SPDConfig) -> Prepared:
@@ -94,9 +95,13 @@ def run_steps(
     *,
     checkpoints: Path | None = None,
     resume: bool = False,
-    stop_requested: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool | int] = lambda: False,
 ) -> ComponentModel:
-    """The loop. A checkpoint holds the state before its step; one extra lap evaluates and saves last."""
+    """The loop. A checkpoint holds the state before its step; one extra lap evaluates and saves last.
+
+    Of several processes (`spd.distributed`) each works on its rows of every batch; only the leader
+    evaluates and writes.
+    """
     problem, config, objective, *_ = prepared
     parameters = list(objective.model.subcomponent_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
@@ -106,18 +111,19 @@ def run_steps(
     setting = state.get("compiled", config.compile)
     setting = setting if may_compile(config, prepared.eval_batches[0]) else False
     step_fn = CompiledStep(objective, setting, config.steps)
+    share, leads = own_share(), is_leader()
     tracker.start(start, config.steps)
 
     for step in range(start, config.steps + 1):
-        last, stopping = step == config.steps, stop_requested()
+        last, stopping = step == config.steps, agreed_maximum(int(stop_requested()))
         saving = stopping or (due(step, config.save_every, last) and step > start)
-        if checkpoints is not None and saving:
+        if checkpoints is not None and saving and leads:
             _save(prepared, optimizer, checkpoints, step, step_fn.compiled)
         if stopping:
-            raise Interrupted(f"stopped before step {step} of {config.steps}")
-        if due(step, config.eval_every, last):
+            raise Interrupted(f"stopped before step {step} of {config.steps}", stopping)
+        if leads and due(step, config.eval_every, last):
             tracker.write(step, evaluate(prepared))
-        if last or (config.figures_every and due(step, config.figures_every, last)):
+        if leads and (last or (config.figures_every and due(step, config.figures_every, last))):
             tracker.write_figures(step, draw(prepared))
         if last:
             break
@@ -125,8 +131,13 @@ def run_steps(
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = _next_batch(problem.train_batches, step, config.steps)
-        batch, row_weights = prepared.silent_rows.merge(batch)
-        noise = objective.noise(batch, stream="train", seed=config.seed, step=step)
+        merged = prepared.silent_rows.merge(batch)
+        batch, row_weights = merged if len(merged.batch) % share.of == 0 else Rows(batch)
+        place = {"stream": "train", "seed": config.seed, "step": step}
+        noise = objective.noise(batch, **place, share=share)
+        own_rows = share.rows(len(batch))
+        batch = batch[own_rows]
+        row_weights = None if row_weights is None else row_weights[own_rows]
         progress = torch.tensor(step / config.steps, device=batch.device)
 
         # ---- the training step
@@ -135,6 +146,7 @@ def run_steps(
             total.backward()
         else:
             terms = objective.backward_one_by_one(batch, progress, noise, row_weights)
+        average_(p.grad for p in parameters if p.grad is not None)
         if config.grad_clip is not None:
             nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         optimizer.step()
@@ -142,6 +154,7 @@ def run_steps(
         # ----
 
         if due(step, config.log_every, step + 1 == config.steps):
+            average_(terms.values())
             values = to_floats(terms)  # the only host sync
             check_finite(values, step)
             tracker.write(step, {**values, "lr": lr})

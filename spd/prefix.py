@@ -48,15 +48,18 @@ class SharedPrefix:
     @contextmanager
     def kept(self, batch: Tensor) -> Iterator[TargetOutput]:
         """Run the target; passes over this batch within are shortened."""
-        self._recording = True
         try:
-            target = self.model.target_forward(batch)
-            self._recording = False
-            yield target
+            yield self._target_forward(batch)
         finally:
-            self._recording = False
             self.outputs.clear()
             self.n_before.clear()
+
+    def _target_forward(self, batch: Tensor) -> TargetOutput:
+        self._recording = True
+        try:
+            return self.model.target_forward(batch)
+        finally:
+            self._recording = False
 
     def forward(self, batch: Tensor, masks: Mapping[str, Mask | None] | None) -> Tensor:
         """What `ComponentModel.forward` gives, for the batch that is `kept`."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from spd import checkpoint, settings
+from spd import checkpoint, distributed, settings
 from spd.command import (
     caught_signals,
     console_log,
@@ -46,7 +46,7 @@ from spd.run_files import (
     sole_use,
     write_json,
 )
-from spd.tracking import FIGURES, RunTracker, download_run, read_metrics, start_wandb
+from spd.tracking import FIGURES, NullTracker, RunTracker, download_run, read_metrics, start_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,11 @@ def cli(
     if args.run_dir is not None and (args.resume is not None or args.config is None):
         parser.error("--run_dir needs a configuration, and no --resume")
     run_dir: Path | None = args.resume or args.run_dir
-    begun = run_dir is not None and (run_dir / META_FILE).is_file()
     settings.load_env()
-    with console_log(), user_errors():
+    with distributed.joined(), console_log(), user_errors():
+        begun = distributed.on_leader(
+            lambda: run_dir is not None and (run_dir / META_FILE).is_file()
+        )
         if run_dir is not None and (begun or args.resume is not None):
             directory = resume(config_class, build, run_dir, args.config, args.overrides)
         elif args.config is not None:
@@ -115,9 +117,10 @@ def cli(
             )
         else:
             parser.error("a configuration or --resume RUN_DIR is needed")
-        print(format_result(read_json(directory / RESULT_FILE)))
-        print(f"report: {directory / 'report.html'}")
-    raise SystemExit(0)
+        if distributed.is_leader():
+            print(format_result(read_json(directory / RESULT_FILE)))
+            print(f"report: {directory / 'report.html'}")
+        raise SystemExit(0)
 
 
 def start(
@@ -131,15 +134,43 @@ def start(
 
     A target that is not found as it is named is looked for in `folder`, where the YAML file lies.
     """
+    directory = distributed.on_leader(lambda: _place_for(config, directory))
+    if config.compile is True:
+        require_compiler()
+    device = resolve_device(config.device)
+    with kept_log() as earlier, distributed.leader_first():
+        prepared = prepare(build(_with_target_beside(config, folder), device), config)
+        if distributed.is_leader():
+            _make_directory(directory, config, build, prepared, device)
+    return _execute(directory, config, prepared, earlier, resume=False)
+
+
+def _place_for(config: ExperimentConfig, directory: Path | None) -> Path:
+    """Where a new run is to be, after checking what can be checked before anything is built."""
+    _check_divisible(config)
     if directory is None:
         name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         directory = settings.output_root() / config.experiment / name
     refuse_other_files(directory)
-    if config.compile is True:
-        require_compiler()
-    device = resolve_device(config.device)
-    with kept_log() as earlier:
-        prepared = prepare(build(_with_target_beside(config, folder), device), config)
+    return directory
+
+
+def _check_divisible(config: ExperimentConfig) -> None:
+    n, batch_size = distributed.own_share().of, getattr(config, "batch_size", 0)
+    if batch_size % n:
+        raise UserError(
+            f"batch_size: {batch_size} examples cannot be divided among {n} processes; a multiple of"
+            f" {n} is allowed"
+        )
+
+
+def _make_directory(
+    directory: Path,
+    config: ExperimentConfig,
+    build: Build,
+    prepared: Prepared,
+    device: torch.device,
+) -> None:
     with new_directory(directory) as partial:
         (partial / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
         prepared.problem.save_target(partial / TARGET)
@@ -151,8 +182,8 @@ def start(
         }
         meta["num_threads"] = torch.get_num_threads()
         meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        meta["n_processes"] = distributed.own_share().of
         write_json(partial / META_FILE, {**meta, "seconds": 0.0})
-    return _execute(directory, config, prepared, earlier, resume=False)
 
 
 def resume(
@@ -178,6 +209,7 @@ def resume(
                 f"--resume {directory}: a run is resumed under its own configuration:\n  "
                 + "\n  ".join(changed)
             )
+    distributed.on_leader(lambda: _check_divisible(config))
     device = resolve_device(config.device)
     torch.set_num_threads(meta.get("num_threads", torch.get_num_threads()))
     with kept_log() as earlier:
@@ -229,6 +261,8 @@ def _execute(
     resume: bool,
 ) -> Path:
     """The run itself, between a prepared problem and a finished directory."""
+    if not distributed.is_leader():
+        return _assist(directory, prepared, resume=resume)
     with (
         sole_use(directory),
         file_log(directory / LOG_FILE, earlier),
@@ -253,7 +287,7 @@ def _execute(
                 tracker,
                 checkpoints=directory / CHECKPOINTS,
                 resume=resume,
-                stop_requested=lambda: bool(signals),
+                stop_requested=lambda: signals[0] if signals else 0,
             )
             tracker.close()
             _finish(directory, config, time.perf_counter() - begun)
@@ -261,8 +295,8 @@ def _execute(
             return directory
         except Interrupted as stop:
             status = "interrupted"
-            logger.info("%s; continue with --resume %s", stop, directory)
-            raise SystemExit(128 + signals[0]) from None
+            logger.info("%s; continue with --resume %s", stop.args[0], directory)
+            raise SystemExit(128 + stop.args[1]) from None
         except KeyboardInterrupt:
             status = "interrupted"
             raise
@@ -276,6 +310,22 @@ def _execute(
                 if status == "finished":
                     wandb_run.upload(directory)
                 wandb_run.finish(exit_code=0 if status == "finished" else 1)
+
+
+def _assist(directory: Path, prepared: Prepared, *, resume: bool) -> Path:
+    """The same for a process that is not the leader, and writes nothing."""
+    with caught_signals() as signals:
+        try:
+            run_steps(
+                prepared,
+                NullTracker(),
+                checkpoints=directory / CHECKPOINTS,
+                resume=resume,
+                stop_requested=lambda: signals[0] if signals else 0,
+            )
+        except Interrupted as stop:
+            raise SystemExit(128 + stop.args[1]) from None
+    return directory
 
 
 def _finish(directory: Path, config: ExperimentConfig, seconds: float) -> None:
