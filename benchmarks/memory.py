@@ -2,7 +2,7 @@
 
 python -m benchmarks.memory [--steps 5]
 
-A Llama of the size of SimpleStories-1.25M (8 layers instead of 4 for 24 matrices), 4 × 512 tokens,
+A Llama of the size of SimpleStories-1.25M (4 layers; with 8, room for 24 matrices), 4 × 512 tokens,
 C = 100, affine importance functions, both stochastic losses. Every case runs in a process of its own; the
 peak is that of the process, with everything it has imported.
 """
@@ -32,13 +32,15 @@ LOSSES = {
     "stochastic_recon": {"coeff": 1.0},
     "stochastic_recon_layerwise": {"coeff": 1.0},
 }
-MLP_MATRICES = "model.layers.*.mlp.*_proj"
 PATTERNS = {
     1: "model.layers.0.mlp.down_proj",
-    4: "model.layers.*.mlp.down_proj",
-    12: MLP_MATRICES,
-    24: MLP_MATRICES,
+    4: "model.layers.[0-3].mlp.down_proj",
+    12: "model.layers.[0-3].mlp.*_proj",
+    24: "model.layers.*.mlp.*_proj",
 }
+SIZES = [(4, 1), (4, 4), (4, 12), (8, 1), (8, 4), (8, 12), (8, 24)]
+"""layers, and how many matrices are decomposed"""
+CASE = ("LAYERS", "MATRICES", "PASSES")
 PASSES: tuple[Literal["one_by_one"], Literal["together"]] = ("one_by_one", "together")
 
 
@@ -51,10 +53,9 @@ class Measured(NamedTuple):
     """of the median step after the first"""
 
 
-def measure(n_sites: int, passes: str, steps: int) -> Measured:
+def measure(n_layers: int, n_sites: int, passes: str, steps: int) -> Measured:
     """Train for `steps` steps in this process."""
     torch.manual_seed(0)
-    n_layers = 8 if n_sites == 24 else 4
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=VOCAB,
@@ -99,12 +100,11 @@ def _tokens() -> Iterator[Tensor]:
         yield torch.randint(0, VOCAB, (BATCH, POSITIONS), generator=generator)
 
 
-def measured_apart(n_sites: int, passes: str, steps: int) -> Measured:
+def measured_apart(n_layers: int, n_sites: int, passes: str, steps: int) -> Measured:
     """The same in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--case", str(n_sites), passes]
-    done = subprocess.run(
-        [*command, "--steps", str(steps)], check=True, stdout=subprocess.PIPE, text=True
-    )
+    case = ["--case", str(n_layers), str(n_sites), passes, "--steps", str(steps)]
+    command = [sys.executable, "-m", "benchmarks.memory", *case]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     megabytes, speed = done.stdout.split()
     return Measured(float(megabytes), float(speed))
 
@@ -112,22 +112,21 @@ def measured_apart(n_sites: int, passes: str, steps: int) -> Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=5, help="of each case, the first not timed")
-    parser.add_argument("--case", nargs=2, metavar=("SITES", "PASSES"), help="one, unformatted")
+    parser.add_argument("--case", nargs=3, metavar=CASE, help="one, unformatted")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps: at least 2 are needed")
     if args.case:
-        print(*measure(int(args.case[0]), args.case[1], args.steps))
+        n_layers, n_sites, passes = args.case
+        print(*measure(int(n_layers), int(n_sites), passes, args.steps))
         return
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| matrices | layers | passes | peak memory | tokens/s |\n|---|---|---|---|---|")
-    for n_sites in PATTERNS:
+    print("| layers | matrices | passes | peak memory | tokens/s |\n|---|---|---|---|---|")
+    for n_layers, n_sites in SIZES:
         for passes in PASSES:
-            peak, speed = measured_apart(n_sites, passes, args.steps)
-            layers = 8 if n_sites == 24 else 4
-            print(
-                f"| {n_sites} | {layers} | `{passes}` | {peak:.0f} MB | {speed:,.0f} |", flush=True
-            )
+            peak, speed = measured_apart(n_layers, n_sites, passes, args.steps)
+            row = f"| {n_layers} | {n_sites} | `{passes}` | {peak:.0f} MB | {speed:,.0f} |"
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,28 +4,27 @@ Which modules are layers is what transformers itself marks for this purpose. Its
 it is off in evaluation mode, in which a target always is.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spd.component_model import ComponentModel, Site
+from spd.component_model import ComponentModel, Mask, Site
 from spd.config import UserError
+from spd.prefix import layers_of
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 """what layers are given to append to; a second time would be one too many"""
 
-State = tuple[bool, Tensor | None]
+State = tuple[bool, Mask | None]
 """whether a site is replaced, and its mask"""
 
 
 def checkpoint_layers_(model: ComponentModel) -> None:
     """From now on, passes with gradients store the inputs of the target's layers only, for good."""
-    layers = [module for module in model.target.modules() if _is_layer(module)]
+    layers = layers_of(model.target)
     if not layers:
         raise UserError(
             "activation_checkpointing: true needs a target whose layers transformers knows how to"
@@ -71,10 +70,3 @@ def _in_states(sites: Sequence[Site], states: Sequence[State]) -> Iterator[None]
 def _set_states(sites: Sequence[Site], states: Sequence[State]) -> None:
     for site, (replaced, mask) in zip(sites, states, strict=True):
         site.replaced, site.mask = replaced, mask
-
-
-def _is_layer(module: nn.Module) -> bool:
-    modeling_layers = sys.modules.get("transformers.modeling_layers")
-    return modeling_layers is not None and isinstance(
-        module, modeling_layers.GradientCheckpointingLayer
-    )

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from spd.config import RunError, Unreachable, UserError
+from spd.distributed import SaidByLeader, is_leader, own_gpu
 
 ALLOWED_DEVICES = "(allowed: auto, or one that torch has here, as cpu, cuda or cuda:1)"
 
@@ -29,13 +30,15 @@ def user_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(3) from None
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, SaidByLeader):
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if is_leader():  # with several processes, each comes here
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -52,7 +55,7 @@ def console_log() -> Iterator[None]:
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger("spd")
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.INFO if is_leader() else logging.WARNING)
     root.addHandler(handler)
     try:
         yield
@@ -108,9 +111,9 @@ def caught_signals() -> Iterator[list[int]]:
 def resolve_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one; any other must be usable, or it is a `UserError`."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = own_gpu() if name == "cuda" else torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]

@@ -1,12 +1,13 @@
 """A frozen target whose chosen matrices can be replaced, call by call, by masked subcomponents."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spd.components import (
     EmbeddingSubcomponents,
@@ -24,10 +25,11 @@ from spd.importance import (
     ImportanceConfig,
     InputImportance,
     LowerLeak,
-    lower_leaky_hard_sigmoid,
     make_importance,
-    upper_leaky_hard_sigmoid,
 )
+
+Mask = Tensor | Callable[[], Tensor]
+"""`[..., C]`, or a function that makes it, and makes it anew in the backward pass: less is stored"""
 
 
 class TargetOutput(NamedTuple):
@@ -57,7 +59,7 @@ class Site(nn.Module):
         self.subcomponents = subcomponents
         self.importance = importance
         self.replaced = False
-        self.mask: Tensor | None = None
+        self.mask: Mask | None = None
         self.kept_inputs: list[Tensor] | None = None
 
     @property
@@ -93,8 +95,18 @@ class Site(nn.Module):
             self.kept_inputs.append(x)
         if not self.replaced:
             return self.original(x)
-        out = self.subcomponents(x, self.mask)
+        out = self._masked(x)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        if self.mask is None or isinstance(self.mask, Tensor):
+            return self.subcomponents(x, self.mask)
+        make_mask = self.mask  # since by the backward pass the site has another
+
+        def run(x: Tensor) -> Tensor:
+            return self.subcomponents(x, make_mask())
+
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
 
 class ComponentModel(nn.Module):
@@ -178,7 +190,7 @@ class ComponentModel(nn.Module):
                 )
         return TargetOutput(output, {path: inputs[0] for path, inputs in kept.items()})
 
-    def forward(self, batch: Tensor, masks: Mapping[str, Tensor | None] | None = None) -> Tensor:
+    def forward(self, batch: Tensor, masks: Mapping[str, Mask | None] | None = None) -> Tensor:
         """Run with the sites named in `masks` replaced by their subcomponents; `None`: all on.
 
         `masks` itself `None` replaces every site, all subcomponents on.
@@ -207,12 +219,13 @@ class ComponentModel(nn.Module):
 
         Gradients reach V through h_c, if the importance functions read h_c.
         """
-        lower, upper = {}, {}
-        for path, site in self.sites.items():
-            x = site.importance_logits(site_inputs[path])
-            lower[path] = lower_leaky_hard_sigmoid(x, self.lower_leak)
-            upper[path] = upper_leaky_hard_sigmoid(x)
-        return CausalImportances(lower, upper)
+        return CausalImportances.of_logits(self.importance_logits(site_inputs), self.lower_leak)
+
+    def importance_logits(self, site_inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the hard sigmoids are applied to, for every site."""
+        return {
+            path: site.importance_logits(site_inputs[path]) for path, site in self.sites.items()
+        }
 
 
 def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, int]:

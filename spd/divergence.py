@@ -30,10 +30,12 @@ def recon_error(
     target: Float[Tensor, "*rows d"],
     kind: ReconKind,
     weights: Float[Tensor, " rows"] | None = None,
+    *,
+    normalized: bool = False,
 ) -> Float[Tensor, ""]:
     """D: mean squared error over every element, or KL(target ‖ prediction) of logits, mean over rows."""
     if kind == "kl":
-        return kl_divergence(prediction, target, weights)
+        return kl_divergence(prediction, target, weights, normalized=normalized)
     if weights is None:
         return (prediction - target).square().mean()
     return mean_over_rows((prediction - target).square().mean(dim=-1), weights)
@@ -43,53 +45,64 @@ def kl_divergence(
     logits: Float[Tensor, "*rows d"],
     target_logits: Float[Tensor, "*rows d"],
     weights: Float[Tensor, " rows"] | None = None,
+    *,
+    normalized: bool = False,
 ) -> Float[Tensor, ""]:
     """KL(target ‖ prediction) over the last axis, mean over the rest."""
-    return mean_over_rows(kl_per_row(logits, target_logits), weights)
+    return mean_over_rows(kl_per_row(logits, target_logits, normalized=normalized), weights)
 
 
 def kl_per_row(
-    logits: Float[Tensor, "*rows d"], target_logits: Float[Tensor, "*rows d"]
+    logits: Float[Tensor, "*rows d"],
+    target_logits: Float[Tensor, "*rows d"],
+    *,
+    normalized: bool = False,
 ) -> Float[Tensor, "*rows"]:
-    """KL(target ‖ prediction) over the last axis.
+    """KL(target ‖ prediction) over the last axis; `normalized`: the target's are log-probabilities.
 
     Gradients reach `logits` without any tensor of their size being stored but that gradient; where
     `target_logits` need one too, or the compiler does the same by itself, by the plain formula.
     """
+    log_p = target_logits if normalized else F.log_softmax(target_logits, dim=-1)
     if target_logits.requires_grad or torch.compiler.is_compiling():
-        log_q, log_p = F.log_softmax(logits, dim=-1), F.log_softmax(target_logits, dim=-1)
-        return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    return _KLPerRow.apply(logits, target_logits)
+        return (log_p.exp() * (log_p - F.log_softmax(logits, dim=-1))).sum(dim=-1)
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    return _KLPerRow.apply(logits, log_p, with_gradient)[0]
 
 
 class _KLPerRow(torch.autograd.Function):
-    """Σ p (log p − log q), whose gradient in the logits of q is q − p; both found again when needed."""
+    """Σ p (log p − log q), and its gradient in the logits of q, which is q − p."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Tensor, target_logits: Tensor) -> Tensor:
+    def forward(logits: Tensor, log_p: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         pieces = []
-        for rows, target_rows in _chunks(logits, target_logits):
-            log_q, log_p = F.log_softmax(rows, dim=-1), F.log_softmax(target_rows, dim=-1)
-            pieces.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
-        return torch.cat(pieces).reshape(logits.shape[:-1])
+        for rows, target_rows, place in _chunks(logits, log_p, gradient):
+            log_q, p = F.log_softmax(rows, dim=-1), target_rows.exp()
+            pieces.append((p * (target_rows - log_q)).sum(dim=-1))
+            if with_gradient:
+                place.copy_(log_q.exp_().sub_(p))
+        values = torch.cat(pieces).reshape(logits.shape[:-1])
+        return values, gradient if with_gradient else gradient[..., :0].clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or zeros as large as the logits would be made
+        ctx.save_for_backward(output[1])
+        ctx.used_up = False
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        logits, target_logits = ctx.saved_tensors
-        (grad,) = grads
-        result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for rows, target_rows, row_grads, place in _chunks(
-            logits, target_logits, grad[..., None], result
-        ):
-            difference = F.softmax(rows, dim=-1) - F.softmax(target_rows, dim=-1)
-            place.copy_(difference * row_grads)
-        return result, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+        assert grads[0] is not None, "nothing else can be differentiated"
+        assert not ctx.used_up, (
+            "the backward pass scales the stored gradient in place, so runs once"
+        )
+        ctx.used_up = True
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grads[0][..., None]), None, None
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

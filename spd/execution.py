@@ -26,7 +26,7 @@ from spd.run_files import (
     sole_use,
     write_json,
 )
-from spd.tracking import FIGURES, RunTracker, read_metrics, start_wandb
+from spd.tracking import FIGURES, NullTracker, RunTracker, read_metrics, start_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,29 @@ def execute(runs: Sequence[Ready], *, go_on_with: str) -> dict[Path, RunError]:
     with caught_signals() as signals, ExitStack() as stack:
         members = [stack.enter_context(_recorded(run, _label(run, runs))) for run in runs]
         try:
-            run_side_by_side(members, resume=True, stop_requested=lambda: bool(signals))
+            run_side_by_side(
+                members, resume=True, stop_requested=lambda: signals[0] if signals else 0
+            )
         except Interrupted as stop:
-            logger.info("%s; continue with %s", stop, go_on_with)
-            raise SystemExit(128 + signals[0]) from None
+            reason, signal = stop.args
+            logger.info("%s; continue with %s", reason, go_on_with)
+            raise SystemExit(128 + signal) from None
     pairs = zip(runs, members, strict=True)
     return {run.directory: member.failure for run, member in pairs if member.failure}
+
+
+def assist(run: Ready) -> None:
+    """The same for one run in a process that is not its leader, and writes nothing."""
+    member = Member(run.prepared, NullTracker(), run.directory / CHECKPOINTS)
+    with caught_signals() as signals:
+        try:
+            run_side_by_side(
+                [member], resume=True, stop_requested=lambda: signals[0] if signals else 0
+            )
+        except Interrupted as stop:
+            raise SystemExit(128 + stop.args[1]) from None
+    if member.failure is not None:
+        raise member.failure
 
 
 @contextmanager

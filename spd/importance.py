@@ -1,8 +1,8 @@
 """Causal importance functions and the leaky hard sigmoids (paper, section 2)."""
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,38 @@ LowerLeak = Literal["both", "gradient"]
 class CausalImportances(NamedTuple):
     """Causal importances of every site on one batch; each tensor is `[..., C]` of that site."""
 
-    lower: dict[str, Float[Tensor, "... _C"]]
+    lower: Mapping[str, Float[Tensor, "... _C"]]
     """lower-leaky hard sigmoid: what the forward masks are made of"""
-    upper: dict[str, Float[Tensor, "... _C"]]
+    upper: Mapping[str, Float[Tensor, "... _C"]]
     """upper-leaky hard sigmoid: what the minimality losses penalise"""
+
+    @classmethod
+    def of_logits(
+        cls, logits: Mapping[str, Float[Tensor, "... _C"]], leak: LowerLeak, *, lazy: bool = False
+    ) -> Self:
+        """Both sigmoids of what the importance functions give out.
+
+        `lazy` computes each whenever it is asked for, so that only the logits are kept.
+        """
+        lower = Mapped(lambda x: lower_leaky_hard_sigmoid(x, leak), logits)
+        upper = Mapped(upper_leaky_hard_sigmoid, logits)
+        return cls(lower, upper) if lazy else cls(dict(lower), dict(upper))
+
+
+class Mapped(Mapping[str, Tensor]):
+    """`function` of every value of a mapping, called whenever one is asked for."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], values: Mapping[str, Tensor]) -> None:
+        self.function, self.arguments = function, values
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.function(self.arguments[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arguments)
+
+    def __len__(self) -> int:
+        return len(self.arguments)
 
 
 class MLPImportanceConfig(BaseConfig):

@@ -4,7 +4,8 @@ A spec yields its term in *parts*, one per forward pass, whose sum is the term: 
 in one graph or run the backward pass of one after another.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -12,13 +13,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from spd.component_model import ComponentModel, Site
+from spd.component_model import ComponentModel, Mask, Site
 from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError, nearest
 from spd.divergence import kl_divergence, mean_over_rows, recon_error
 from spd.importance import CausalImportances
+from spd.prefix import SharedPrefix
 from spd.problem import ReconKind
 
-Masks = dict[str, Tensor]
 Noise = Mapping[str, Tensor]
 
 
@@ -28,7 +29,7 @@ class StepContext(NamedTuple):
     model: ComponentModel
     batch: Tensor
     target_out: Tensor
-    """output of the unchanged target"""
+    """output of the unchanged target; with KL as recon, logits that are log-probabilities"""
     site_inputs: dict[str, Tensor]
     """what the unchanged target feeds to each site"""
     ci: CausalImportances
@@ -41,18 +42,32 @@ class StepContext(NamedTuple):
     """one for each row of `batch`, with mean 1: how many rows of the data it stands for; None: one each"""
     term: str = ""
     """name of the loss that is being computed"""
+    prefix: SharedPrefix | None = None
+    """what masked passes need not compute again; None: they are whole"""
+    recompute_masks: bool = False
+    """make the masks of all sites anew in the backward pass, so that none is stored"""
 
     def uniform(self, sample: int, site: str) -> Tensor:
         """This term's noise for one mask sample and site."""
         return self.noise[noise_key(self.term, sample, site)]
 
+    def masks(self, make: Callable[[str], Tensor]) -> Mapping[str, Mask]:
+        """`make(site)` for every site."""
+        if self.recompute_masks:
+            return {path: partial(make, path) for path in self.model.sites}
+        return {path: make(path) for path in self.model.sites}
+
+    def masked_error(self, masks: Mapping[str, Mask] | None = None) -> Float[Tensor, ""]:
+        """D(output with these masks, target); None: all sites, all subcomponents on."""
+        run = self.model if self.prefix is None else self.prefix.forward
+        prediction = run(self.batch, masks)
+        return recon_error(
+            prediction, self.target_out, self.recon, self.row_weights, normalized=True
+        )
+
     def mean(self, values: Float[Tensor, "*rows"]) -> Float[Tensor, ""]:
         """Mean over batch and positions; what every term that is a mean over the data must use."""
         return mean_over_rows(values, self.row_weights)
-
-    def error(self, prediction: Tensor) -> Float[Tensor, ""]:
-        """D(prediction, target)."""
-        return recon_error(prediction, self.target_out, self.recon, self.row_weights)
 
 
 def noise_key(term: str, sample: int, site: str) -> str:
@@ -147,7 +162,9 @@ class ImportanceMinimality(LossSpec):
     pnorm: float = Field(gt=0.0, allow_inf_nan=False)
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield importance_minimality(ctx.ci.upper, self.pnorm, ctx.row_weights)
+        for path in ctx.ci.upper:
+            upper = {path: ctx.ci.upper[path]}
+            yield importance_minimality(upper, self.pnorm, ctx.row_weights)
 
 
 class Schatten(LossSpec):
@@ -155,7 +172,9 @@ class Schatten(LossSpec):
     pnorm: float = Field(gt=0.0, allow_inf_nan=False)
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield schatten(ctx.ci.upper, ctx.model.sites, self.pnorm, ctx.row_weights)
+        for path in ctx.ci.upper:
+            upper = {path: ctx.ci.upper[path]}
+            yield schatten(upper, ctx.model.sites, self.pnorm, ctx.row_weights)
 
 
 class OutRecon(LossSpec):
@@ -164,7 +183,7 @@ class OutRecon(LossSpec):
     type: Literal["out_recon"] = "out_recon"
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield ctx.error(ctx.model(ctx.batch))
+        yield ctx.masked_error()
 
 
 class Recon(LossSpec):
@@ -173,7 +192,7 @@ class Recon(LossSpec):
     type: Literal["recon"] = "recon"
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield ctx.error(ctx.model(ctx.batch, ctx.ci.lower))
+        yield ctx.masked_error(ctx.masks(ctx.ci.lower.__getitem__))
 
 
 class ReconLayerwise(LossSpec):
@@ -182,8 +201,8 @@ class ReconLayerwise(LossSpec):
     type: Literal["recon_layerwise"] = "recon_layerwise"
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        for path, g in ctx.ci.lower.items():
-            yield ctx.error(ctx.model(ctx.batch, {path: g})) / len(ctx.ci.lower)
+        for path in ctx.ci.lower:
+            yield ctx.masked_error({path: ctx.ci.lower[path]}) / len(ctx.ci.lower)
 
 
 class _Sampled(LossSpec):
@@ -192,9 +211,6 @@ class _Sampled(LossSpec):
     @property
     def n_noise_samples(self) -> int:
         return self.n_samples
-
-    def masks(self, ctx: StepContext, sample: int) -> Masks:
-        return {path: self.mask(ctx, sample, path) for path in ctx.ci.lower}
 
     def mask(self, ctx: StepContext, sample: int, path: str) -> Tensor:
         return stochastic_mask(ctx.ci.lower[path], ctx.uniform(sample, path))
@@ -207,7 +223,8 @@ class StochasticRecon(_Sampled):
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         for sample in range(self.n_samples):
-            yield ctx.error(ctx.model(ctx.batch, self.masks(ctx, sample))) / self.n_samples
+            masks = ctx.masks(partial(self.mask, ctx, sample))
+            yield ctx.masked_error(masks) / self.n_samples
 
 
 class StochasticReconLayerwise(_Sampled):
@@ -219,7 +236,7 @@ class StochasticReconLayerwise(_Sampled):
         for sample in range(self.n_samples):
             for path in ctx.ci.lower:
                 masks = {path: self.mask(ctx, sample, path)}
-                error = ctx.error(ctx.model(ctx.batch, masks))
+                error = ctx.masked_error(masks)
                 yield error / (self.n_samples * len(ctx.ci.lower))
 
 
@@ -251,7 +268,7 @@ class EmbeddingRecon(_Sampled):
         ((path, site),) = ctx.model.sites.items()
         expected = site.original(ctx.site_inputs[path])
         for sample in range(self.n_samples):
-            mask = self.masks(ctx, sample)[path]
+            mask = self.mask(ctx, sample, path)
             masked = site.subcomponents(ctx.site_inputs[path], mask)
             if self.unembed is None:
                 error = ctx.mean((masked - expected).square().sum(dim=-1))

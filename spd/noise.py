@@ -23,14 +23,19 @@ class StepNoise(Mapping[str, Tensor]):
         stream: str,
         seed: int,
         step: int,
+        rows: Mapping[str, slice] | None = None,
     ) -> None:
         self.shapes = shapes
+        self.rows = rows or {}
+        """which rows of a draw are handed out, where not all are"""
         self.place = (stream, seed, step)
         self.generator = torch.Generator(device=device)
 
     def __getitem__(self, key: str) -> Tensor:
         self.generator.manual_seed(derive_seed(*self.place, key))
-        return torch.rand(self.shapes[key], generator=self.generator, device=self.generator.device)
+        device = self.generator.device
+        draw = torch.rand(self.shapes[key], generator=self.generator, device=device)
+        return draw[self.rows[key]].clone() if key in self.rows else draw
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

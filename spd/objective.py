@@ -1,22 +1,26 @@
 """What is optimised: its configuration, and the step as a pure callable of batch, progress and noise."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from spd.component_model import ComponentModel
+from spd.component_model import ComponentModel, TargetOutput
 from spd.config import BaseConfig
+from spd.distributed import Share
 from spd.figures import Figures
-from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
+from spd.importance import CausalImportances, ImportanceConfig, LowerLeak, MLPImportanceConfig
 from spd.losses import Losses, Noise, StepContext, loss_terms, noise_key
 from spd.metrics import L0_THRESHOLD, Metrics
 from spd.noise import StepNoise
 from spd.passes import Passes, backward_one_by_one
+from spd.prefix import SharedPrefix
 from spd.problem import Problem, ReconKind
 from spd.schedule import ScheduleConfig
+
+ALL_ROWS = Share()
 
 
 class SPDConfig(BaseConfig):
@@ -59,6 +63,13 @@ class SPDConfig(BaseConfig):
         return losses
 
 
+class _Step(NamedTuple):
+    batch: Tensor
+    progress: Tensor
+    noise: Noise
+    row_weights: Tensor | None
+
+
 class Objective(nn.Module):
     """The step as a pure callable: (batch, progress, noise) → (total, terms). This is what is compiled."""
 
@@ -67,23 +78,29 @@ class Objective(nn.Module):
         self.model = model
         self.losses = {name: spec for name, spec in config.losses.items() if spec.coeff > 0}
         self.recon: ReconKind = problem.recon
-        self._leading_shapes: dict[torch.Size, dict[str, torch.Size]] = {}
+        self.prefix = SharedPrefix(model)
+        self._leading_shapes: dict[torch.Size, dict[str, tuple[torch.Size, bool]]] = {}
 
     def context(
         self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
     ) -> StepContext:
-        target_out, site_inputs = self.model.target_forward(batch)
-        ci = self.model.causal_importances(site_inputs)
+        target = self.model.target_forward(batch)
+        ci = self.model.causal_importances(target.site_inputs)
+        step = _Step(batch, progress, noise, row_weights)
+        return self._context(step, target, ci)
+
+    def _context(self, step: _Step, target: TargetOutput, ci: CausalImportances) -> StepContext:
         return StepContext(
-            self.model,
-            batch,
-            target_out,
-            site_inputs,
-            ci,
-            self.recon,
-            noise,
-            progress,
-            row_weights,
+            model=self.model,
+            batch=step.batch,
+            # once for all passes, which compare with probabilities
+            target_out=target.output.log_softmax(dim=-1) if self.recon == "kl" else target.output,
+            site_inputs=target.site_inputs,
+            ci=ci,
+            recon=self.recon,
+            noise=step.noise,
+            progress=step.progress,
+            row_weights=step.row_weights,
         )
 
     def forward(
@@ -97,9 +114,16 @@ class Objective(nn.Module):
         self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """What `forward` and the backward pass of its total do, in the memory of one forward pass."""
-        ctx = self.context(batch, progress, noise, row_weights)
-        _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx))
-        return logged
+        with self.prefix.kept(batch) as target:
+            with torch.no_grad():
+                logits = self.model.importance_logits(target.site_inputs)
+            leaves = {path: x.requires_grad_() for path, x in logits.items()}
+            ci = CausalImportances.of_logits(leaves, self.model.lower_leak, lazy=True)
+            ctx = self._context(_Step(batch, progress, noise, row_weights), target, ci)
+            ctx = ctx._replace(prefix=self.prefix, recompute_masks=True)
+            del target  # whose logits the context holds in another form
+            _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx, leaves))
+            return logged
 
     def _results(
         self, ctx: StepContext, terms: Mapping[str, Tensor]
@@ -111,26 +135,46 @@ class Objective(nn.Module):
             logged[f"l0/{path}"] = ctx.mean((g.detach() > L0_THRESHOLD).float().sum(dim=-1))
         return total, logged
 
-    def noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> StepNoise:
-        """All uniform draws of one step; each depends on (stream, seed, step, term, sample, site) alone."""
-        shapes = {
-            noise_key(term, sample, path): torch.Size((*rows, self.model.sites[path].C))
-            for term, spec in self.losses.items()
-            for sample in range(spec.n_noise_samples)
-            for path, rows in self._rows(batch).items()
-        }
-        return StepNoise(shapes, batch.device, stream=stream, seed=seed, step=step)
+    def noise(
+        self, batch: Tensor, *, stream: str, seed: int, step: int, share: Share = ALL_ROWS
+    ) -> StepNoise:
+        """All uniform draws of one step; each depends on (stream, seed, step, term, sample, site) alone.
+
+        With a `share`, what the draws for the joint batch hold for its rows.
+        """
+        shapes: dict[str, torch.Size] = {}
+        own: dict[str, slice] = {}
+        for path, (rows, per_example) in self._rows(batch).items():
+            for term, spec in self.losses.items():
+                for sample in range(spec.n_noise_samples):
+                    key = noise_key(term, sample, path)
+                    shapes[key] = torch.Size((*rows, self.model.sites[path].C))
+                    if share.of > 1 and per_example:
+                        own[key] = share.rows(rows[0])
+        return StepNoise(shapes, batch.device, stream=stream, seed=seed, step=step, rows=own)
 
     def draw_noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> dict[str, Tensor]:
         """The same, all at once."""
         return dict(self.noise(batch, stream=stream, seed=seed, step=step))
 
-    def _rows(self, batch: Tensor) -> dict[str, torch.Size]:
-        """The shape of each site's importances without C, found by one forward pass per batch shape."""
+    def _rows(self, batch: Tensor) -> dict[str, tuple[torch.Size, bool]]:
+        """The shape of each site's importances without C, and whether every example has its own.
+
+        Found once per batch shape, by running the target on two examples.
+        """
         if batch.shape not in self._leading_shapes:
-            inputs = self.model.target_forward(batch).site_inputs
+            two = batch[:2] if len(batch) > 1 else torch.cat([batch, batch])
+            inputs = self.model.target_forward(two).site_inputs
             self._leading_shapes[batch.shape] = {
-                path: x.shape[:-1] if x.is_floating_point() else x.shape
+                path: _scaled(x.shape[:-1] if x.is_floating_point() else x.shape, len(batch))
                 for path, x in inputs.items()
             }
         return self._leading_shapes[batch.shape]
+
+
+def _scaled(rows_of_two: torch.Size, n_examples: int) -> tuple[torch.Size, bool]:
+    """From what two examples give; one row for all of them, as of positions, stays one."""
+    first, *rest = rows_of_two
+    if first % 2:
+        return rows_of_two, False
+    return torch.Size((first // 2 * n_examples, *rest)), True

@@ -14,12 +14,14 @@ from spd import checkpoint
 from spd.compilation import CompiledStep
 from spd.component_model import ComponentModel
 from spd.config import RunError, UserError
+from spd.distributed import agreed_maximum, average_, is_leader, own_share
 from spd.ensemble import Alone, Ensemble, StepInputs
 from spd.objective import SPDConfig
 from spd.passes import passes_of
 from spd.prepared import Prepared, check_side_by_side, draw, evaluate, may_compile, prepare
 from spd.problem import Problem, Resumable
 from spd.schedule import schedule_factor
+from spd.silent_rows import Rows
 from spd.tracking import NullTracker, Tracker
 
 
@@ -28,7 +30,7 @@ class NonFiniteError(RunError):
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
-    """A run was asked to stop and has written its checkpoint."""
+    """A run was asked to stop, by what is given as second argument, and has written its checkpoint."""
 
 
 def optimize(problem: Problem, config: SPDConfig, tracker: Tracker | None = None) -> ComponentModel:
@@ -53,7 +55,7 @@ def run_steps(
     *,
     checkpoints: Path | None = None,
     resume: bool = False,
-    stop_requested: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool | int] = lambda: False,
 ) -> ComponentModel:
     """The loop for one run."""
     member = Member(prepared, tracker, checkpoints)
@@ -67,12 +69,13 @@ def run_side_by_side(
     members: Sequence[Member],
     *,
     resume: bool = False,
-    stop_requested: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool | int] = lambda: False,
 ) -> None:
     """The loop, for one run or for several that differ in their seed alone and are at the same step.
 
     A checkpoint holds the state before its step; one extra lap evaluates and saves last. A member whose
-    terms become non-finite is left behind with its `failure`, and the others go on.
+    terms become non-finite is left behind with its `failure`, and the others go on. Of several processes
+    (`spd.distributed`) each works on its rows of every batch; the leader alone evaluates and writes.
     """
     check_side_by_side([member.prepared for member in members])
     config, batch = members[0].prepared.config, members[0].prepared.eval_batches[0]
@@ -94,11 +97,12 @@ def run_side_by_side(
         member.tracker.start(start, config.steps)
 
     for step in range(start, config.steps + 1):
-        last, stopping = step == config.steps, stop_requested()
-        if stopping or (due(step, config.save_every, last) and step > start):
+        last, stopping = step == config.steps, agreed_maximum(int(stop_requested()))
+        saving = stopping or (due(step, config.save_every, last) and step > start)
+        if saving and is_leader():
             _save(members, trained, optimizer, step, step_fn.compiled)
         if stopping:
-            raise Interrupted(f"stopped before step {step} of {config.steps}")
+            raise Interrupted(f"stopped before step {step} of {config.steps}", stopping)
         _look(members, step, last)
         if last or not _going(members):
             break
@@ -114,6 +118,7 @@ def run_side_by_side(
             total.backward()
         else:
             terms = objectives[0].backward_one_by_one(batch, progress, noise, row_weights)
+        average_(p.grad for p in trained.parameters if p.grad is not None)
         if config.grad_clip is not None:
             trained.clip_gradients_(config.grad_clip)
         optimizer.step()
@@ -121,6 +126,7 @@ def run_side_by_side(
         # ----
 
         if due(step, config.log_every, step + 1 == config.steps):
+            average_(terms.values())
             _log(members, terms, step, lr)
 
 
@@ -144,9 +150,9 @@ def _look(members: Sequence[Member], step: int, last: bool) -> None:
         if bad:
             member.failure = NonFiniteError(f"step {step}: {', '.join(bad)} not finite")
             continue
-        if evaluating:
+        if evaluating and is_leader():
             member.tracker.write(step, evaluate(member.prepared))
-        if drawing:
+        if drawing and is_leader():
             member.tracker.write_figures(step, draw(member.prepared))
 
 
@@ -172,13 +178,18 @@ def check_finite(values: Mapping[str, float], step: int) -> None:
 
 
 def _inputs(prepared: Prepared, step: int) -> StepInputs:
-    """What one run computes a step from."""
+    """What one run computes a step from; of several processes, this one's rows of it."""
     problem, config, objective, *_ = prepared
     batch = _next_batch(problem.train_batches, step, config.steps)
-    batch, row_weights = prepared.silent_rows.merge(batch)
-    noise = objective.noise(batch, stream="train", seed=config.seed, step=step)
+    share = own_share()
+    merged = prepared.silent_rows.merge(batch)
+    batch, row_weights = merged if len(merged.batch) % share.of == 0 else Rows(batch)
+    noise = objective.noise(batch, stream="train", seed=config.seed, step=step, share=share)
     progress = torch.tensor(step / config.steps, device=batch.device)
-    return StepInputs(batch, progress, noise, row_weights)
+    own = share.rows(len(batch))
+    return StepInputs(
+        batch[own], progress, noise, None if row_weights is None else row_weights[own]
+    )
 
 
 def _next_batch(batches: Iterator[Tensor], step: int, steps: int) -> Tensor:

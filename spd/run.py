@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from spd import checkpoint, settings
+from spd import checkpoint, distributed, settings
 from spd.command import console_log, kept_log, resolve_device, user_errors
 from spd.compilation import require_compiler
 from spd.component_model import ComponentModel
 from spd.config import RunError, UserError, differences, load_config, to_yaml
-from spd.execution import ExperimentConfig, Ready, execute
+from spd.execution import ExperimentConfig, Ready, assist, execute
 from spd.optimize import Prepared, prepare
 from spd.prepared import check_side_by_side
 from spd.problem import Problem
@@ -83,7 +83,7 @@ def cli(
     if args.run_dir is not None and (args.resume is not None or args.config is None):
         parser.error("--run_dir needs a configuration, and no --resume")
     settings.load_env()
-    with console_log(), user_errors():
+    with distributed.joined(), console_log(), user_errors():
         if args.resume is not None:
             directory = resume(config_class, build, args.resume, args.config, args.overrides)
         elif args.config is not None:
@@ -92,15 +92,20 @@ def cli(
             if config.seeds:
                 _show_seeds(*run_seeds(config, build, folder=folder, base=args.run_dir))
                 raise SystemExit(0)
-            if args.run_dir is not None and (args.run_dir / META_FILE).is_file():
-                directory = resume(config_class, build, args.run_dir, args.config, args.overrides)
+            run_dir: Path | None = args.run_dir
+            begun = distributed.on_leader(
+                lambda: run_dir is not None and (run_dir / META_FILE).is_file()
+            )
+            if run_dir is not None and begun:
+                directory = resume(config_class, build, run_dir, args.config, args.overrides)
             else:
-                directory = start(config, build, folder=folder, directory=args.run_dir)
+                directory = start(config, build, folder=folder, directory=run_dir)
         else:
             parser.error("a configuration or --resume RUN_DIR is needed")
-        print(format_result(read_json(directory / RESULT_FILE)))
-        print(f"report: {directory / 'report.html'}")
-    raise SystemExit(0)
+        if distributed.is_leader():
+            print(format_result(read_json(directory / RESULT_FILE)))
+            print(f"report: {directory / 'report.html'}")
+        raise SystemExit(0)
 
 
 def start(
@@ -114,11 +119,11 @@ def start(
 
     A target that is not found as it is named is looked for in `folder`, where the YAML file lies.
     """
-    directory = directory or _new_name(config)
-    refuse_other_files(directory)
-    with kept_log() as earlier:
+    directory = distributed.on_leader(lambda: _place_for(config, directory))
+    with kept_log() as earlier, distributed.leader_first():
         run = _prepared(config, build, folder, directory, earlier)
-    _create(run, build)
+        if distributed.is_leader():
+            _create(run, build)
     return _alone(run)
 
 
@@ -220,7 +225,27 @@ def _new_name(config: ExperimentConfig) -> Path:
     return settings.output_root() / config.experiment / name
 
 
+def _place_for(config: ExperimentConfig, directory: Path | None) -> Path:
+    """Where a new run is to be, after checking what can be checked before anything is built."""
+    _check_divisible(config)
+    directory = directory or _new_name(config)
+    refuse_other_files(directory)
+    return directory
+
+
+def _check_divisible(config: ExperimentConfig) -> None:
+    n, batch_size = distributed.own_share().of, getattr(config, "batch_size", 0)
+    if batch_size % n:
+        raise UserError(
+            f"batch_size: {batch_size} examples cannot be divided among {n} processes; a multiple of"
+            f" {n} is allowed"
+        )
+
+
 def _alone(run: Ready) -> Path:
+    if not distributed.is_leader():
+        assist(run)
+        return run.directory
     failures = execute([run], go_on_with=f"--resume {run.directory}")
     for error in failures.values():
         raise error
@@ -255,6 +280,7 @@ def _create(run: Ready, build: Build) -> None:
             "build": build.__name__,
         }
         meta["num_threads"] = torch.get_num_threads()
+        meta["n_processes"] = distributed.own_share().of
         meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
         write_json(partial / META_FILE, {**meta, "seconds": 0.0})
 
@@ -278,6 +304,7 @@ def _reopened(
             f"--resume {directory}: a run is resumed under its own configuration:\n  "
             + "\n  ".join(changed)
         )
+    distributed.on_leader(lambda: _check_divisible(config))
     device = resolve_device(config.device)
     torch.set_num_threads(meta.get("num_threads", torch.get_num_threads()))
     prepared = prepare(build(_with_own_target(config, directory), device), config)

@@ -26,7 +26,7 @@ from spd.config import parse
 from spd.experiments.lm.model import TokenModel
 from spd.experiments.lm.problem import LMProblem
 from spd.importance import AffineImportanceConfig
-from spd.run import ExperimentConfig
+from spd.run import ExperimentConfig, cli
 
 VOCAB, WIDTH = 40, 16
 AWKWARD = ("</script><script>fail('1')</script>", "<img src=x onerror=fail('2')>", "<!--<script>")
@@ -101,13 +101,14 @@ def decomposed(model: nn.Module, sites: dict[str, int]) -> ComponentModel:
 
 class LittleConfig(ExperimentConfig):
     n_report_batches: int = 3
+    batch_size: int = 4
 
 
 def build(config: LittleConfig, device: torch.device) -> LMProblem:
     """A little Llama on random tokens."""
     return LMProblem(
         target=little_model("llama").to(device),
-        train_batches=RandomBatches(0),
+        train_batches=RandomBatches(0, (config.batch_size, 32)),
         eval_batches=RandomBatches(1),
         recon="kl",
         device=device,
@@ -174,3 +175,7 @@ def made_up_data(n: int, *, texts: list[str], n_contexts: int = 12) -> dict[str,
         "rows": rows,
         "tokens": texts,
     }
+
+
+if __name__ == "__main__":
+    cli(LittleConfig, build)

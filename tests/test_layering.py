@@ -19,10 +19,10 @@ SPD = settings.PACKAGE_DIR
 # last, and do not know each other.
 CORE = """
 settings config components problem reassociation __init__
-snapshot arguments resources
+snapshot arguments resources distributed
 compilation command provenance registry run_files schedule importance data checkpoint divergence
 job component_model noise results tracking
-slurm watch
+slurm watch prefix
 launch
 losses activation_checkpointing silent_rows
 metrics passes

@@ -137,12 +137,19 @@ class Recorded(Mapping[str, Tensor]):
 
     def __init__(self, noise: Noise, events: list[str]) -> None:
         self.noise, self.events = noise, events
+        self.given: list[weakref.ref[Tensor]] = []
 
     def __getitem__(self, key: str) -> Tensor:
         if key == "for shape checks":
             return torch.zeros(1)
         self.events.append(key)
-        return self.noise[key]
+        draw = self.noise[key]
+        self.given.append(weakref.ref(draw))
+        return draw
+
+    def n_alive(self) -> int:
+        """Draws that still exist."""
+        return sum(ref() is not None for ref in self.given)
 
     def __iter__(self) -> Iterator[str]:
         return iter(["for shape checks", *self.noise])
@@ -162,6 +169,23 @@ def test_noise_is_drawn_when_its_pass_needs_it():
     objective.backward_one_by_one(batch, PROGRESS, Recorded(noise, events))
     keys = [f"stochastic_recon_layerwise.{s}.{path}" for s in range(2) for path in MLP_SITES]
     assert events == ["pass", *(event for key in keys for event in (key, "pass"))]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+def test_the_pass_over_all_sites_keeps_no_draw_for_its_backward_pass(together: bool):
+    torch.manual_seed(0)
+    losses = {"stochastic_recon": {"coeff": 1.0}}
+    objective, batch = make_objective(decompose(MLP(), MLP_SITES), losses), torch.randn(8, 4)
+    noise = Recorded(objective.noise(batch, stream="train", seed=0, step=0), [])
+    alive: list[int] = []
+    objective.model.target.register_forward_hook(lambda *_: alive.append(noise.n_alive()))
+    if together:
+        objective(batch, PROGRESS, noise)[0].backward()
+    else:
+        objective.backward_one_by_one(batch, PROGRESS, noise)
+    n_sites = len(MLP_SITES)
+    assert alive == [0, n_sites if together else 0]  # after the target's pass, and the masked one
+    assert len(noise.events) == (n_sites if together else 2 * n_sites)
 
 
 def test_a_draw_is_the_same_whenever_it_is_asked_for():

@@ -1,0 +1,45 @@
+"""One of several processes: gradients of its rows of a joint batch, averaged; see test_distributed."""
+
+import sys
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spd.distributed import average_, is_leader, joined, own_share
+from spd.objective import Objective
+from tests.little_lm import RandomBatches, little_model
+from tests.toy import ALL_LOSSES, decompose, make_objective
+
+SITES = {"model.layers.*.mlp.*_proj": 6, "model.embed_tokens": 5, "lm_head": 3}
+
+
+def made() -> tuple[Objective, Tensor]:
+    torch.manual_seed(0)
+    objective = make_objective(decompose(little_model("llama"), SITES), ALL_LOSSES, "kl")
+    return objective, next(RandomBatches(0))
+
+
+def gradients(*, together: bool) -> dict[str, Tensor]:
+    """Of this process's rows, averaged over all processes; beside them the logged values."""
+    objective, batch = made()
+    share, progress = own_share(), torch.tensor(0.5)
+    noise = objective.noise(batch, stream="train", seed=0, step=0, share=share)
+    batch = batch[share.rows(len(batch))]
+    if together:
+        total, terms = objective(batch, progress, dict(noise))
+        total.backward()
+    else:
+        terms = objective.backward_one_by_one(batch, progress, noise)
+    grads = {n: p.grad for n, p in objective.model.subcomponent_parameters().items()}
+    found = {**terms, **{name: grad for name, grad in grads.items() if grad is not None}}
+    average_(found.values())
+    return found
+
+
+if __name__ == "__main__":
+    with joined():
+        for together in (False, True):
+            found = gradients(together=together)
+            if is_leader():
+                save_file(found, f"{sys.argv[1]}/{together}.safetensors")
