@@ -39,7 +39,7 @@ class CompiledStep:
             logger.info("no C++ compiler found: running without torch.compile, which is slower")
             wanted = False
         self.fast = (
-            torch.compile(function, fullgraph=True, dynamic=False, options=_inductor_options())
+            torch.compile(function, fullgraph=True, dynamic=False, options=inductor_options())
             if wanted
             else None
         )
@@ -73,7 +73,7 @@ class CompiledStep:
         return result
 
 
-def _inductor_options() -> dict[str, Any]:
+def inductor_options() -> dict[str, Any]:
     """Recompute rather than store, and multiply matrices in the cheapest order.
 
     The former keeps tensors of shape (batch, C, hidden) out of memory.

@@ -212,7 +212,7 @@ class _ScalarMLPs(torch.autograd.Function):
     @staticmethod
     def forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
         z = h[..., None] * w1 + b1
-        cdf, gelu_slope = _normal_cdf_and_gelu_slope(z)
+        cdf, gelu_slope = normal_cdf_and_gelu_slope(z)
         slope = (gelu_slope * (w1 * w2)).sum(dim=-1)
         # the empty summand has the compiler compute both sums in one loop, in the forward pass
         return (z * cdf * w2).sum(dim=-1) + 0.0 * slope, slope
@@ -229,7 +229,7 @@ class _ScalarMLPs(torch.autograd.Function):
         # the batch last: reductions over it then run along memory
         h_t, grad_t = h.mT.contiguous()[:, None, :], grad.mT.contiguous()[:, None, :]
         z = h_t * w1[..., None] + b1[..., None]
-        cdf, slope = _normal_cdf_and_gelu_slope(z)
+        cdf, slope = normal_cdf_and_gelu_slope(z)
         grad_z = grad_t * slope
         grad_b1 = grad_z.sum(dim=-1) * w2
         grad_w1 = (grad_z * h_t).sum(dim=-1) * w2
@@ -237,7 +237,7 @@ class _ScalarMLPs(torch.autograd.Function):
         return grad * slope_in_h, grad_w1, grad_b1, grad_w2
 
 
-def _normal_cdf_and_gelu_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+def normal_cdf_and_gelu_slope(z: Tensor) -> tuple[Tensor, Tensor]:
     """Φ(z), and d/dz [z Φ(z)] = Φ(z) + z φ(z)."""
     bell = torch.exp2(z * z * (-0.5 / math.log(2)))
     if z.dtype == torch.float32 and torch.compiler.is_compiling():
