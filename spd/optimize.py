@@ -105,7 +105,7 @@ def run_steps(
     together = passes_of(config.passes, prepared.eval_batches[0]) == "together"
     setting = state.get("compiled", config.compile)
     setting = setting if may_compile(config, prepared.eval_batches[0]) else False
-    step_fn = CompiledStep(objective, setting, config.steps)
+    step_fn = CompiledStep(objective, setting, config.steps - start)
     tracker.start(start, config.steps)
 
     for step in range(start, config.steps + 1):
