@@ -4,7 +4,9 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -14,17 +16,18 @@ from spd.config import UserError
 
 logger = logging.getLogger(__name__)
 
-WORTHWHILE_STEPS = 500
-"""Below this many steps compiling usually takes longer than it saves."""
+WORTHWHILE_SECONDS = 30.0
+"""Of eager steps. Compiling takes 10 to 30 s, a few from the cache, and a step then about a quarter."""
 
 
 class CompiledStep:
     """A callable that is compiled as one graph, or not.
 
-    `auto` compiles long runs where there is a C++ compiler and falls back to eager execution, with
-    one line in the log, where compiling fails. `compiled` tells what was decided; None until the
-    first call. Functions in `opaque` are not looked into, only the operations they do are recorded;
-    `n_members` is the length of the axis over which a step is mapped.
+    `auto` compiles where there is a C++ compiler and `n_steps` eager steps would take longer than
+    compiling does, and falls back to eager execution, with one line in the log, where compiling fails.
+    `compiled` tells what was decided; None until the first call. Functions in `opaque` are not looked
+    into, only the operations they do are recorded; `n_members` is the length of the axis over which a
+    step is mapped.
     """
 
     def __init__(
@@ -36,55 +39,102 @@ class CompiledStep:
         opaque: Sequence[Callable[..., Any]] = (),
         n_members: int = 1,
     ) -> None:
-        self.eager = function
-        self.may_fall_back = setting == "auto"
+        self.eager = self.function = function
+        self.setting = setting
+        self.n_steps = n_steps
+        self.opaque, self.n_members = opaque, n_members
         self.compiled: bool | None = None
-        wanted = setting is True or (setting == "auto" and n_steps >= WORTHWHILE_STEPS)
-        if wanted and not self.may_fall_back:
+        if setting is True:
             require_compiler()
-        elif wanted and not _has_compiler():
-            logger.info("no C++ compiler found: running without torch.compile, which is slower")
-            wanted = False
-        for inner in opaque if wanted else ():
-            torch.compiler.allow_in_graph(inner)
-        self.fast = (
-            torch.compile(
-                function, fullgraph=True, dynamic=False, options=_inductor_options(n_members)
-            )
-            if wanted
-            else None
-        )
 
     def __call__(self, *args: Any) -> Any:
         if self.compiled is None:
             return self._first_call(*args)
-        if self.compiled and self.fast is not None:
-            return self.fast(*args)
-        return self.eager(*args)
+        return self.function(*args)
 
     def _first_call(self, *args: Any) -> Any:
-        if self.fast is None:
-            self.compiled = False
+        self.compiled = self._wanted(*args)
+        if not self.compiled:
             return self.eager(*args)
-        from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import InductorError
-
-        started = time.perf_counter()
         try:
-            result = self.fast(*args)
-        except (TorchDynamoException, InductorError) as error:
-            if not self.may_fall_back:
+            return self._compile(*args)
+        except _compiler_errors() as error:
+            if self.setting is True:
                 raise
             reason = str(error).strip().splitlines()[0]
             logger.info("torch.compile failed, running without it, which is slower: %s", reason)
-            self.compiled = False
+            self.compiled, self.function = False, self.eager
             return self.eager(*args)
-        self.compiled = True
-        logger.info("compiled the training step in %.0f s", time.perf_counter() - started)
+
+    def _wanted(self, *args: Any) -> bool:
+        if isinstance(self.setting, bool):
+            return self.setting
+        if self.n_steps * 2 * _forward_seconds(self.eager, *args) < WORTHWHILE_SECONDS:
+            return False
+        if not _has_compiler():
+            logger.info("no C++ compiler found: running without torch.compile, which is slower")
+        return _has_compiler()
+
+    def _compile(self, *args: Any) -> Any:
+        started = time.perf_counter()
+        for inner in self.opaque:
+            torch.compiler.allow_in_graph(inner)
+        options, before = inductor_options(self.n_members), _cache_counts()
+        self.function = torch.compile(self.eager, fullgraph=True, dynamic=False, options=options)
+        with _whole_and_cached():
+            result = self.function(*args)
+        found = _cache_counts() - before
+        logger.info(
+            "compiled the training step in %.0f s%s",
+            time.perf_counter() - started,
+            ", found in the cache" if found["hit"] and not found["miss"] else "",
+        )
         return result
 
 
-def _inductor_options(n_members: int) -> dict[str, Any]:
+def _forward_seconds(function: Callable[..., Any], *args: Any) -> float:
+    """Of one call without gradients, after one that is not counted."""
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        with torch.no_grad():
+            function(*args)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    return seconds
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return TorchDynamoException, InductorError
+
+
+def _whole_and_cached() -> AbstractContextManager[None]:
+    """The backward graph is compiled with the forward one, and both are found again by the next run.
+
+    The cache is torch's own, keyed by the graph and everything it is compiled with; gradients that are
+    written out are part of that graph, but have to be allowed.
+    """
+    import torch._functorch.config
+
+    return torch._functorch.config.patch(
+        autograd_cache_allow_custom_autograd_functions=True, force_non_lazy_backward_lowering=True
+    )
+
+
+def _cache_counts() -> Counter[str]:
+    """How many graphs this process has found in the cache (`hit`), and how many not (`miss`)."""
+    from torch._dynamo.utils import counters
+
+    return Counter(
+        {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
+    )
+
+
+def inductor_options(n_members: int = 1) -> dict[str, Any]:
     """Recompute rather than store, and multiply matrices in the cheapest order.
 
     The former keeps tensors of shape (batch, C, hidden) out of memory.

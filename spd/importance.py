@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from spd.config import BaseConfig
 
 LEAK = 0.01
+BLOCK_ELEMENTS = 2**17
+"""of (batch, C, n_hidden), held at a time on the CPU where nothing is compiled: they stay in the cache"""
 
 LowerLeak = Literal["both", "gradient"]
 
@@ -232,18 +234,18 @@ class _ScalarMLPs(torch.autograd.Function):
     The backward pass is written out so that, compiled, no tensor of shape (B, C, n_hidden) is ever
     stored, and Φ is computed twice for every element instead of three times: the slope comes with the
     value, and the gradients of the weights are reductions over the batch that recompute what they need.
-    `exp2` stands for `exp`, which the compiler would store for reuse.
+    `exp2` stands for `exp`, which the compiler would store for reuse. Not compiled, such tensors are made
+    for a block of subcomponents at a time.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-        z = h[..., None] * w1 + b1
-        cdf, gelu_slope = _normal_cdf_and_gelu_slope(z)
-        slope = (gelu_slope * (w1 * w2)).sum(dim=-1)
-        # the empty summand has the compiler compute both sums in one loop, in the forward pass
-        return (z * cdf * w2).sum(dim=-1) + 0.0 * slope, slope
+        blocks = _blocks(h, w1.shape[1])
+        parts = [_values_and_slopes(h[:, c], w1[c], b1[c], w2[c]) for c in blocks]
+        values, slopes = _joined(parts, dim=1)
+        return values, slopes
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -253,19 +255,59 @@ class _ScalarMLPs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h, w1, b1, w2, slope_in_h = ctx.saved_tensors
-        grad = grads[0]
         # the batch last: reductions over it then run along memory
-        h_t, grad_t = h.mT.contiguous()[:, None, :], grad.mT.contiguous()[:, None, :]
-        z = h_t * w1[..., None] + b1[..., None]
-        cdf, slope = _normal_cdf_and_gelu_slope(z)
-        grad_z = grad_t * slope
-        grad_b1 = grad_z.sum(dim=-1) * w2
-        grad_w1 = (grad_z * h_t).sum(dim=-1) * w2
-        grad_w2 = (grad_t * z * cdf).sum(dim=-1)
-        return grad * slope_in_h, grad_w1, grad_b1, grad_w2
+        h_t, grad_t = h.mT.contiguous(), grads[0].mT.contiguous()
+        blocks = _blocks(h, w1.shape[1])
+        parts = [_weight_gradients(h_t[c], grad_t[c], w1[c], b1[c], w2[c]) for c in blocks]
+        grad_w1, grad_b1, grad_w2 = _joined(parts, dim=0)
+        return grads[0] * slope_in_h, grad_w1, grad_b1, grad_w2
 
 
-def _normal_cdf_and_gelu_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+def _blocks(h: Float[Tensor, "B C"], n_hidden: int) -> list[slice]:
+    """Of subcomponents; all at once where the compiler or a GPU's memory makes that cheap."""
+    B, C = h.shape
+    whole = torch.compiler.is_compiling() or h.device.type != "cpu"
+    size = C if whole else max(1, BLOCK_ELEMENTS // (B * n_hidden))
+    return [slice(start, start + size) for start in range(0, C, size)]
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]], dim: int) -> tuple[Tensor, ...]:
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(torch.cat(pieces, dim) for pieces in zip(*parts, strict=True))
+
+
+def _values_and_slopes(
+    h: Float[Tensor, "B C"],
+    w1: Float[Tensor, "C n_hidden"],
+    b1: Float[Tensor, "C n_hidden"],
+    w2: Float[Tensor, "C n_hidden"],
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+    z = h[..., None] * w1 + b1
+    cdf, gelu_slope = normal_cdf_and_gelu_slope(z)
+    slope = (gelu_slope * (w1 * w2)).sum(dim=-1)
+    # the empty summand has the compiler compute both sums in one loop, in the forward pass
+    return (z * cdf * w2).sum(dim=-1) + 0.0 * slope, slope
+
+
+def _weight_gradients(
+    h_t: Float[Tensor, "C B"],
+    grad_t: Float[Tensor, "C B"],
+    w1: Float[Tensor, "C n_hidden"],
+    b1: Float[Tensor, "C n_hidden"],
+    w2: Float[Tensor, "C n_hidden"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of w1, b1 and w2, from what arrives at the output."""
+    h_t, grad_t = h_t[:, None], grad_t[:, None]
+    z = h_t * w1[..., None] + b1[..., None]
+    cdf, slope = normal_cdf_and_gelu_slope(z)
+    grad_z = grad_t * slope
+    grad_b1 = grad_z.sum(dim=-1) * w2
+    grad_w1 = (grad_z * h_t).sum(dim=-1) * w2
+    return grad_w1, grad_b1, (grad_t * z * cdf).sum(dim=-1)
+
+
+def normal_cdf_and_gelu_slope(z: Tensor) -> tuple[Tensor, Tensor]:
     """Φ(z), and d/dz [z Φ(z)] = Φ(z) + z φ(z)."""
     bell = torch.exp2(z * z * (-0.5 / math.log(2)))
     if z.dtype == torch.float32 and torch.compiler.is_compiling():

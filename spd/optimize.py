@@ -89,7 +89,7 @@ def run_side_by_side(
     step_fn = CompiledStep(
         trained.function,
         setting,
-        config.steps,
+        config.steps - start,
         opaque=trained.opaque,
         n_members=trained.n_members,
     )

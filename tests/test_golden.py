@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from spd.compilation import CompiledStep
 from spd.component_model import ComponentModel
 from spd.config import parse
 from spd.importance import AffineImportanceConfig, MLPImportanceConfig
@@ -110,7 +111,7 @@ def check_case(path: Path, *, compiled: bool = False, one_by_one: bool = False) 
         terms = objective.backward_one_by_one(*arguments)
         total = terms["loss/total"]
     else:
-        step = torch.compile(objective, fullgraph=True, dynamic=False) if compiled else objective
+        step = CompiledStep(objective, compiled, 1)
         total, terms = step(*arguments)
         total.backward()
 

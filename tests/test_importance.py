@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spd import importance
 from spd.importance import (
     AffineImportance,
     AffineImportanceConfig,
@@ -110,6 +111,30 @@ def test_the_written_gradients_equal_those_of_autograd():
     expected = gradients(by_formula(function, h), weight, inputs)
     for name in inputs:
         torch.testing.assert_close(own[name], expected[name], msg=name)
+
+
+def test_blocks_of_subcomponents_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    """The last of them is smaller."""
+    function = mlp()
+    h = torch.randn(7, 5).double().requires_grad_()
+    inputs = {"h": h, **dict(function.named_parameters())}
+    whole = function(h)
+    expected = gradients(whole, h.detach(), inputs)
+    monkeypatch.setattr(importance, "BLOCK_ELEMENTS", 2 * 7 * 3)  # two subcomponents
+    sizes: list[tuple[int, ...]] = []
+    plain = importance.normal_cdf_and_gelu_slope
+
+    def recorded(z: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(tuple(z.shape))
+        return plain(z)
+
+    monkeypatch.setattr(importance, "normal_cdf_and_gelu_slope", recorded)
+    in_blocks = function(h)
+    found = gradients(in_blocks, h.detach(), inputs)
+    assert sizes == [(7, 2, 3), (7, 2, 3), (7, 1, 3), (2, 3, 7), (2, 3, 7), (1, 3, 7)]
+    assert torch.equal(in_blocks, whole)
+    for name, grad in expected.items():
+        assert torch.equal(found[name], grad), name
 
 
 def test_the_written_gradients_equal_finite_differences():

@@ -1,13 +1,16 @@
 """The step as a pure callable, and the loop around it as a library."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
+from spd import importance
+from spd.compilation import CompiledStep
 from spd.component_model import ComponentModel
 from spd.config import UserError, parse
 from spd.experiments.targets import TrainedTarget, save_target
@@ -168,12 +171,39 @@ def test_one_compiled_graph_equals_eager_execution(leak: Any, shape: tuple[int, 
     for model, d_in in ((tied, 5), (plain, 4)):
         objective = make_objective(model, ALL_LOSSES)
         batch = torch.randn(*shape, d_in)
-        compiled = torch.compile(objective, fullgraph=True, dynamic=False)
+        compiled = CompiledStep(objective, True, 1)
         values, grads = run_step(objective, objective, batch)
         fast_values, fast_grads = run_step(objective, compiled, batch)
         torch.testing.assert_close(fast_values, values, rtol=1e-5, atol=1e-6)
         for name, grad in grads.items():
             torch.testing.assert_close(fast_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def largest_tensor(step: Callable[..., Any], *args: Any) -> int:
+    """Bytes of the largest that a step and its backward pass allocate."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step(*args)[0].backward()
+    profiler = recorded.profiler
+    assert profiler is not None and profiler.kineto_results is not None
+    events = profiler.kineto_results.events()
+    return max(event.nbytes() for event in events)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_no_tensor_of_every_hidden_neuron_is_ever_written(monkeypatch: pytest.MonkeyPatch):
+    """What is compiled never holds (batch, C, hidden), and rather more than (batch, C) nowhere."""
+    torch.manual_seed(0)
+    rows, C, n_hidden = 512, 20, 16
+    sites = {"enc": C, "dec": C}
+    model = decompose(TiedMLP(), sites, n_hidden=n_hidden, tied_sites=(("enc", "dec"),))
+    objective, batch = make_objective(model, TRAIN), torch.randn(rows, 5)
+    args = (batch, PROGRESS, objective.draw_noise(batch, stream="train", seed=0, step=0))
+    step = CompiledStep(objective, True, 1)
+    step(*args)[0].backward()
+    assert largest_tensor(step, *args) <= 2 * 4 * rows * C
+    monkeypatch.setattr(importance, "BLOCK_ELEMENTS", 2**30)
+    assert largest_tensor(objective, *args) >= 4 * rows * C * n_hidden
 
 
 # --- the loop --------------------------------------------------------------------------------------
