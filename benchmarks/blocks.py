@@ -23,7 +23,7 @@ import torch
 from benchmarks.cases import Case, load
 from benchmarks.naive import Naive
 from spd.component_model import ComponentModel
-from spd.optimize import Interrupted, prepare, run_steps
+from spd.optimize import Interrupted, Member, prepare, run_side_by_side
 from spd.problem import Problem
 from spd.tracking import NullTracker
 
@@ -141,10 +141,11 @@ class Pace:
         return False
 
 
-def run_package(config: Any, problem: Problem) -> None:
-    """The package's own loop, with its evaluation before the first step."""
+def run_package(runs: Sequence[tuple[Any, Problem]]) -> None:
+    """The package's own loop, with its evaluation before the first step; several runs go side by side."""
+    members = [Member(prepare(problem, config), NullTracker()) for config, problem in runs]
     try:
-        run_steps(prepare(problem, config), NullTracker(), stop_requested=Pace())
+        run_side_by_side(members, stop_requested=Pace())
     except Interrupted:
         return
     raise AssertionError("the run ended before it was told to")
@@ -196,11 +197,15 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("spd.compilation").setLevel(logging.INFO)
     variant, case = sys.argv[1], Case(*json.loads(sys.argv[2]))
-    with tempfile.TemporaryDirectory() as folder:
-        compiling = ["compile=false"] if variant == "eager" else []
-        config, problem = load(case, Path(folder) / "target", *compiling)
-    run = run_naive if variant == "naive" else run_package
-    run(config, problem)
+    compiling = ["compile=false"] if variant == "eager" else []
+    runs = []
+    for seed in range(1 if variant == "naive" else case.n_seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(load(case, Path(folder) / "target", f"seed={seed}", *compiling))
+    if variant == "naive":
+        run_naive(*runs[0])
+    else:
+        run_package(runs)
     print(peak_megabytes(), flush=True)
 
 

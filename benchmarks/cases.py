@@ -28,6 +28,8 @@ class Case(NamedTuple):
     """`key=value` of its configuration"""
     target: tuple[str, ...] = ()
     """`key=value` of its target's"""
+    n_seeds: int = 1
+    """how many runs go side by side"""
 
 
 def load(case: Case, folder: Path, *overrides: str) -> tuple[Any, Problem]:

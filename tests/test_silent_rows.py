@@ -139,8 +139,8 @@ def test_a_run_uses_it():
     losses = {"stochastic_recon": {"coeff": 1.0}}
     prepared = prepare(problem, make_config(losses, sites={"enc": 6, "dec": 6}))
     rows = prepared.silent_rows.merge(batch)
-    seen.clear()
     noise = prepared.objective.draw_noise(rows.batch, stream="train", seed=0, step=0)
+    seen.clear()
     prepared.objective(rows.batch, PROGRESS, noise, rows.weights)
     assert set(seen) == {len(rows.batch)} and len(rows.batch) == room_for(
         prepared.silent_rows.share or 0.0, 1000
