@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
-EXPERIMENT ?= tms_5-2
+EXPERIMENT ?= tms_5-2_fast
 ARGS ?=
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 

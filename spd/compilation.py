@@ -3,10 +3,11 @@
 import logging
 import os
 import shutil
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -112,17 +113,27 @@ def _compiler_errors() -> tuple[type[Exception], ...]:
     return TorchDynamoException, InductorError
 
 
-def _whole_and_cached() -> AbstractContextManager[None]:
+@contextmanager
+def _whole_and_cached() -> Iterator[None]:
     """The backward graph is compiled with the forward one, and both are found again by the next run.
 
     The cache is torch's own, keyed by the graph and everything it is compiled with; gradients that are
-    written out are part of that graph, but have to be allowed.
+    written out are part of that graph, but have to be allowed. However many runs a process has compiled
+    before, as a notebook may: torch takes each for another attempt at the same function, and gives up.
     """
+    import torch._dynamo.config
     import torch._functorch.config
 
-    return torch._functorch.config.patch(
-        autograd_cache_allow_custom_autograd_functions=True, force_non_lazy_backward_lowering=True
-    )
+    with (
+        torch._dynamo.config.patch(
+            recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
+        ),
+        torch._functorch.config.patch(
+            autograd_cache_allow_custom_autograd_functions=True,
+            force_non_lazy_backward_lowering=True,
+        ),
+    ):
+        yield
 
 
 def _cache_counts() -> Counter[str]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from spd import registry
+from spd.config import read_yaml
 from spd.settings import PACKAGE_DIR
 
 EXPERIMENTS = PACKAGE_DIR / "experiments"
@@ -191,9 +192,10 @@ def make_resid_mlp_target(directory: Path, name: str) -> Path:
 
 def make_target(directory: Path, name: str) -> Path:
     """A target for the registered experiment `name`."""
-    family = Path(registry.EXPERIMENTS[name].config).parent.name
+    path = PACKAGE_DIR / registry.EXPERIMENTS[name].config
+    training = read_yaml(path)["target"].removesuffix("_target.yaml")
     makers = {"tms": make_tms_target, "resid_mlp": make_resid_mlp_target}
-    return makers[family](directory, name)
+    return makers[path.parent.name](directory, training)
 
 
 @pytest.fixture(scope="session", name="tms_target")

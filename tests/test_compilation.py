@@ -127,6 +127,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """runs a script that takes even a short run for a long one"""
 
 
+class Scaled(torch.nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * square(x)
+
+
+@pytest.mark.compiled
+def test_a_process_compiles_as_many_runs_as_it_likes(monkeypatch: pytest.MonkeyPatch):
+    import torch._dynamo.config
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    steps = [CompiledStep(Scaled(factor), True, 10) for factor in (1.0, 2.0, 3.0)]
+    for _ in range(2):
+        assert [step(X).item() for step in steps] == [14.0, 28.0, 42.0]
+
+
 @pytest.mark.slow
 def test_a_run_that_falls_back_is_an_eager_run(command: Command, compiler: Path):
     """With the numbers of a run that was never to be compiled."""

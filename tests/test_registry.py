@@ -144,6 +144,14 @@ def test_the_settings_are_the_published_ones(name: str):
     }
 
 
+def test_the_fast_configuration_is_the_published_problem_optimised_otherwise():
+    fast, published = (registered(name)[0].model_dump() for name in ("tms_5-2_fast", "tms_5-2"))
+    changed = {key for key, value in fast.items() if value != published[key]}
+    assert changed == {
+        *("experiment", "steps", "batch_size", "lr", "lr_schedule", "lower_leak", "tied_sites"),
+    }
+
+
 @pytest.mark.parametrize("name", PUBLISHED_TARGETS)
 def test_the_targets_are_trained_as_published(name: str):
     from spd.experiments.tms.train_tms import TMSTrainConfig
