@@ -4,12 +4,14 @@ python spd/experiments/lm/lm_decomposition.py spd/experiments/lm/pydoc_mlp_confi
 """
 
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
 import torch
 from pydantic import Field, model_validator
+from transformers.utils.logging import disable_progress_bar
 
 from spd.config import BY_TYPE, NAME_IS_TYPE, UserError, load_config
 from spd.experiments.lm.batches import (
@@ -149,4 +151,6 @@ def _write(
 
 
 if __name__ == "__main__":
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of transformers, which would fill a log with them
     cli(LMConfig, build)
