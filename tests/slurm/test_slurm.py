@@ -113,7 +113,8 @@ def is_past(run: Path, step: int) -> bool:
 
 
 def test_evals_are_submitted_waited_for_and_collected_as_without_slurm(launcher: Launcher):
-    args = ("--experiments", "tms_5-2,tms_40-10", "--seeds", "2", "--wait", "steps=6", *QUICK)
+    seeds = ("--seeds", "2", "--ensemble", "never")  # one job each, as without GPUs
+    args = ("--experiments", "tms_5-2,tms_40-10", *seeds, "--wait", "steps=6", *QUICK)
     done = launcher.run(EVALS, *args)
     assert done.returncode == 1, done.stderr  # six steps do not give what is expected
     study = only_study(launcher)
@@ -134,6 +135,15 @@ def test_evals_are_submitted_waited_for_and_collected_as_without_slurm(launcher:
     for seed in (0, 1):
         one, two = (run_of(launcher, path, seed) / "metrics.jsonl" for path in (study, other))
         assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_seeds_of_an_experiment_share_a_gpu(launcher: Launcher):
+    args = ("--experiments", "tms_5-2", "--seeds", "2", "--wait", "steps=2", *QUICK)
+    assert launcher.run(EVALS, *args).returncode == 1
+    study = only_study(launcher)
+    (name,) = json.loads((study / "study.json").read_text())["slurm"]
+    assert status(study, name)["state"] == "finished"
+    assert all((run_of(launcher, study, seed) / "report.html").is_file() for seed in (0, 1))
 
 
 def test_a_job_killed_or_told_to_stop_in_the_middle_ends_with_the_same_numbers(
