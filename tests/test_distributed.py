@@ -107,6 +107,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path):
             torch.testing.assert_close(own[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_one_process_also_when_resumed(tmp_path: Path):
     config = written_config(tmp_path)
     run_dir, alone = tmp_path / "two", tmp_path / "one"
@@ -154,6 +155,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in listing.read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_what_ends_one_process_ends_the_run(tmp_path: Path, signum: signal.Signals):
