@@ -50,7 +50,13 @@ class Experiment(NamedTuple):
 
 
 def _tms(
-    name: str, minutes: int, expected: str, ml2r: Published, *, default: bool = True
+    name: str,
+    minutes: int,
+    expected: str,
+    ml2r: Published,
+    *,
+    gpu_minutes: int | None = 5,
+    default: bool = True,
 ) -> Experiment:
     return Experiment(
         module="spd.experiments.tms.tms_decomposition",
@@ -59,7 +65,7 @@ def _tms(
         expected=expected,
         published={"mmcs/linear1": Published(1.0, 0.0), "ml2r/linear1": ml2r},
         expects=Expected(0.5, {"mmcs/linear1": (0.99, 1.001), "ml2r/linear1": (0.95, 1.05)}),
-        gpu_minutes=5 if default else 1,
+        gpu_minutes=gpu_minutes,
         default=default,
     )
 
@@ -100,7 +106,12 @@ _RECOVERED = (
 EXPERIMENTS: dict[str, Experiment] = {
     "tms_5-2": _tms("tms_5-2", 4, "solved on most seeds", Published(0.993, 0.002)),
     "tms_5-2_fast": _tms(
-        "tms_5-2_fast", 1, "solved on most seeds", Published(0.993, 0.002), default=False
+        "tms_5-2_fast",
+        1,
+        "solved on most seeds",
+        Published(0.993, 0.002),
+        gpu_minutes=None,
+        default=False,
     ),
     "tms_5-2-id": _tms("tms_5-2-id", 10, "solved on most seeds", Published(0.992, 0.010)),
     "tms_40-10": _tms("tms_40-10", 52, "solved on most seeds", Published(1.010, 0.007)),
