@@ -1,10 +1,11 @@
-"""Peak memory and speed of a step on a language model, by the number of decomposed matrices.
+"""Peak memory and speed of a step on a language model, by what is decomposed and how passes are run.
 
 python -m benchmarks.memory [--steps 5]
 
 A Llama of the size of SimpleStories-1.25M (4 layers; with 8, room for 24 matrices), 4 × 512 tokens,
-C = 100, affine importance functions, both stochastic losses. Every case runs in a process of its own; the
-peak is that of the process, with everything it has imported.
+C = 100, affine importance functions, both stochastic losses; of the embedding, as in `ss_emb`, the
+layerwise one. Every case runs in a process of its own; the peak is that of the process, with everything
+it has imported.
 """
 
 import argparse
@@ -14,12 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
 
+from spd.compilation import CompiledStep
+from spd.compiled_passes import CompiledPasses
 from spd.config import parse
 from spd.experiments.lm.model import TokenModel
 from spd.optimize import SPDConfig, prepare
@@ -32,16 +35,19 @@ LOSSES = {
     "stochastic_recon": {"coeff": 1.0},
     "stochastic_recon_layerwise": {"coeff": 1.0},
 }
+EMBEDDING_LOSSES = {name: spec for name, spec in LOSSES.items() if name != "stochastic_recon"}
 PATTERNS = {
-    1: "model.layers.0.mlp.down_proj",
-    4: "model.layers.[0-3].mlp.down_proj",
-    12: "model.layers.[0-3].mlp.*_proj",
-    24: "model.layers.*.mlp.*_proj",
+    "embedding": "model.embed_tokens",
+    "1": "model.layers.0.mlp.down_proj",
+    "4": "model.layers.[0-3].mlp.down_proj",
+    "12": "model.layers.[0-3].mlp.*_proj",
+    "24": "model.layers.*.mlp.*_proj",
 }
-SIZES = [(4, 1), (4, 4), (4, 12), (8, 1), (8, 4), (8, 12), (8, 24)]
-"""layers, and how many matrices are decomposed"""
-CASE = ("LAYERS", "MATRICES", "PASSES")
-PASSES: tuple[Literal["one_by_one"], Literal["together"]] = ("one_by_one", "together")
+SIZES = [(4, "embedding"), (4, "1"), (4, "4"), (4, "12")]
+SIZES += [(8, "1"), (8, "4"), (8, "12"), (8, "24")]
+"""layers, and what is decomposed: the embedding, or how many matrices"""
+CASE = ("LAYERS", "SITES", "PASSES")
+PASSES = ("one_by_one", "one_by_one,compiled", "together", "together,compiled")
 
 
 class Measured(NamedTuple):
@@ -51,9 +57,11 @@ class Measured(NamedTuple):
     """largest resident set of the process, in 10⁶ bytes"""
     tokens_per_second: float
     """of the median step after the first"""
+    first_seconds: float
+    """of the first step, which is where compiling happens"""
 
 
-def measure(n_layers: int, n_sites: int, passes: str, steps: int) -> Measured:
+def measure(n_layers: int, sites: str, variant: str, steps: int) -> Measured:
     """Train for `steps` steps in this process."""
     torch.manual_seed(0)
     llama = transformers.LlamaForCausalLM(
@@ -68,30 +76,36 @@ def measure(n_layers: int, n_sites: int, passes: str, steps: int) -> Measured:
             use_cache=False,
         )
     )
-    raw = {"sites": {PATTERNS[n_sites]: C}, "losses": LOSSES, "importance": {"type": "affine"}}
-    raw |= {"steps": steps, "lr": 1e-4, "passes": passes, "compile": False, "n_eval_batches": 1}
+    passes, _, compiled = variant.partition(",")
+    losses = EMBEDDING_LOSSES if sites == "embedding" else LOSSES
+    raw: dict[str, Any] = {"sites": {PATTERNS[sites]: C}, "losses": losses}
+    raw |= {"importance": {"type": "affine"}, "compile": bool(compiled), "n_eval_batches": 1}
+    raw |= {"steps": steps, "lr": 1e-4, "passes": passes}
     config = parse(SPDConfig, raw, "benchmark")
     problem = Problem(TokenModel(llama, "logits"), _tokens(), _tokens(), recon="kl")
     objective = prepare(problem, config).objective
     parameters = list(objective.model.subcomponent_parameters().values())
-    assert len(objective.model.sites) == n_sites
+    assert len(objective.model.sites) == (1 if sites == "embedding" else int(sites))
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
+    together = passes == "together"
+    kind = CompiledStep if together else CompiledPasses
+    step_fn = kind(objective, config.compile, steps)
     seconds = []
     for step in range(steps):
         started = time.perf_counter()
         batch = next(problem.train_batches)
         noise = objective.noise(batch, stream="train", seed=0, step=step)
         progress = torch.tensor(step / steps)
-        if passes == "together":
-            objective(batch, progress, dict(noise))[0].backward()
+        if together:
+            step_fn(batch, progress, dict(noise), None)[0].backward()
         else:
-            objective.backward_one_by_one(batch, progress, noise)
+            step_fn(batch, progress, noise, None)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
     per_kib = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * per_kib / 1e6
-    return Measured(peak, BATCH * POSITIONS / statistics.median(seconds[1:]))
+    return Measured(peak, BATCH * POSITIONS / statistics.median(seconds[1:]), seconds[0])
 
 
 def _tokens() -> Iterator[Tensor]:
@@ -100,32 +114,37 @@ def _tokens() -> Iterator[Tensor]:
         yield torch.randint(0, VOCAB, (BATCH, POSITIONS), generator=generator)
 
 
-def measured_apart(n_layers: int, n_sites: int, passes: str, steps: int) -> Measured:
+def measured_apart(n_layers: int, sites: str, variant: str, steps: int) -> Measured:
     """The same in a process of its own."""
-    case = ["--case", str(n_layers), str(n_sites), passes, "--steps", str(steps)]
+    case = ["--case", str(n_layers), sites, variant, "--steps", str(steps)]
     command = [sys.executable, "-m", "benchmarks.memory", *case]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    megabytes, speed = done.stdout.split()
-    return Measured(float(megabytes), float(speed))
+    return Measured(*map(float, done.stdout.split()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=5, help="of each case, the first not timed")
+    parser.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
     parser.add_argument("--case", nargs=3, metavar=CASE, help="one, unformatted")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps: at least 2 are needed")
     if args.case:
-        n_layers, n_sites, passes = args.case
-        print(*measure(int(n_layers), int(n_sites), passes, args.steps))
+        n_layers, sites, variant = args.case
+        print(*measure(int(n_layers), sites, variant, args.steps))
         return
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| layers | matrices | passes | peak memory | tokens/s |\n|---|---|---|---|---|")
-    for n_layers, n_sites in SIZES:
-        for passes in PASSES:
-            peak, speed = measured_apart(n_layers, n_sites, passes, args.steps)
-            row = f"| {n_layers} | {n_sites} | `{passes}` | {peak:.0f} MB | {speed:,.0f} |"
+    columns = ("layers", "sites", "passes", "peak memory", "tokens/s", "first step")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for n_layers, sites in SIZES:
+        for variant in args.passes:
+            peak, speed, first = measured_apart(n_layers, sites, variant, args.steps)
+            shown = variant.replace(",", "`, ")
+            shown = f"`{shown}" if "," in variant else f"`{variant}`"
+            row = (
+                f"| {n_layers} | {sites} | {shown} | {peak:.0f} MB | {speed:,.0f} | {first:.0f} s |"
+            )
             print(row, flush=True)
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,25 @@ class CompiledStep:
         if setting is True:
             require_compiler()
 
+    @property
+    def worthwhile_seconds(self) -> float:
+        """How long eager steps have to take for `auto` to compile."""
+        return WORTHWHILE_SECONDS
+
+    def forward(self, *args: Any) -> Any:
+        """What is timed without gradients: half of an eager step."""
+        return self.eager(*args)
+
+    def make_compiled(self) -> Callable[..., Any]:
+        """The step that the first call compiles."""
+        for inner in self.opaque:
+            torch.compiler.allow_in_graph(inner)
+        options = inductor_options(self.n_members)
+        return torch.compile(self.eager, fullgraph=True, dynamic=False, options=options)
+
+    def go_back(self) -> None:
+        """Undo what `make_compiled` and a call that failed have left behind."""
+
     def __call__(self, *args: Any) -> Any:
         if self.compiled is None:
             return self._first_call(*args)
@@ -65,12 +85,13 @@ class CompiledStep:
             reason = str(error).strip().splitlines()[0]
             logger.info("torch.compile failed, running without it, which is slower: %s", reason)
             self.compiled, self.function = False, self.eager
+            self.go_back()
             return self.eager(*args)
 
     def _wanted(self, *args: Any) -> bool:
         if isinstance(self.setting, bool):
             return self.setting
-        if self.n_steps * 2 * _forward_seconds(self.eager, *args) < WORTHWHILE_SECONDS:
+        if self.n_steps * 2 * _forward_seconds(self.forward, *args) < self.worthwhile_seconds:
             return False
         if not _has_compiler():
             logger.info("no C++ compiler found: running without torch.compile, which is slower")
@@ -78,10 +99,7 @@ class CompiledStep:
 
     def _compile(self, *args: Any) -> Any:
         started = time.perf_counter()
-        for inner in self.opaque:
-            torch.compiler.allow_in_graph(inner)
-        options, before = inductor_options(self.n_members), _cache_counts()
-        self.function = torch.compile(self.eager, fullgraph=True, dynamic=False, options=options)
+        self.function, before = self.make_compiled(), _cache_counts()
         with _whole_and_cached():
             result = self.function(*args)
         found = _cache_counts() - before
@@ -132,7 +150,10 @@ def _whole_and_cached() -> Iterator[None]:
             autograd_cache_allow_custom_autograd_functions=True,
             force_non_lazy_backward_lowering=True,
         ),
+        warnings.catch_warnings(),
     ):
+        # it looks at the gradients of all that goes into a graph, whether they have one or not
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         yield
 
 

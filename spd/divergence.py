@@ -2,7 +2,7 @@
 language model are the largest tensors of a step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd.problem import ReconKind
+
+KLKernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""log-probabilities of q, up to a constant, and of p → KL(p ‖ q) of every row, and its gradient"""
 
 CHUNK_ELEMENTS = 2**18
 """of the rows that are worked on at a time: what follows then happens in the cache of a CPU core"""
@@ -32,10 +35,12 @@ def recon_error(
     weights: Float[Tensor, " rows"] | None = None,
     *,
     normalized: bool = False,
+    kernel: KLKernel | None = None,
 ) -> Float[Tensor, ""]:
     """D: mean squared error over every element, or KL(target ‖ prediction) of logits, mean over rows."""
     if kind == "kl":
-        return kl_divergence(prediction, target, weights, normalized=normalized)
+        rows = kl_per_row(prediction, target, normalized=normalized, kernel=kernel)
+        return mean_over_rows(rows, weights)
     if weights is None:
         return (prediction - target).square().mean()
     return mean_over_rows((prediction - target).square().mean(dim=-1), weights)
@@ -45,11 +50,9 @@ def kl_divergence(
     logits: Float[Tensor, "*rows d"],
     target_logits: Float[Tensor, "*rows d"],
     weights: Float[Tensor, " rows"] | None = None,
-    *,
-    normalized: bool = False,
 ) -> Float[Tensor, ""]:
     """KL(target ‖ prediction) over the last axis, mean over the rest."""
-    return mean_over_rows(kl_per_row(logits, target_logits, normalized=normalized), weights)
+    return mean_over_rows(kl_per_row(logits, target_logits), weights)
 
 
 def kl_per_row(
@@ -57,26 +60,40 @@ def kl_per_row(
     target_logits: Float[Tensor, "*rows d"],
     *,
     normalized: bool = False,
+    kernel: KLKernel | None = None,
 ) -> Float[Tensor, "*rows"]:
     """KL(target ‖ prediction) over the last axis; `normalized`: the target's are log-probabilities.
 
     Gradients reach `logits` without any tensor of their size being stored but that gradient; where
-    `target_logits` need one too, or the compiler does the same by itself, by the plain formula.
+    `target_logits` need one too, or the compiler does the same by itself, by the plain formula. A compiled
+    `kernel` makes both at once; else they are made for some rows at a time.
     """
     log_p = target_logits if normalized else F.log_softmax(target_logits, dim=-1)
     if target_logits.requires_grad or torch.compiler.is_compiling():
         return (log_p.exp() * (log_p - F.log_softmax(logits, dim=-1))).sum(dim=-1)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
-    return _KLPerRow.apply(logits, log_p, with_gradient)[0]
+    return _KLPerRow.apply(logits, log_p, with_gradient, kernel)[0]
+
+
+def kl_and_gradient(
+    logits: Float[Tensor, "*rows d"], log_p: Float[Tensor, "*rows d"]
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows d"]]:
+    """Σ p (log p − log q) of every row, and its gradient in the logits of q, which is q − p."""
+    log_q, p = F.log_softmax(logits, dim=-1), log_p.exp()
+    return (p * (log_p - log_q)).sum(dim=-1), log_q.exp() - p
 
 
 class _KLPerRow(torch.autograd.Function):
-    """Σ p (log p − log q), and its gradient in the logits of q, which is q − p."""
+    """`kl_and_gradient`, the latter kept for the backward pass."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Tensor, log_p: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        logits: Tensor, log_p: Tensor, with_gradient: bool, kernel: KLKernel | None
+    ) -> tuple[Tensor, Tensor]:
+        if kernel is not None and with_gradient:
+            return kernel(logits, log_p)
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         pieces = []
         for rows, target_rows, place in _chunks(logits, log_p, gradient):
@@ -95,14 +112,14 @@ class _KLPerRow(torch.autograd.Function):
         ctx.used_up = False
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
         assert grads[0] is not None, "nothing else can be differentiated"
         assert not ctx.used_up, (
             "the backward pass scales the stored gradient in place, so runs once"
         )
         ctx.used_up = True
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grads[0][..., None]), None, None
+        return gradient.mul_(grads[0][..., None]), None, None, None
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

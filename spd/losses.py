@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spd.component_model import ComponentModel, Mask, Site
 from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError, nearest
-from spd.divergence import kl_divergence, mean_over_rows, recon_error
+from spd.divergence import KLKernel, kl_divergence, mean_over_rows, recon_error
 from spd.importance import CausalImportances
 from spd.prefix import SharedPrefix
 from spd.problem import ReconKind
@@ -46,6 +46,8 @@ class StepContext(NamedTuple):
     """what masked passes need not compute again; None: they are whole"""
     recompute_masks: bool = False
     """make the masks of all sites anew in the backward pass, so that none is stored"""
+    kl_kernel: KLKernel | None = None
+    """what computes the KL divergence of masked passes, where it is compiled by itself"""
 
     def uniform(self, sample: int, site: str) -> Tensor:
         """This term's noise for one mask sample and site."""
@@ -62,7 +64,12 @@ class StepContext(NamedTuple):
         run = self.model if self.prefix is None else self.prefix.forward
         prediction = run(self.batch, masks)
         return recon_error(
-            prediction, self.target_out, self.recon, self.row_weights, normalized=True
+            prediction,
+            self.target_out,
+            self.recon,
+            self.row_weights,
+            normalized=True,
+            kernel=self.kl_kernel,
         )
 
     def mean(self, values: Float[Tensor, "*rows"]) -> Float[Tensor, ""]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spd.component_model import ComponentModel, TargetOutput
 from spd.config import BaseConfig
 from spd.distributed import Share
+from spd.divergence import KLKernel, kl_and_gradient
 from spd.figures import Figures
 from spd.importance import CausalImportances, ImportanceConfig, LowerLeak, MLPImportanceConfig
 from spd.losses import Losses, Noise, StepContext, loss_terms, noise_key
@@ -79,6 +80,7 @@ class Objective(nn.Module):
         self.losses = {name: spec for name, spec in config.losses.items() if spec.coeff > 0}
         self.recon: ReconKind = problem.recon
         self.prefix = SharedPrefix(model)
+        self.kl_kernel: KLKernel | None = None
         self._leading_shapes: dict[torch.Size, dict[str, tuple[torch.Size, bool]]] = {}
 
     def context(
@@ -120,10 +122,19 @@ class Objective(nn.Module):
             leaves = {path: x.requires_grad_() for path, x in logits.items()}
             ci = CausalImportances.of_logits(leaves, self.model.lower_leak, lazy=True)
             ctx = self._context(_Step(batch, progress, noise, row_weights), target, ci)
-            ctx = ctx._replace(prefix=self.prefix, recompute_masks=True)
+            ctx = ctx._replace(
+                prefix=self.prefix,
+                recompute_masks=not self.prefix.compiled,
+                kl_kernel=self.kl_kernel,
+            )
             del target  # whose logits the context holds in another form
             _, logged = self._results(ctx, backward_one_by_one(self.losses, ctx, leaves))
             return logged
+
+    def compile_passes(self, compiled: bool) -> None:
+        """Whether `backward_one_by_one` runs layers and divergence compiled, from now on."""
+        self.prefix.compiled = compiled
+        self.kl_kernel = torch.compile(kl_and_gradient, dynamic=False) if compiled else None
 
     def _results(
         self, ctx: StepContext, terms: Mapping[str, Tensor]

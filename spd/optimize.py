@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spd import checkpoint
 from spd.compilation import CompiledStep
+from spd.compiled_passes import CompiledPasses
 from spd.component_model import ComponentModel
 from spd.config import RunError, UserError
 from spd.distributed import agreed_maximum, average_, is_leader, own_share
@@ -85,14 +86,18 @@ def run_side_by_side(
     state = _restore(members, trained, optimizer) if resume else {}
     start = state.get("step", 0)
     together = passes_of(config.passes, batch) == "together"
-    setting = state.get("compiled", config.compile) if may_compile(config, batch) else False
-    step_fn = CompiledStep(
-        trained.function,
-        setting,
-        config.steps - start,
-        opaque=trained.opaque,
-        n_members=trained.n_members,
-    )
+    may = may_compile(config, batch, objectives[0].model)
+    setting, n_steps = state.get("compiled", config.compile) if may else False, config.steps - start
+    if together:
+        step_fn = CompiledStep(
+            trained.function,
+            setting,
+            n_steps,
+            opaque=trained.opaque,
+            n_members=trained.n_members,
+        )
+    else:
+        step_fn = CompiledPasses(objectives[0], setting, n_steps)
     for member in members:
         member.tracker.start(start, config.steps)
 
@@ -117,7 +122,7 @@ def run_side_by_side(
             total, terms = step_fn(batch, progress, dict(noise), row_weights)
             total.backward()
         else:
-            terms = objectives[0].backward_one_by_one(batch, progress, noise, row_weights)
+            terms = step_fn(batch, progress, noise, row_weights)
         average_(p.grad for p in trained.parameters if p.grad is not None)
         if config.grad_clip is not None:
             trained.clip_gradients_(config.grad_clip)

@@ -1,11 +1,12 @@
 """What masked passes have in common with the target's: everything before the first replaced site."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, Mask, TargetOutput
@@ -26,31 +27,40 @@ class SharedPrefix:
     No value before the first replaced site depends on masks or on anything that is trained. What a
     layer gives out is kept from the target's pass over a batch to the end of `kept`. Without layers,
     and outside of it, every pass is a whole one.
+
+    `compiled`: in between, layers run compiled, each as a graph of its own. Layers that are alike share
+    it, so there are as many graphs as ways in which the sites of a layer are replaced.
     """
 
     def __init__(self, model: ComponentModel) -> None:
         self.model = model
+        self.compiled = False
         self.outputs: list[Any] = []
         """of the layers, in the order of their calls"""
         self.n_before: dict[str, int] = {}
         """how many layers have been run when a site is called"""
-        self._recording = False
+        self._keeping = self._recording = False
         self._known: list[Any] = []
+        path_of = {site: path for path, site in model.sites.items()}
         inner: set[nn.Module] = set()
         for layer in layers_of(model.target):
             if layer not in inner:
                 inner |= set(layer.modules())
-                layer.forward = self._starting_late(layer.forward)
+                sites = [path_of[module] for module in layer.modules() if module in path_of]
+                layer.forward = self._starting_late(layer.forward, sites)
         if inner:
-            for path, site in model.sites.items():
-                site.register_forward_pre_hook(partial(self._note, path))
+            for site, path in path_of.items():
+                if site not in inner:
+                    site.register_forward_pre_hook(partial(self._note, path))
 
     @contextmanager
     def kept(self, batch: Tensor) -> Iterator[TargetOutput]:
         """Run the target; passes over this batch within are shortened."""
+        self._keeping = True
         try:
             yield self._target_forward(batch)
         finally:
+            self._keeping = False
             self.outputs.clear()
             self.n_before.clear()
 
@@ -71,11 +81,20 @@ class SharedPrefix:
         finally:
             self._known = []
 
-    def _starting_late(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _starting_late(
+        self, forward: Callable[..., Any], sites: Sequence[str]
+    ) -> Callable[..., Any]:
+        @cache
+        def compiled() -> Callable[..., Any]:
+            return torch.compile(forward, dynamic=False)
+
         def layer(*args: Any, **kwargs: Any) -> Any:
             if self._known:
                 return self._known.pop(0)
-            output = forward(*args, **kwargs)
+            for path in sites:
+                self._note(path)
+            run = compiled() if self.compiled and self._keeping else forward
+            output = run(*args, **kwargs)
             if self._recording:
                 self.outputs.append(output)
             return output

@@ -17,6 +17,7 @@ from spd.losses import StepContext
 from spd.metrics import HeldOutLosses, Metric, collect
 from spd.objective import Objective, SPDConfig
 from spd.passes import passes_of
+from spd.prefix import layers_of
 from spd.problem import Problem
 from spd.silent_rows import SilentRows
 
@@ -54,12 +55,14 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
             f" {len(eval_batches)}"
         )
-    if config.compile is True and not may_compile(config, eval_batches[0]):
+    if config.compile is True and not may_compile(config, eval_batches[0], model):
         raise UserError(
-            "compile: true compiles all passes of a step together, as they are: it needs passes:"
-            f" together (passes is {config.passes!r}, here"
-            f" {passes_of(config.passes, eval_batches[0])}) and activation_checkpointing: false"
-            f" (it is {str(config.activation_checkpointing).lower()})"
+            "compile: true compiles all passes of a step together, or the layers of a Hugging Face"
+            f" target: it needs passes: together (passes is {config.passes!r}, here"
+            f" {passes_of(config.passes, eval_batches[0])}) or such layers"
+            f" ({type(problem.target).__name__} has {len(layers_of(problem.target))}), and"
+            " activation_checkpointing: false (it is"
+            f" {str(config.activation_checkpointing).lower()})"
         )
     silent_rows = SilentRows(model, problem, eval_batches)
     prepared = Prepared(problem, config, objective, eval_batches, silent_rows)
@@ -69,10 +72,10 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
     return prepared
 
 
-def may_compile(config: SPDConfig, batch: Tensor) -> bool:
-    """Whether a step on such batches is one graph that can be compiled."""
+def may_compile(config: SPDConfig, batch: Tensor, model: ComponentModel) -> bool:
+    """Whether there is something to compile of a step on such batches, whole or layer by layer."""
     together = passes_of(config.passes, batch) == "together"
-    return together and not config.activation_checkpointing
+    return not config.activation_checkpointing and (together or bool(layers_of(model.target)))
 
 
 def check_side_by_side(runs: Sequence[Prepared]) -> None:
@@ -86,7 +89,8 @@ def check_side_by_side(runs: Sequence[Prepared]) -> None:
             f"seeds: runs side by side share one process, here are {n_processes} (torchrun); run one"
             " seed at a time"
         )
-    if not may_compile(config, batch) or not batch.is_floating_point():
+    together = passes_of(config.passes, batch) == "together" and not config.activation_checkpointing
+    if not together or not batch.is_floating_point():
         raise UserError(
             "seeds: runs side by side are one graph of all passes on batches of numbers, as toy models"
             f" have them: not for language models, passes: one_by_one (it is {config.passes}) or"

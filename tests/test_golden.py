@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spd.compilation import CompiledStep
+from spd.compiled_passes import CompiledPasses
 from spd.component_model import ComponentModel
 from spd.config import parse
 from spd.importance import AffineImportanceConfig, MLPImportanceConfig
@@ -104,11 +105,12 @@ def grad_key(parameter: str) -> str:
 
 
 def check_case(path: Path, *, compiled: bool = False, one_by_one: bool = False) -> None:
+    """With both, the target's layers are compiled."""
     case, tensors = read_case(path)
     objective = build_objective(case, tensors)
     arguments = (tensors["batch"], torch.tensor(0.0), noise_of(tensors))
     if one_by_one:
-        terms = objective.backward_one_by_one(*arguments)
+        terms = CompiledPasses(objective, compiled, 1)(*arguments)
         total = terms["loss/total"]
     else:
         step = CompiledStep(objective, compiled, 1)
@@ -146,6 +148,15 @@ def test_terms_and_gradients_one_pass_after_another(path: Path) -> None:
 @pytest.mark.parametrize("path", by_kind("losses"), ids=lambda path: path.stem)
 def test_compiled_terms_and_gradients(path: Path) -> None:
     check_case(path, compiled=True)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    "path", [p for p in by_kind("losses") if p.stem.startswith("llama")], ids=lambda path: path.stem
+)
+def test_compiled_terms_and_gradients_one_pass_after_another(path: Path) -> None:
+    check_case(path, compiled=True, one_by_one=True)
 
 
 @pytest.mark.parametrize("path", by_kind("losses"), ids=lambda path: path.stem)

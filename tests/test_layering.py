@@ -29,7 +29,7 @@ metrics passes
 drawing
 figures
 objective report
-ensemble
+ensemble compiled_passes
 prepared
 optimize
 reporting
