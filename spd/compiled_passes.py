@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
-
 from spd.compilation import CompiledStep
 from spd.objective import Objective
 

@@ -6,12 +6,14 @@ after it was stopped or killed, it goes on, as the command itself does.
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +29,9 @@ SKIPPED_STATUS = 3
 ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 POLL_SECONDS = 0.1
 PATIENCE = 120.0
+WORKER_STATUS = re.compile(r"^\s*exitcode\s*: (-?\d+)", re.MULTILINE)
+"""how a process that torchrun started ended; of several, that which ended first comes last"""
+TORCHRUN_LINE = re.compile(r"[EWI]\d{4} ")
 LAST_WORDS = 2000
 """characters of an error message that are kept"""
 
@@ -142,6 +147,13 @@ def run_job(directory: Path, *, patience: float = PATIENCE) -> Ended:
     return ended
 
 
+def assist(directory: Path, number: int) -> None:
+    """Run the same command on the machine of that number; what became of the job, machine 0 says."""
+    job = load_job(directory)
+    output = directory / f"output-{number}.txt"
+    supervise(job.command, output, {**os.environ, **job.env})
+
+
 def supervise(
     command: Sequence[str],
     output: Path,
@@ -184,13 +196,16 @@ def supervise(
             signal.signal(signum, handler)
     text = _read_from(output, begin)
     state, reason = outcome(child.returncode, text)
-    if (noted or given_up) and state == "failed" and "KeyboardInterrupt" in text[-LAST_WORDS:]:
-        state, reason = "interrupted", None  # before the command heeded signals
+    stopped = any(name in text[-LAST_WORDS:] for name in ("KeyboardInterrupt", "SignalException"))
+    if (noted or given_up) and state == "failed" and stopped:
+        state, reason = "interrupted", None  # before the command heeded signals, or by torchrun
     return Ended(state, reason, noted[0] if noted else None)
 
 
 def outcome(status: int, output: str) -> tuple[State, str | None]:
     """What an exit status of an experiment means, and why, from the last words of its output."""
+    if status == 1 and (of_workers := WORKER_STATUS.findall(output)):
+        status = int(of_workers[-1])
     if status == 0:
         return "finished", None
     if status in (130, 143, -signal.SIGINT, -signal.SIGTERM):
@@ -205,7 +220,8 @@ def _last_words(output: str) -> str:
     lines = output.rstrip().splitlines()
     for index in reversed(range(len(lines))):
         if lines[index].startswith("error: "):
-            return "\n".join(lines[index:]).removeprefix("error: ")[:LAST_WORDS]
+            message = takewhile(lambda line: not TORCHRUN_LINE.match(line), lines[index:])
+            return "\n".join(message).removeprefix("error: ")[:LAST_WORDS]
     return lines[-1][:LAST_WORDS] if lines else ""
 
 

@@ -96,13 +96,27 @@ def job_environment(code: Path, options: LaunchOptions) -> dict[str, str]:
     return {
         "PYTHONPATH": path,
         "SPD_OUT_DIR": str(output_root().absolute()),
-        "OMP_NUM_THREADS": str(options.cpus),
+        "PYTHONSAFEPATH": "1",  # also for what torchrun starts
+        "OMP_NUM_THREADS": str(max(1, options.cpus // options.processes)),
     }
 
 
 def python(module: str, *args: str) -> list[str]:
     """A command that runs a module of the code on PYTHONPATH, whatever lies in the working directory."""
     return [sys.executable, "-P", "-m", module, *args]
+
+
+def joined_python(options: LaunchOptions, module: str, *args: str) -> list[str]:
+    """The same, by as many processes as are asked for. Of several machines, where they meet is in the
+    environment of the job (`spd.slurm`).
+    """
+    if not options.joined:
+        return python(module, *args)
+    place = ["--standalone"]
+    if options.nodes > 1:
+        place = [f"--nnodes={options.nodes}", "--rdzv_backend=c10d"]
+    count = f"--nproc_per_node={options.processes}"
+    return python("torch.distributed.run", *place, count, "-m", module, *args)
 
 
 def study_jobs(study: Study) -> list[Job]:

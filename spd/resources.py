@@ -34,6 +34,8 @@ class Resources(BaseConfig):
     constraint: str | None = Field(default=None, description="SLURM constraint, as 'a100'")
     gpus: int = Field(default=1, ge=0, description="per job")
     cpus: int = Field(default=1, ge=1, description="cores per job")
+    nodes: int = Field(default=1, ge=1, description="machines per run; the rest is per machine")
+    processes: int = Field(default=1, ge=1, description="per machine and run, joined by torchrun")
     memory_gb: float = Field(default=4.0, gt=0.0, description="per job")
     time: Annotated[int | None, BeforeValidator(_minutes)] = Field(
         default=None,
@@ -66,6 +68,28 @@ class LaunchOptions(Resources):
         if self.cpu and self.gpus > 0 and "gpus" in self.model_fields_set:
             raise ValueError(f"--cpu and gpus={self.gpus} contradict each other")
         return self
+
+    @model_validator(mode="after")
+    def _one_process_for_many_seeds(self) -> Self:
+        if self.joined and self.ensemble == "always":
+            raise ValueError(
+                f"--ensemble always puts runs into one process, --nodes {self.nodes} and --processes"
+                f" {self.processes} do the contrary"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each_process(self) -> Self:
+        if 0 < self.n_gpus < self.processes:
+            raise ValueError(
+                f"--processes {self.processes} need a GPU each: --gpus {self.processes}, or --cpu"
+            )
+        return self
+
+    @property
+    def joined(self) -> bool:
+        """Whether several processes work on a run."""
+        return self.nodes * self.processes > 1
 
     @property
     def n_gpus(self) -> int:
@@ -125,7 +149,9 @@ def wants_ensemble(options: LaunchOptions) -> bool:
 
     A GPU has room for many small models at once; CPU cores work on as many jobs as there are cores.
     """
-    return options.ensemble == "always" or (options.ensemble == "auto" and uses_gpus(options))
+    if options.ensemble == "auto":
+        return uses_gpus(options) and not options.joined
+    return options.ensemble == "always"
 
 
 def places(resources: LaunchOptions) -> list[dict[str, str]]:

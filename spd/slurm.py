@@ -1,6 +1,7 @@
 """Jobs on SLURM, through submitit: submit, look after, cancel. Knows no experiment."""
 
 import io
+import os
 import shlex
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from spd.job import (
     ENDED,
     Job,
     Status,
+    assist,
     exit_status,
     read_status,
     run_job,
@@ -40,8 +42,15 @@ class Work:
         """Run the job; where SLURM asked for its end by SIGUSR2 (a time limit, or preemption), requeue it.
 
         The run has then written its checkpoint. After SIGTERM it is for SLURM to decide: it is sent
-        for a cancelled job as well as for one that `scontrol requeue` names.
+        for a cancelled job as well as for one that `scontrol requeue` names. Of several machines the
+        first does so, and the others assist.
         """
+        machine = submitit.JobEnvironment()
+        if machine.num_nodes > 1:
+            os.environ |= meeting_place(machine.hostnames[0], os.environ["SLURM_JOB_ID"])
+        if machine.global_rank > 0:
+            assist(directory, machine.global_rank)
+            return
         requeue: Any = signal.getsignal(signal.SIGUSR2)
         ended = run_job(directory)
         if ended.state == "interrupted" and ended.signum == signal.SIGUSR2:
@@ -57,6 +66,12 @@ class Work:
     def checkpoint(self, directory: Path) -> DelayedSubmission:
         """What is run when the job comes back: the same, as the run finds its own checkpoint."""
         return DelayedSubmission(self, directory)
+
+
+def meeting_place(first_host: str, job_id: str) -> dict[str, str]:
+    """Where the machines of a job find each other, as torchrun reads it from the environment."""
+    port = 20_000 + int(job_id) % 20_000
+    return {"PET_RDZV_ENDPOINT": f"{first_host}:{port}", "PET_RDZV_ID": job_id}
 
 
 def submit(study: Path, jobs: Sequence[Job], options: LaunchOptions) -> dict[str, str]:
@@ -142,6 +157,8 @@ def _executor(
     executor.update_parameters(
         job_name=name,
         time=options.time or max(60, round(3 * expected)),
+        nodes=options.nodes,
+        ntasks_per_node=1,
         cpus_per_task=options.cpus,
         mem=f"{round(options.memory_gb * 1024)}MB",
         array_parallelism=options.max_parallel or len(jobs),

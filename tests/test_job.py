@@ -60,6 +60,21 @@ def output(job: Job) -> str:
     return path.read_text() if path.is_file() else ""
 
 
+FROM_TORCHRUN = """error: batch_size: 3
+  too odd
+E1124 15:00:00.000000 140 torch/distributed/elastic/multiprocessing/api.py:1001] failed (exitcode: 1)
+Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Failures:
+[1]:
+  exitcode  : {} (pid: 2)
+Root Cause (first observed failure):
+[0]:
+  exitcode  : {} (pid: 1)
+"""
+"""how torchrun reports its processes, shortened"""
+
+
 def test_a_job_is_kept_in_its_folder(tmp_path: Path):
     job = make_job(tmp_path, "pass", A="1")._replace(run_dir=tmp_path / "run")
     job.save()
@@ -80,6 +95,10 @@ def test_a_job_is_kept_in_its_folder(tmp_path: Path):
         (-15, "", ("interrupted", None)),
         (-9, "step 5", ("failed", "killed by SIGKILL")),
         (7, "", ("failed", "exit status 7")),
+        (1, f"step 1\n{FROM_TORCHRUN.format(2, 2)}", ("failed", "batch_size: 3\n  too odd")),
+        (1, f"step 1\n{FROM_TORCHRUN.format(1, 3)}", ("skipped", "batch_size: 3\n  too odd")),
+        (1, FROM_TORCHRUN.format(1, 143), ("interrupted", None)),
+        (1, FROM_TORCHRUN.format(143, -9), ("failed", "killed by SIGKILL")),
     ],
 )
 def test_what_an_exit_status_means(status: int, text: str, expected: tuple):

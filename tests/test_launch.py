@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spd import launch, slurm
 from spd.config import UserError, parse
+from spd.evals import run_evals
 from spd.job import Job, Status, read_status
-from spd.resources import LaunchOptions, has_slurm, places, with_surroundings
+from spd.resources import LaunchOptions, has_slurm, places, wants_ensemble, with_surroundings
 from spd.settings import PACKAGE_DIR, REPO_DIR
 from spd.snapshot import code_state, take_snapshot
+from spd.sweeps import sweep
 from tests.launch_fixtures import hears_ctrl_c
 from tests.test_job import HEEDS, until
 
@@ -210,6 +213,64 @@ def test_a_file_that_means_nothing_is_refused(tmp_path: Path):
     path.write_text("partitions: x\n")
     with pytest.raises(UserError, match="slurm.yaml: partitions: unknown key; did you mean 'part"):
         options(slurm=str(path))
+
+
+def test_several_processes_are_joined_by_torchrun():
+    module = ("spd.experiments.lm.lm_decomposition", "config.yaml")
+    alone = launch.joined_python(options(), *module)
+    assert alone == launch.python(*module)
+    here = launch.joined_python(options(processes="2", cpu="true", cpus="6"), *module)
+    assert here[:4] == [sys.executable, "-P", "-m", "torch.distributed.run"]
+    assert here[4:] == ["--standalone", "--nproc_per_node=2", "-m", *module]
+    many = launch.joined_python(options(nodes="3", processes="8", gpus="8"), *module)
+    assert {"--nnodes=3", "--nproc_per_node=8", "--rdzv_backend=c10d"} < set(many)
+    given = launch.job_environment(Path("code"), options(processes="2", cpu="true", cpus="6"))
+    assert given["OMP_NUM_THREADS"] == "3" and given["PYTHONSAFEPATH"] == "1"
+    assert slurm.meeting_place("node7", "40001") == {
+        "PET_RDZV_ENDPOINT": "node7:20001",
+        "PET_RDZV_ID": "40001",
+    }
+
+
+def test_runs_of_several_processes_do_not_share_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("spd.resources.uses_gpus", lambda _: True)
+    assert wants_ensemble(options()) and not wants_ensemble(options(nodes="2"))
+    with pytest.raises(UserError, match="--ensemble always puts runs into one process, --nodes 2"):
+        options(nodes="2", ensemble="always")
+    with pytest.raises(UserError, match="--processes 4 need a GPU each: --gpus 4, or --cpu"):
+        options(processes="4", gpus="2")
+    assert options(processes="4", gpus="4").joined and options(processes="2", cpu="true").joined
+
+
+@pytest.mark.parametrize(
+    ("main", "args", "said"),
+    [
+        (
+            run_evals.main,
+            ["--nodes", "2", "--local"],
+            "--nodes 2: several machines are found by SLURM",
+        ),
+        (sweep.main, ["tms_5-2", "2", "--nodes", "2"], "nodes 2, processes 1: the runs of a sweep"),
+        (
+            sweep.main,
+            ["tms_5-2", "2", "--processes", "2", "--cpu"],
+            "nodes 1, processes 2: the runs",
+        ),
+    ],
+)
+def test_where_several_machines_or_processes_cannot_be(
+    main: Any,
+    args: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,21 @@ from spd.launch import (
     create_study,
     find_study,
     job_environment,
+    joined_python,
     launch,
     new_id,
     preview,
-    python,
     statuses,
     study_jobs,
 )
 from spd.registry import default_experiments, expected_minutes, get_experiment
-from spd.resources import LaunchOptions, uses_gpus, wants_ensemble, with_surroundings
+from spd.resources import (
+    LaunchOptions,
+    has_slurm,
+    uses_gpus,
+    wants_ensemble,
+    with_surroundings,
+)
 from spd.run_files import seed_directory
 from spd.settings import output_root
 
@@ -100,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: Arguments) -> int:
     given = arguments.options
     options = parse(EvalsOptions, with_surroundings(given, COMMAND.name), COMMAND.name)
+    if options.nodes > 1 and (options.local or not has_slurm()):
+        raise UserError(f"--nodes {options.nodes}: several machines are found by SLURM alone")
     earlier = [name for name in ("collect", "resume", "cancel") if getattr(options, name)]
     if not earlier:
         return _new(arguments.positional, options)
@@ -237,7 +245,8 @@ def _job(
     minutes = len(seeds) * expected_minutes(name, overrides, gpu=uses_gpus(options))
     base = output_root().absolute() / name / directory.name
     run_dir = base if several else seed_directory(base, seeds[0])
-    command = python(
+    command = joined_python(
+        options,
         experiment.module,
         str(code / "spd" / experiment.config),
         *overrides,

@@ -86,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: Arguments) -> int:
     given = arguments.options
     options = parse(SweepOptions, with_surroundings(given, COMMAND.name), COMMAND.name)
+    if options.joined:
+        raise UserError(
+            f"nodes {options.nodes}, processes {options.processes}: the runs of a sweep are of one process"
+            " each, on one machine; spd-evals joins several"
+        )
     words = arguments.positional
     earlier = [name for name in ("status", "resume", "cancel") if getattr(options, name)]
     if not earlier:

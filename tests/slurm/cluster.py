@@ -1,8 +1,9 @@
-"""A real SLURM of one node on loopback, all of it in one folder: for tests, and to try things out.
+"""A real SLURM on loopback, all of it in one folder: for tests, and to try things out.
 
     python tests/slurm/cluster.py /tmp/cluster   # starts it, waits for Ctrl-C or SIGTERM, and ends it
 
-It pretends to have two GPUs and as many cores as it is told. Needs root and the Debian packages
+It pretends to have two GPUs and as many cores as it is told, and, in the partition `pair`, a second
+machine. Needs root and the Debian packages
 slurm-wlm and munge. Nothing outside the folder is touched: SLURM_CONF leads every command to it.
 """
 
@@ -28,13 +29,12 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPort={port}
-SlurmdPort={node_port}
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -45,8 +45,11 @@ SlurmdParameters=config_overrides
 KillWait=20
 MinJobAge=600
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus} State=UNKNOWN
+NodeName=DEFAULT CPUs={cpus} RealMemory={memory} State=UNKNOWN
+NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} Gres=gpu:{gpus}
+NodeName={second} NodeHostname={host} NodeAddr=127.0.0.1 Port={second_port}
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=pair Nodes={host},{second} MaxTime=INFINITE State=UP
 """
 
 
@@ -64,8 +67,7 @@ def why_not() -> str | None:
 def running_cluster(folder: Path) -> Iterator[dict[str, str]]:
     """Start the daemons; the environment in which SLURM's commands find them is handed over."""
     folder = folder.absolute()
-    for name in ("state", "spool"):
-        (folder / name).mkdir(parents=True)
+    (folder / "state").mkdir(parents=True)
     folder.chmod(0o755)
     _write_config(folder)
     environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
@@ -74,8 +76,10 @@ def running_cluster(folder: Path) -> Iterator[dict[str, str]]:
         daemons.append(_daemon(folder, environment, "munged", *_munge(folder)))
         _wait_for(lambda: (folder / "munge.socket").exists(), "munged", folder)
         daemons.append(_daemon(folder, environment, "slurmctld", "-D"))
-        daemons.append(_daemon(folder, environment, "slurmd", "-D"))
-        _wait_for(lambda: _is_idle(environment), "the node", folder)
+        for node in (_host(), _second()):
+            (folder / f"spool-{node}").mkdir()
+            daemons.append(_daemon(folder, environment, "slurmd", "-D", "-N", node))
+        _wait_for(lambda: _is_idle(environment), "the nodes", folder)
         yield environment
     finally:
         _call(environment, "scancel", "--me")
@@ -91,19 +95,29 @@ def running_cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _write_config(folder: Path) -> None:
-    host = socket.gethostname().partition(".")[0]
-    port, node_port = _free_ports(2)
+    port, node_port, second_port = _free_ports(3)
     text = CONFIG.format(
-        **{"host": host, "folder": folder, "port": port, "node_port": node_port},
+        **{"host": _host(), "second": _second(), "folder": folder},
+        **{"port": port, "node_port": node_port, "second_port": second_port},
         **{"cpus": N_CPUS, "memory": MEMORY_MB, "gpus": N_GPUS},
     )
     (folder / "slurm.conf").write_text(text)
     for index in range(N_GPUS):
         os.mknod(folder / f"gpu{index}", 0o666 | 0o020000, os.makedev(1, 3))
-    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{N_GPUS - 1}]\n")
+    gpus = f"NodeName={_host()} Name=gpu File={folder}/gpu[0-{N_GPUS - 1}]\n"
+    (folder / "gres.conf").write_text(gpus)
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
+
+
+def _host() -> str:
+    return socket.gethostname().partition(".")[0]
+
+
+def _second() -> str:
+    """Another name for this machine; the first of both, by which they meet, has to be a real one."""
+    return f"{_host()}-second"
 
 
 def _munge(folder: Path) -> tuple[str, ...]:
@@ -117,7 +131,7 @@ def _munge(folder: Path) -> tuple[str, ...]:
 def _daemon(
     folder: Path, environment: dict[str, str], program: str, *args: str
 ) -> subprocess.Popen[bytes]:
-    with (folder / f"{program}.out").open("wb") as log:
+    with (folder / f"{program}.out").open("ab") as log:
         return subprocess.Popen(
             [program, *args],
             env={**os.environ, **environment},

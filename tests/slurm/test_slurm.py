@@ -1,4 +1,4 @@
-"""Evals and sweeps on a real SLURM of one node: submitted, killed, requeued, cancelled, refused."""
+"""Evals and sweeps on a real SLURM of one or two nodes: submitted, killed, requeued, cancelled, refused."""
 
 import json
 import os
@@ -177,6 +177,36 @@ def test_a_job_killed_or_told_to_stop_in_the_middle_ends_with_the_same_numbers(
         undisturbed = run_of(launcher, other, seed)
         for name in ("metrics.jsonl", "checkpoints/00001000/model.safetensors"):
             assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_run_of_several_processes_is_stopped_and_ends_with_the_numbers_of_one(
+    launcher: Launcher, nodes: int
+):
+    """Two processes, on one machine or on two, and what SLURM sends at a time limit."""
+    args = ("--experiments", "tms_5-2", "--cpu", *QUICK, "steps=400", "save_every=20")
+    where = ("--partition", "pair", "--nodes", str(nodes), "--processes", str(3 - nodes))
+    assert launcher.run(EVALS, *args, *where).returncode == 0
+    study = only_study(launcher)
+    run, number = run_of(launcher, study, 0), job_number(study, "tms_5-2-seed0")
+    until(lambda: is_past(run, 40), f"a checkpoint of {run}")
+    slurm_says(launcher, "scancel", "--signal=USR2", number)
+    until(lambda: status(study, "tms_5-2-seed0")["state"] == "interrupted", "a checkpoint")
+    start_now(launcher, number)
+    until(lambda: status(study, "tms_5-2-seed0")["state"] == "finished", "the end of the run")
+    assert status(study, "tms_5-2-seed0")["attempts"] == 2
+    meta = json.loads((run / "meta.json").read_text())
+    assert meta["n_processes"] == 2 and (run / "report.html").is_file()
+    assert launcher.run(EVALS, *args, "--local").returncode in (0, 1)
+    (other,) = [path for path in launcher.studies("evals") if path != study]
+    own, alone = (metrics(run_of(launcher, path, 0)) for path in (study, other))
+    assert [list(line) for line in own] == [list(line) for line in alone]
+    for line, expected in zip(own, alone, strict=True):
+        assert line == pytest.approx(expected, rel=1e-2, abs=1e-4)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_not_more_of_an_array_run_at_a_time_than_allowed(launcher: Launcher):
