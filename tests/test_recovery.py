@@ -13,7 +13,7 @@ from spd.experiments.resid_mlp.resid_mlp_decomposition import ResidMLPConfig
 from spd.experiments.resid_mlp.train_resid_mlp import ResidMLPTrainConfig, train
 from spd.experiments.targets import TrainedTarget, save_target
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
-from spd.optimize import evaluate, prepare, run_steps
+from spd.optimize import Member, Prepared, evaluate, prepare, run_side_by_side, run_steps
 from spd.tracking import NullTracker
 
 EXPERIMENTS = settings.PACKAGE_DIR / "experiments"
@@ -49,6 +49,29 @@ def test_tms_5_2_is_solved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         alone = site.subcomponents.V[j, c] * site.subcomponents.U[c]
         column = site.weight[:, j]
         assert (alone - column).norm() < 0.03 * column.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_side_by_side_a_seed_ends_as_it_does_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One that is solved, and the one of ten that is not."""
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path))
+    torch.set_num_threads(1)
+
+    def prepared(seed: int) -> Prepared:
+        config = load_config(TMSConfig, TMS_FAST, ["figures={}", f"seed={seed}"])
+        return prepare(build(config, torch.device("cpu")), config)
+
+    members = [Member(prepared(seed), NullTracker()) for seed in (0, 9)]
+    run_side_by_side(members)
+    for seed, member, n_errors in zip((0, 9), members, (0, 2), strict=True):
+        alone = prepared(seed)
+        run_steps(alone, NullTracker())
+        own, expected = evaluate(member.prepared), evaluate(alone)
+        assert own["eval/errors/total"] == expected["eval/errors/total"] == n_errors
+        assert own["eval/solved"] == expected["eval/solved"] == (n_errors == 0)
+        for key in ("eval/mmcs/linear1", "eval/ml2r/linear1"):
+            assert own[key] == pytest.approx(expected[key], abs=1e-3)
 
 
 # --- residual MLPs, of 20 features and a stream of width 100 ----------------------------------------

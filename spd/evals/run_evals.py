@@ -106,17 +106,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: Arguments) -> int:
     given = arguments.options
     options = parse(EvalsOptions, with_surroundings(given, COMMAND.name), COMMAND.name)
-    if options.nodes > 1 and (options.local or not has_slurm()):
-        raise UserError(f"--nodes {options.nodes}: several machines are found by SLURM alone")
     earlier = [name for name in ("collect", "resume", "cancel") if getattr(options, name)]
     if not earlier:
         return _new(arguments.positional, options)
-    new = {"experiments", "seeds", "ensemble"}
-    if len(earlier) > 1 or arguments.positional or new & given.keys():
-        raise UserError(
-            f"--{earlier[0]} takes the study as it is: no experiments, seeds, ensemble, overrides"
-        )
+    new = ("experiments", "seeds", "ensemble", "nodes", "processes")
+    if len(earlier) > 1 or arguments.positional or given.keys() & set(new):
+        raise UserError(f"--{earlier[0]} takes the study as it is: no {', '.join(new)}, overrides")
     study = find_study(KIND, getattr(options, earlier[0]))
+    joined = {key: study.record.get(key, 1) for key in ("nodes", "processes")}
+    options = options.model_copy(update=joined)
     if options.cancel:
         print(cancel(study))
         return 0
@@ -124,6 +122,7 @@ def _run(arguments: Arguments) -> int:
 
 
 def _new(overrides: Sequence[str], options: EvalsOptions) -> int:
+    _check_machines(options)
     check_overrides(options.experiments, overrides, options.seeds)
     name = new_id()
     directory = output_root().absolute() / KIND / name
@@ -137,6 +136,8 @@ def _new(overrides: Sequence[str], options: EvalsOptions) -> int:
         {
             "experiments": options.experiments,
             "seeds": options.seeds,
+            "nodes": options.nodes,
+            "processes": options.processes,
             "overrides": list(overrides),
             "jobs": [job.name for job in jobs],
         },
@@ -150,7 +151,13 @@ def _new(overrides: Sequence[str], options: EvalsOptions) -> int:
         raise
 
 
+def _check_machines(options: EvalsOptions) -> None:
+    if options.nodes > 1 and (options.local or not has_slurm()):
+        raise UserError(f"--nodes {options.nodes}: several machines are found by SLURM alone")
+
+
 def _go_on(study: Study, options: EvalsOptions) -> int:
+    _check_machines(options)
     now = statuses(study, jobs := study_jobs(study))
     numbered = study.record["slurm"]
     left = [
