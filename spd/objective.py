@@ -39,7 +39,7 @@ class SPDConfig(BaseConfig):
     compile: Literal["auto"] | bool = "auto"
     passes: Passes = "auto"
     """whether the masked forward passes of a step go back in one graph or `one_by_one`, with the same
-    gradients: the first is faster and is what is compiled, the second needs the memory of one pass"""
+    gradients: the first compiles as a whole, the second layer by layer, and needs the memory of one pass"""
     autocast: Literal["bf16"] | None = None
     """run the target and its replaced sites in mixed precision; importances and losses stay float32"""
     activation_checkpointing: bool = False

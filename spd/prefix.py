@@ -41,7 +41,7 @@ class SharedPrefix:
         """how many layers have been run when a site is called"""
         self._keeping = self._recording = False
         self._known: list[Any] = []
-        path_of = {site: path for path, site in model.sites.items()}
+        path_of: dict[nn.Module, str] = {site: path for path, site in model.sites.items()}
         inner: set[nn.Module] = set()
         for layer in layers_of(model.target):
             if layer not in inner:
