@@ -13,7 +13,7 @@ from torch import Tensor
 from spd.problem import ReconKind
 
 KLKernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""log-probabilities of q, up to a constant, and of p → KL(p ‖ q) of every row, and its gradient"""
+"""logits of q and log-probabilities of p → KL(p ‖ q) of every row, and its gradient in those logits"""
 
 CHUNK_ELEMENTS = 2**18
 """of the rows that are worked on at a time: what follows then happens in the cache of a CPU core"""

@@ -97,7 +97,7 @@ def job_environment(code: Path, options: LaunchOptions) -> dict[str, str]:
         "PYTHONPATH": path,
         "SPD_OUT_DIR": str(output_root().absolute()),
         "PYTHONSAFEPATH": "1",  # also for what torchrun starts
-        "OMP_NUM_THREADS": str(max(1, options.cpus // options.processes)),
+        "OMP_NUM_THREADS": str(options.cpus),
     }
 
 

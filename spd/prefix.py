@@ -1,4 +1,6 @@
-"""What masked passes have in common with the target's: everything before the first replaced site."""
+"""The target's layers, as the passes of a step run them: not again before the first replaced site, and
+compiled if that is wanted.
+"""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence

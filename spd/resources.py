@@ -32,11 +32,13 @@ class Resources(BaseConfig):
     account: str | None = Field(default=None, description="SLURM account")
     qos: str | None = Field(default=None, description="SLURM quality of service")
     constraint: str | None = Field(default=None, description="SLURM constraint, as 'a100'")
-    gpus: int = Field(default=1, ge=0, description="per job")
-    cpus: int = Field(default=1, ge=1, description="cores per job")
-    nodes: int = Field(default=1, ge=1, description="machines per run; the rest is per machine")
-    processes: int = Field(default=1, ge=1, description="per machine and run, joined by torchrun")
-    memory_gb: float = Field(default=4.0, gt=0.0, description="per job")
+    gpus: int = Field(
+        default=1, ge=0, description="per process; a job is one, if not told otherwise"
+    )
+    cpus: int = Field(default=1, ge=1, description="cores per process")
+    nodes: int = Field(default=1, ge=1, description="machines per run, of spd-evals on SLURM")
+    processes: int = Field(default=1, ge=1, description="per run and machine, joined by torchrun")
+    memory_gb: float = Field(default=4.0, gt=0.0, description="per process")
     time: Annotated[int | None, BeforeValidator(_minutes)] = Field(
         default=None,
         ge=1,
@@ -78,14 +80,6 @@ class LaunchOptions(Resources):
             )
         return self
 
-    @model_validator(mode="after")
-    def _a_gpu_for_each_process(self) -> Self:
-        if 0 < self.n_gpus < self.processes:
-            raise ValueError(
-                f"--processes {self.processes} need a GPU each: --gpus {self.processes}, or --cpu"
-            )
-        return self
-
     @property
     def joined(self) -> bool:
         """Whether several processes work on a run."""
@@ -93,7 +87,16 @@ class LaunchOptions(Resources):
 
     @property
     def n_gpus(self) -> int:
-        return 0 if self.cpu else self.gpus
+        """Of all processes of a job on one machine, as are the next two."""
+        return 0 if self.cpu else self.gpus * self.processes
+
+    @property
+    def n_cpus(self) -> int:
+        return self.cpus * self.processes
+
+    @property
+    def n_gb(self) -> float:
+        return self.memory_gb * self.processes
 
 
 def with_surroundings(options: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -157,10 +160,10 @@ def wants_ensemble(options: LaunchOptions) -> bool:
 def places(resources: LaunchOptions) -> list[dict[str, str]]:
     """As many jobs as this machine holds at a time: the environment that each of them gets."""
     counts = [
-        len(os.sched_getaffinity(0)) // resources.cpus
+        len(os.sched_getaffinity(0)) // resources.n_cpus
         if hasattr(os, "sched_getaffinity")
-        else (os.cpu_count() or 1) // resources.cpus,
-        int(_free_memory_gb() / resources.memory_gb),
+        else (os.cpu_count() or 1) // resources.n_cpus,
+        int(_free_memory_gb() / resources.n_gb),
         resources.max_parallel or 10**6,
     ]
     gpus = visible_gpus() if resources.n_gpus else []

@@ -222,10 +222,10 @@ def test_several_processes_are_joined_by_torchrun():
     here = launch.joined_python(options(processes="2", cpu="true", cpus="6"), *module)
     assert here[:4] == [sys.executable, "-P", "-m", "torch.distributed.run"]
     assert here[4:] == ["--standalone", "--nproc_per_node=2", "-m", *module]
-    many = launch.joined_python(options(nodes="3", processes="8", gpus="8"), *module)
+    many = launch.joined_python(options(nodes="3", processes="8"), *module)
     assert {"--nnodes=3", "--nproc_per_node=8", "--rdzv_backend=c10d"} < set(many)
     given = launch.job_environment(Path("code"), options(processes="2", cpu="true", cpus="6"))
-    assert given["OMP_NUM_THREADS"] == "3" and given["PYTHONSAFEPATH"] == "1"
+    assert given["OMP_NUM_THREADS"] == "6" and given["PYTHONSAFEPATH"] == "1"
     assert slurm.meeting_place("node7", "40001") == {
         "PET_RDZV_ENDPOINT": "node7:20001",
         "PET_RDZV_ID": "40001",
@@ -237,9 +237,17 @@ def test_runs_of_several_processes_do_not_share_one(monkeypatch: pytest.MonkeyPa
     assert wants_ensemble(options()) and not wants_ensemble(options(nodes="2"))
     with pytest.raises(UserError, match="--ensemble always puts runs into one process, --nodes 2"):
         options(nodes="2", ensemble="always")
-    with pytest.raises(UserError, match="--processes 4 need a GPU each: --gpus 4, or --cpu"):
-        options(processes="4", gpus="2")
-    assert options(processes="4", gpus="4").joined and options(processes="2", cpu="true").joined
+    assert options(processes="4").joined
+
+
+def test_every_process_gets_its_own_gpu_cores_and_memory(tmp_path: Path):
+    asked = options(processes="4", cpus="3", memory_gb="2")
+    assert (asked.n_gpus, asked.n_cpus, asked.n_gb) == (4, 12, 8.0)
+    assert options(processes="4", cpu="true").n_gpus == 0
+    job = Job("a", tmp_path / "a", ["true"], {}, 1)
+    (script,) = slurm.scripts(tmp_path, [job], asked)
+    for line in ("--cpus-per-task=12", "--gpus-per-node=4", "--mem=8192MB", "--nodes=1"):
+        assert f"#SBATCH {line}\n" in script
 
 
 @pytest.mark.parametrize(
@@ -249,6 +257,11 @@ def test_runs_of_several_processes_do_not_share_one(monkeypatch: pytest.MonkeyPa
             run_evals.main,
             ["--nodes", "2", "--local"],
             "--nodes 2: several machines are found by SLURM",
+        ),
+        (
+            run_evals.main,
+            ["batch_size=6", "--experiments", "tms_5-2", "--processes", "4", "--cpu"],
+            "tms_5-2: batch_size 6 cannot be divided among 4 processes",
         ),
         (sweep.main, ["tms_5-2", "2", "--nodes", "2"], "nodes 2, processes 1: the runs of a sweep"),
         (

@@ -123,7 +123,9 @@ def _run(arguments: Arguments) -> int:
 
 def _new(overrides: Sequence[str], options: EvalsOptions) -> int:
     _check_machines(options)
-    check_overrides(options.experiments, overrides, options.seeds)
+    check_overrides(
+        options.experiments, overrides, options.seeds, options.nodes * options.processes
+    )
     name = new_id()
     directory = output_root().absolute() / KIND / name
     jobs = eval_jobs(directory, overrides, options)
@@ -198,8 +200,10 @@ def _collect(study: Study) -> int:
     return 0 if summary.as_expected else 1
 
 
-def check_overrides(names: Sequence[str], overrides: Sequence[str], seeds: Sequence[int]) -> None:
-    """`UserError` unless every experiment can be run with these overrides."""
+def check_overrides(
+    names: Sequence[str], overrides: Sequence[str], seeds: Sequence[int], n_processes: int = 1
+) -> None:
+    """`UserError` unless every experiment can be run with these overrides, by so many processes."""
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key in ("seed", "seeds", "device", "experiment"):
@@ -213,7 +217,13 @@ def check_overrides(names: Sequence[str], overrides: Sequence[str], seeds: Seque
     from spd.experiments.checks import checked_config
 
     for name in names:
-        checked_config(name, [*overrides, f"seed={max(seeds)}"])
+        config = checked_config(name, [*overrides, f"seed={max(seeds)}"])
+        batch_size = getattr(config, "batch_size", n_processes)
+        if batch_size % n_processes:
+            raise UserError(
+                f"{name}: batch_size {batch_size} cannot be divided among {n_processes} processes"
+                f" (nodes × processes); override it with a multiple of {n_processes}"
+            )
 
 
 def eval_jobs(directory: Path, overrides: Sequence[str], options: EvalsOptions) -> list[Job]:
