@@ -29,7 +29,8 @@ class CompiledStep:
     compiling does, and falls back to eager execution, with one line in the log, where compiling fails.
     `compiled` tells what was decided; None until the first call. Functions in `opaque` are not looked
     into, only the operations they do are recorded; `n_members` is the length of the axis over which a
-    step is mapped.
+    step is mapped. With `cuda_graphs` the compiled step, there and back, is recorded once and launched
+    as a whole; what it returns is overwritten by the next call.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class CompiledStep:
         *,
         opaque: Sequence[Callable[..., Any]] = (),
         n_members: int = 1,
+        cuda_graphs: bool = False,
     ) -> None:
         self.eager = self.function = function
         self.setting = setting
         self.n_steps = n_steps
         self.opaque, self.n_members = opaque, n_members
+        self.cuda_graphs = cuda_graphs
         self.compiled: bool | None = None
         if setting is True:
             require_compiler()
@@ -62,7 +65,7 @@ class CompiledStep:
         """The step that the first call compiles."""
         for inner in self.opaque:
             torch.compiler.allow_in_graph(inner)
-        options = inductor_options(self.n_members)
+        options = inductor_options(self.n_members, cuda_graphs=self.cuda_graphs)
         return torch.compile(self.eager, fullgraph=True, dynamic=False, options=options)
 
     def go_back(self) -> None:
@@ -71,6 +74,8 @@ class CompiledStep:
     def __call__(self, *args: Any) -> Any:
         if self.compiled is None:
             return self._first_call(*args)
+        if self.compiled and self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         return self.function(*args)
 
     def _first_call(self, *args: Any) -> Any:
@@ -99,15 +104,13 @@ class CompiledStep:
 
     def _compile(self, *args: Any) -> Any:
         started = time.perf_counter()
-        self.function, before = self.make_compiled(), _cache_counts()
+        self.function, before = self.make_compiled(), _counts()
         with _whole_and_cached():
             result = self.function(*args)
-        found = _cache_counts() - before
-        logger.info(
-            "compiled the training step in %.0f s%s",
-            time.perf_counter() - started,
-            ", found in the cache" if found["hit"] and not found["miss"] else "",
-        )
+        found = _counts() - before
+        notes = ", found in the cache" if found["hit"] and not found["miss"] else ""
+        notes += ", without CUDA graphs" if found["skipped"] else ""
+        logger.info("compiled the training step in %.0f s%s", time.perf_counter() - started, notes)
         return result
 
 
@@ -157,19 +160,20 @@ def _whole_and_cached() -> Iterator[None]:
         yield
 
 
-def _cache_counts() -> Counter[str]:
-    """How many graphs this process has found in the cache (`hit`), and how many not (`miss`)."""
+def _counts() -> Counter[str]:
+    """How many graphs this process has found in the cache (`hit`), how many not (`miss`), and how many
+    could not be launched as CUDA graphs, though they were to be (`skipped`)."""
     from torch._dynamo.utils import counters
 
-    return Counter(
-        {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
-    )
+    keys = {"hit": "fxgraph_cache_hit", "miss": "fxgraph_cache_miss", "skipped": "cudagraph_skips"}
+    return Counter({name: counters["inductor"][key] for name, key in keys.items()})
 
 
-def inductor_options(n_members: int = 1) -> dict[str, Any]:
+def inductor_options(n_members: int = 1, *, cuda_graphs: bool = False) -> dict[str, Any]:
     """Recompute rather than store, and multiply matrices in the cheapest order.
 
-    The former keeps tensors of shape (batch, C, hidden) out of memory.
+    The former keeps tensors of shape (batch, C, hidden) out of memory. `cuda_graphs` launches what is
+    compiled as a whole, for which its inputs are copied to where the recording read them.
     """
     # here, since the compiler takes a while to import and changes the environment
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -185,6 +189,7 @@ def inductor_options(n_members: int = 1) -> dict[str, Any]:
         "realize_opcount_threshold": 1000,
         "realize_reads_threshold": 100,
         "joint_custom_pre_pass": CheapestProducts(),
+        "triton.cudagraphs": cuda_graphs,
     }
 
 

@@ -120,6 +120,7 @@ def sparse_features(
     else:
         active = chance < config.feature_probability
     for group in config.synced_inputs:
-        index = torch.tensor(group, device=device)
-        active[:, index] = active[:, index].any(dim=-1, keepdim=True)
+        any_active = torch.stack([active[:, index] for index in group]).any(dim=0)
+        for index in group:  # one by one: a list of indices would be copied to a GPU, which waits
+            active[:, index] = any_active
     return torch.where(active, values, torch.zeros_like(values))

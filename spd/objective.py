@@ -37,6 +37,10 @@ class SPDConfig(BaseConfig):
     lr_schedule: ScheduleConfig = ScheduleConfig()
     seed: int = Field(default=0, ge=0)
     compile: Literal["auto"] | bool = "auto"
+    cuda_graphs: bool = True
+    """on a GPU, launch a compiled step whose passes go together as a whole, with no gaps between kernels"""
+    tf32: bool = False
+    """on a GPU, multiply the matrices of a training step on its tensor cores, rounded (`spd.precision`)"""
     passes: Passes = "auto"
     """whether the masked forward passes of a step go back in one graph or `one_by_one`, with the same
     gradients: the first compiles as a whole, the second layer by layer, and needs the memory of one pass"""

@@ -19,6 +19,7 @@ from spd.distributed import agreed_maximum, average_, is_leader, own_share
 from spd.ensemble import Alone, Ensemble, StepInputs
 from spd.objective import SPDConfig
 from spd.passes import passes_of
+from spd.precision import tf32_matmuls
 from spd.prepared import Prepared, check_side_by_side, draw, evaluate, may_compile, prepare
 from spd.problem import Problem, Resumable
 from spd.schedule import schedule_factor
@@ -95,6 +96,7 @@ def run_side_by_side(
             n_steps,
             opaque=trained.opaque,
             n_members=trained.n_members,
+            cuda_graphs=batch.is_cuda and config.cuda_graphs,
         )
     else:
         step_fn = CompiledPasses(objectives[0], setting, n_steps)
@@ -114,15 +116,16 @@ def run_side_by_side(
         lr = config.lr * schedule_factor(config.lr_schedule, step, config.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        inputs = trained.inputs([_inputs(member.prepared, step) for member in members])
+        inputs = trained.inputs([step_inputs(member.prepared, step) for member in members])
         batch, progress, noise, row_weights = inputs
 
         # ---- the training step
-        if together:
-            total, terms = step_fn(batch, progress, dict(noise), row_weights)
-            total.backward()
-        else:
-            terms = step_fn(batch, progress, noise, row_weights)
+        with tf32_matmuls(config.tf32 and batch.is_cuda):
+            if together:
+                total, terms = step_fn(batch, progress, dict(noise), row_weights)
+                total.backward()
+            else:
+                terms = step_fn(batch, progress, noise, row_weights)
         average_(p.grad for p in trained.parameters if p.grad is not None)
         if config.grad_clip is not None:
             trained.clip_gradients_(config.grad_clip)
@@ -182,7 +185,7 @@ def check_finite(values: Mapping[str, float], step: int) -> None:
         raise NonFiniteError(f"step {step}: {', '.join(bad)}; the run stops here")
 
 
-def _inputs(prepared: Prepared, step: int) -> StepInputs:
+def step_inputs(prepared: Prepared, step: int) -> StepInputs:
     """What one run computes a step from; of several processes, this one's rows of it."""
     problem, config, objective, *_ = prepared
     batch = _next_batch(problem.train_batches, step, config.steps)
@@ -190,7 +193,8 @@ def _inputs(prepared: Prepared, step: int) -> StepInputs:
     merged = prepared.silent_rows.merge(batch)
     batch, row_weights = merged if len(merged.batch) % share.of == 0 else Rows(batch)
     noise = objective.noise(batch, stream="train", seed=config.seed, step=step, share=share)
-    progress = torch.tensor(step / config.steps, device=batch.device)
+    # filled in on the device: a copy from the host would wait for it
+    progress = torch.full((), step / config.steps, device=batch.device)
     own = share.rows(len(batch))
     return StepInputs(
         batch[own], progress, noise, None if row_weights is None else row_weights[own]

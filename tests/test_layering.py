@@ -18,7 +18,7 @@ SPD = settings.PACKAGE_DIR
 # Experiments stand below all of them, their shared modules above the folders; evals and sweeps come
 # last, and do not know each other.
 CORE = """
-settings config components problem reassociation __init__
+settings config components problem reassociation precision __init__
 snapshot arguments resources distributed
 compilation command provenance registry run_files schedule importance data checkpoint divergence
 job component_model noise results tracking

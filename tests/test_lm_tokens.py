@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -17,6 +18,7 @@ from spd.experiments.lm.text import TextConfig
 from spd.experiments.lm.tokens import (
     PackedBatches,
     check_ids,
+    copied_to,
     end_token_id,
     make_encode,
     packed_sequences,
@@ -31,6 +33,16 @@ LENGTH = 4
 def config(**changes: Any) -> TextConfig:
     raw = {"source": "some/text", "eval_split": "test", "context_length": LENGTH}
     return parse(TextConfig, {**raw, **changes}, "test")
+
+
+def test_a_gpu_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    ids, pinned, there = torch.arange(3), torch.arange(3), torch.arange(3)
+    assert copied_to(ids, "cpu") is ids
+    monkeypatch.setattr(Tensor, "pin_memory", lambda x: pinned)
+    to = mock.Mock(return_value=there)
+    monkeypatch.setattr(Tensor, "to", to)
+    assert copied_to(ids, torch.device("cuda", 1)) is there
+    to.assert_called_once_with(torch.device("cuda", 1), non_blocking=True)
 
 
 def ids_of(n: int) -> datasets.Dataset:

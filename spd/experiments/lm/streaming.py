@@ -10,7 +10,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from spd.config import RunError
-from spd.experiments.lm.tokens import DOCUMENTS_AT_ONCE, Encode, check_ids, permutation
+from spd.experiments.lm.tokens import (
+    DOCUMENTS_AT_ONCE,
+    Encode,
+    check_ids,
+    copied_to,
+    permutation,
+)
 
 
 class StreamedBatches:
@@ -63,7 +69,7 @@ class StreamedBatches:
         ids = self.buffer[batch].long()
         self.buffer = self.buffer[kept]
         check_ids(ids, self.n_vocab)
-        return ids.to(self.device)
+        return copied_to(ids, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {

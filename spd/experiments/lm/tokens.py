@@ -116,6 +116,13 @@ def check_ids(ids: Int[Tensor, "n length"] | Int[np.ndarray, "n length"], n_voca
         )
 
 
+def copied_to(ids: Tensor, device: torch.device | str) -> Tensor:
+    """`ids` on the device; a GPU fetches them by itself, so that nothing waits for it."""
+    if torch.device(device).type != "cuda":
+        return ids.to(device)
+    return ids.pin_memory().to(device, non_blocking=True)
+
+
 class PackedBatches:
     """Endless batches `[batch, length]`; every epoch is a permutation of its own. Knows its position.
 
@@ -145,7 +152,7 @@ class PackedBatches:
         rows = [self._row(place) for place in range(first, first + self.batch_size)]
         self.position += 1
         ids = torch.from_numpy(self.sequences[rows].astype(np.int64))
-        return ids.to(self.device)
+        return copied_to(ids, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
