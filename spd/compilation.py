@@ -29,8 +29,8 @@ class CompiledStep:
     compiling does, and falls back to eager execution, with one line in the log, where compiling fails.
     `compiled` tells what was decided; None until the first call. Functions in `opaque` are not looked
     into, only the operations they do are recorded; `n_members` is the length of the axis over which a
-    step is mapped. With `cuda_graphs` the compiled step, there and back, is recorded once and launched
-    as a whole; what it returns is overwritten by the next call.
+    step is mapped. With `cuda_graphs` what is compiled is recorded, there and back, and launched as a
+    whole; its results and gradients are overwritten from the next call on.
     """
 
     def __init__(
@@ -72,11 +72,23 @@ class CompiledStep:
         """Undo what `make_compiled` and a call that failed have left behind."""
 
     def __call__(self, *args: Any) -> Any:
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         if self.compiled is None:
             return self._first_call(*args)
-        if self.compiled and self.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
         return self.function(*args)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """For a call and its backward pass: an error of what CUDA graphs launch says how to do without."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.compiled and self.cuda_graphs:
+                error.add_note(
+                    "The step was launched as CUDA graphs; cuda_graphs: false does without."
+                )
+            raise
 
     def _first_call(self, *args: Any) -> Any:
         self.compiled = self._wanted(*args)

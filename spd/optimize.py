@@ -120,7 +120,7 @@ def run_side_by_side(
         batch, progress, noise, row_weights = inputs
 
         # ---- the training step
-        with tf32_matmuls(config.tf32 and batch.is_cuda):
+        with step_fn.explained(), tf32_matmuls(config.tf32 and batch.is_cuda):
             if together:
                 total, terms = step_fn(batch, progress, dict(noise), row_weights)
                 total.backward()
