@@ -83,7 +83,7 @@ class NothingFromTheHost(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
         numbers = func not in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
         there = [x.device == META or (numbers and x.dim() == 0) for x in tensors]
-        fine = all(there) or not any(there) and all(x.dim() == 0 for x in tensors)
+        fine = all(there) or (not any(there) and all(x.dim() == 0 for x in tensors))
         assert fine, f"{func} reads or makes a tensor of the host"
         return out
 
