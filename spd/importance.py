@@ -213,19 +213,19 @@ def make_importance(
 def lower_leaky_hard_sigmoid(
     x: Float[Tensor, "*shape"], leak: LowerLeak = "both"
 ) -> Float[Tensor, "*shape"]:
-    """0.01 x below 0, x in [0, 1], 1 above (published form, `leak="both"`).
+    """0.01 x below 0, x in [0, 1], 1 above (published form, `leak="both"`). At 0 the slope is 0.01.
 
     `leak="gradient"` clamps the forward value at 0 and leaks the gradient alone, and only where a
     descent step would raise the importance.
     """
     if leak == "gradient":
         return _gradient_leak(x)
-    return torch.where(x < 0, LEAK * x, x.clamp(max=1.0))
+    return torch.where(x > 0, x.clamp(max=1.0), LEAK * x)
 
 
 def upper_leaky_hard_sigmoid(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """0 below 0, x in [0, 1], 1 + 0.01 (x − 1) above."""
-    return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(min=0.0))
+    """0 below 0, x in [0, 1], 1 + 0.01 (x − 1) above. At 0 the slope is 0."""
+    return torch.where(x > 1, 1 + LEAK * (x - 1), x.relu())
 
 
 class _ScalarMLPs(torch.autograd.Function):
@@ -328,7 +328,7 @@ def _normal_cdf_in_float32(z: Tensor, bell: Tensor) -> Tensor:
 
 
 class _GradientLeak(torch.autograd.Function):
-    """clamp(x, 0, 1) whose gradient below 0 is 0.01 of the incoming one where that is negative."""
+    """clamp(x, 0, 1) whose gradient at and below 0 is 0.01 of the incoming one where that is negative."""
 
     generate_vmap_rule = True
 
@@ -345,7 +345,7 @@ class _GradientLeak(torch.autograd.Function):
         (x,), (grad,) = ctx.saved_tensors, grads
         below = torch.where(grad < 0, LEAK * grad, torch.zeros_like(grad))
         inside = torch.where(x <= 1, grad, torch.zeros_like(grad))
-        return torch.where(x < 0, below, inside)
+        return torch.where(x > 0, inside, below)
 
 
 def _scalar_mlps(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:

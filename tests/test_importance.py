@@ -192,12 +192,12 @@ def test_no_weights_are_shared_between_subcomponents():
 @pytest.mark.parametrize(
     ("leak", "incoming", "values", "slopes"),
     [
-        ("both", 1.0, [-0.01, 0, 0.5, 1, 1], [0.01, 1, 1, 1, 0]),
-        ("both", -1.0, [-0.01, 0, 0.5, 1, 1], [-0.01, -1, -1, -1, 0]),
+        ("both", 1.0, [-0.01, 0, 0.5, 1, 1], [0.01, 0.01, 1, 1, 0]),
+        ("both", -1.0, [-0.01, 0, 0.5, 1, 1], [-0.01, -0.01, -1, -1, 0]),
         # a descent step would lower the importance: no leak
-        ("gradient", 1.0, [0, 0, 0.5, 1, 1], [0, 1, 1, 1, 0]),
+        ("gradient", 1.0, [0, 0, 0.5, 1, 1], [0, 0, 1, 1, 0]),
         # it would raise it: the leak lets it come back
-        ("gradient", -1.0, [0, 0, 0.5, 1, 1], [-0.01, -1, -1, -1, 0]),
+        ("gradient", -1.0, [0, 0, 0.5, 1, 1], [-0.01, -0.01, -1, -1, 0]),
     ],
 )
 def test_lower_leaky_hard_sigmoid(
@@ -220,7 +220,7 @@ def test_upper_leaky_hard_sigmoid(incoming: float):
     y = upper_leaky_hard_sigmoid(x)
     torch.testing.assert_close(y, torch.tensor([0, 0, 0.5, 1, 1.01]))
     (grad,) = torch.autograd.grad(incoming * y.sum(), x)
-    torch.testing.assert_close(grad, incoming * torch.tensor([0, 1, 1, 1, 0.01]))
+    torch.testing.assert_close(grad, incoming * torch.tensor([0, 0, 1, 1, 0.01]))
 
 
 @pytest.mark.parametrize("leak", ["both", "gradient"])
