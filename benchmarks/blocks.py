@@ -23,9 +23,9 @@ import torch
 from benchmarks.cases import Case, load
 from benchmarks.naive import Naive
 from spd.component_model import ComponentModel
-from spd.optimize import Interrupted, Member, prepare, run_side_by_side
+from spd.engine.prepare import prepare
+from spd.optimize import Interrupted, Member, Silent, run_side_by_side
 from spd.problem import Problem
-from spd.tracking import NullTracker
 
 Variant = Literal["naive", "eager", "compiled"]
 WARM_UP_STEPS = 3
@@ -143,7 +143,7 @@ class Pace:
 
 def run_package(runs: Sequence[tuple[Any, Problem]]) -> None:
     """The package's own loop, with its evaluation before the first step; several runs go side by side."""
-    members = [Member(prepare(problem, config), NullTracker()) for config, problem in runs]
+    members = [Member(prepare(problem, config), Silent()) for config, problem in runs]
     try:
         run_side_by_side(members, stop_requested=Pace())
     except Interrupted:
@@ -195,7 +195,7 @@ def _cpu_name() -> str:
 def main() -> None:
     """`VARIANT CASE`: read numbers of steps from stdin, print seconds, at the end the peak of memory."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("spd.compilation").setLevel(logging.INFO)
+    logging.getLogger("spd.engine.compilation").setLevel(logging.INFO)
     variant, case = sys.argv[1], Case(*json.loads(sys.argv[2]))
     compiling = ["compile=false"] if variant == "eager" else []
     runs = []

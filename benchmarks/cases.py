@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spd.command import resolve_device
 from spd.config import UserError, load_config, read_yaml
 from spd.experiments.resid_mlp import model as resid_mlp
 from spd.experiments.resid_mlp.train_resid_mlp import RESID_MLP_TARGET
@@ -15,6 +14,7 @@ from spd.experiments.tms import model as tms
 from spd.experiments.tms.train_tms import TMS_TARGET
 from spd.problem import Problem
 from spd.registry import get_experiment
+from spd.runs.console import resolve_device
 from spd.settings import PACKAGE_DIR
 
 CONFIG_CLASSES = {"tms": "TMSConfig", "resid_mlp": "ResidMLPConfig"}

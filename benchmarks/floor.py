@@ -25,9 +25,10 @@ import torch
 from benchmarks.blocks import machine, measure
 from benchmarks.cases import Case, load
 from benchmarks.step_time import DEFAULT
-from spd.compilation import inductor_options
-from spd.importance import MLPImportance, normal_cdf_and_gelu_slope
-from spd.optimize import Prepared, prepare
+from spd.engine.compilation import inductor_options
+from spd.engine.prepare import Prepared, prepare
+from spd.importance import MLPImportance
+from spd.kernels import normal_cdf_and_gelu_slope
 
 Product = tuple[int, int, int]
 """m, k, n of [m, k] @ [k, n]"""

@@ -21,12 +21,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from spd.compilation import CompiledStep
-from spd.compiled_passes import CompiledPasses
 from spd.config import parse
+from spd.engine.compilation import CompiledStep
+from spd.engine.prepare import prepare
+from spd.engine.sequential import CompiledPasses
 from spd.experiments.lm.model import TokenModel
-from spd.optimize import SPDConfig, prepare
 from spd.problem import Problem
+from spd.spd_config import SPDConfig
 
 BATCH, POSITIONS, VOCAB, C = 4, 512, 4096, 100
 LOSSES = {

@@ -1,6 +1,5 @@
 """A frozen target whose chosen matrices can be replaced, call by call, by masked subcomponents."""
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,12 +12,11 @@ from spd.components import (
     EmbeddingSubcomponents,
     LinearSubcomponents,
     TiedSubcomponents,
-    decomposable,
     init_subcomponents_,
     input_output_weight,
+    resolve_sites,
 )
-from spd.config import UserError, nearest
-from spd.data import derive_seed
+from spd.config import UserError
 from spd.importance import (
     CausalImportances,
     Importance,
@@ -27,6 +25,7 @@ from spd.importance import (
     LowerLeak,
     make_importance,
 )
+from spd.noise import derive_seed
 
 Mask = Tensor | Callable[[], Tensor]
 """`[..., C]`, or a function that makes it, and makes it anew in the backward pass: less is stored"""
@@ -226,41 +225,6 @@ class ComponentModel(nn.Module):
         return {
             path: site.importance_logits(site_inputs[path]) for path, site in self.sites.items()
         }
-
-
-def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, int]:
-    """Module path → C for every pattern (`fnmatch`), in the order in which the target holds them.
-
-    A pattern without a match, two patterns on one module, or a module that cannot be decomposed is a
-    `UserError` that lists what there is.
-    """
-    modules = {path: module for path, module in target.named_modules() if path}
-    usable = [path for path, module in modules.items() if decomposable(module)]
-    if not patterns:
-        raise UserError(f"sites: at least one is needed; decomposable here: {', '.join(usable)}")
-    matched: dict[str, str] = {}
-    for pattern, C in patterns.items():
-        if C < 1:
-            raise UserError(f"sites: {pattern!r} has C = {C}; at least 1 subcomponent is needed")
-        hits = [path for path in modules if fnmatch.fnmatchcase(path, pattern)]
-        if not hits:
-            raise UserError(
-                f"sites: {pattern!r} matches no module{nearest(pattern, usable)}"
-                f" (decomposable here: {', '.join(usable)})"
-            )
-        for path in hits:
-            if path not in usable:
-                raise UserError(
-                    f"sites: {pattern!r} matches {path!r}, a {type(modules[path]).__name__}; only"
-                    f" Linear, Embedding and Conv1D can be decomposed: {', '.join(usable)}"
-                )
-            if path in matched:
-                raise UserError(
-                    f"sites: {path!r} is matched by both {matched[path]!r} and {pattern!r};"
-                    " every module may be matched once"
-                )
-            matched[path] = pattern
-    return {path: patterns[matched[path]] for path in modules if path in matched}
 
 
 def _check_ties(

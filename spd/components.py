@@ -1,10 +1,14 @@
 """What can be decomposed, rank-one subcomponents of one matrix, and their published initialisation."""
 
+import fnmatch
 import sys
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from spd.config import UserError, nearest
 
 
 def input_output_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
@@ -33,6 +37,41 @@ def decomposable(module: nn.Module) -> bool:
 def _is_conv1d(module: nn.Module) -> bool:
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, int]:
+    """Module path → C for every pattern (`fnmatch`), in the order in which the target holds them.
+
+    A pattern without a match, two patterns on one module, or a module that cannot be decomposed is a
+    `UserError` that lists what there is.
+    """
+    modules = {path: module for path, module in target.named_modules() if path}
+    usable = [path for path, module in modules.items() if decomposable(module)]
+    if not patterns:
+        raise UserError(f"sites: at least one is needed; decomposable here: {', '.join(usable)}")
+    matched: dict[str, str] = {}
+    for pattern, C in patterns.items():
+        if C < 1:
+            raise UserError(f"sites: {pattern!r} has C = {C}; at least 1 subcomponent is needed")
+        hits = [path for path in modules if fnmatch.fnmatchcase(path, pattern)]
+        if not hits:
+            raise UserError(
+                f"sites: {pattern!r} matches no module{nearest(pattern, usable)}"
+                f" (decomposable here: {', '.join(usable)})"
+            )
+        for path in hits:
+            if path not in usable:
+                raise UserError(
+                    f"sites: {pattern!r} matches {path!r}, a {type(modules[path]).__name__}; only"
+                    f" Linear, Embedding and Conv1D can be decomposed: {', '.join(usable)}"
+                )
+            if path in matched:
+                raise UserError(
+                    f"sites: {path!r} is matched by both {matched[path]!r} and {pattern!r};"
+                    " every module may be matched once"
+                )
+            matched[path] = pattern
+    return {path: patterns[matched[path]] for path in modules if path in matched}
 
 
 class LinearSubcomponents(nn.Module):

@@ -14,10 +14,16 @@ from pydantic import Field
 from torch import Tensor
 
 from spd.component_model import ComponentModel, Mask, Site
-from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError, nearest
-from spd.divergence import KLKernel, kl_divergence, mean_over_rows, recon_error
+from spd.config import (
+    BY_TYPE,
+    NAME_IS_TYPE,
+    BaseConfig,
+    UserError,
+    nearest,
+)
 from spd.importance import CausalImportances
-from spd.prefix import SharedPrefix
+from spd.kernels import KLKernel, kl_per_row
+from spd.masks import stochastic_mask
 from spd.problem import ReconKind
 
 Noise = Mapping[str, Tensor]
@@ -42,8 +48,8 @@ class StepContext(NamedTuple):
     """one for each row of `batch`, with mean 1: how many rows of the data it stands for; None: one each"""
     term: str = ""
     """name of the loss that is being computed"""
-    prefix: SharedPrefix | None = None
-    """what masked passes need not compute again; None: they are whole"""
+    run: Callable[[Tensor, Mapping[str, Mask | None] | None], Tensor] | None = None
+    """runs the model under masks without computing again what they share; None: passes are whole"""
     recompute_masks: bool = False
     """make the masks of all sites anew in the backward pass, so that none is stored"""
     kl_kernel: KLKernel | None = None
@@ -61,7 +67,7 @@ class StepContext(NamedTuple):
 
     def masked_error(self, masks: Mapping[str, Mask] | None = None) -> Float[Tensor, ""]:
         """D(output with these masks, target); None: all sites, all subcomponents on."""
-        run = self.model if self.prefix is None else self.prefix.forward
+        run = self.model if self.run is None else self.run
         prediction = run(self.batch, masks)
         return recon_error(
             prediction,
@@ -84,6 +90,42 @@ def noise_key(term: str, sample: int, site: str) -> str:
 # --- the mathematics -------------------------------------------------------------------------------
 
 
+def mean_over_rows(
+    values: Float[Tensor, "*rows"], weights: Float[Tensor, " rows"] | None = None
+) -> Float[Tensor, ""]:
+    """Mean over batch and positions; `weights`, one for each row of the batch, have mean 1."""
+    if weights is None:
+        return values.mean()
+    return (values * weights.reshape(-1, *[1] * (values.dim() - 1))).mean()
+
+
+def recon_error(
+    prediction: Float[Tensor, "*rows d"],
+    target: Float[Tensor, "*rows d"],
+    kind: ReconKind,
+    weights: Float[Tensor, " rows"] | None = None,
+    *,
+    normalized: bool = False,
+    kernel: KLKernel | None = None,
+) -> Float[Tensor, ""]:
+    """D: mean squared error over every element, or KL(target ‖ prediction) of logits, mean over rows."""
+    if kind == "kl":
+        rows = kl_per_row(prediction, target, normalized=normalized, kernel=kernel)
+        return mean_over_rows(rows, weights)
+    if weights is None:
+        return (prediction - target).square().mean()
+    return mean_over_rows((prediction - target).square().mean(dim=-1), weights)
+
+
+def kl_divergence(
+    logits: Float[Tensor, "*rows d"],
+    target_logits: Float[Tensor, "*rows d"],
+    weights: Float[Tensor, " rows"] | None = None,
+) -> Float[Tensor, ""]:
+    """KL(target ‖ prediction) over the last axis, mean over the rest."""
+    return mean_over_rows(kl_per_row(logits, target_logits), weights)
+
+
 def faithfulness(sites: Mapping[str, Site]) -> Float[Tensor, ""]:
     """(1/N) Σ_l ‖W^l − Σ_c U_c V_cᵀ‖²_F with N the number of entries of all W^l (paper, section 2)."""
     errors, n_entries = [], 0
@@ -92,13 +134,6 @@ def faithfulness(sites: Mapping[str, Site]) -> Float[Tensor, ""]:
         errors.append((weight - site.subcomponents.V @ site.subcomponents.U).square().sum())
         n_entries += weight.numel()
     return torch.stack(errors).sum() / n_entries
-
-
-def stochastic_mask(
-    g: Float[Tensor, "*rows C"], uniform: Float[Tensor, "*rows C"]
-) -> Float[Tensor, "*rows C"]:
-    """m = g + (1 − g) r with r ~ U(0, 1) (paper, section 2)."""
-    return g + (1 - g) * uniform
 
 
 def safe_power(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:

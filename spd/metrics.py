@@ -10,9 +10,19 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.config import BY_TYPE, NAME_IS_TYPE, BaseConfig, UserError
+from spd.config import (
+    BY_TYPE,
+    NAME_IS_TYPE,
+    BaseConfig,
+    UserError,
+)
 from spd.losses import Loss, StepContext, loss_terms
-from spd.problem import Dense, Identity, Pattern, Problem
+from spd.problem import (
+    Dense,
+    Identity,
+    Pattern,
+    Problem,
+)
 
 L0_THRESHOLD = 0.01
 ALIVE_THRESHOLD = 0.1

@@ -1,11 +1,29 @@
-"""The uniform draws that stochastic masks are made of."""
+"""Random numbers by what they are for: seeds, and the uniform draws that stochastic masks are made of."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spd.data import derive_seed
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part; for reproducible streams that do not overlap."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Share(NamedTuple):
+    """Which rows of a batch are this process's."""
+
+    rank: int = 0
+    of: int = 1
+
+    def rows(self, n: int) -> slice:
+        """Of n rows, which `of` divides."""
+        assert n % self.of == 0, f"{n} rows for {self.of} processes"
+        return slice(self.rank * n // self.of, (self.rank + 1) * n // self.of)
 
 
 class StepNoise(Mapping[str, Tensor]):

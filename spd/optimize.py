@@ -5,26 +5,61 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from spd import checkpoint
-from spd.compilation import CompiledStep
-from spd.compiled_passes import CompiledPasses
 from spd.component_model import ComponentModel
 from spd.config import RunError, UserError
-from spd.distributed import agreed_maximum, average_, is_leader, own_share
-from spd.ensemble import Alone, Ensemble, StepInputs
-from spd.objective import SPDConfig
-from spd.passes import passes_of
-from spd.precision import tf32_matmuls
-from spd.prepared import Prepared, check_side_by_side, draw, evaluate, may_compile, prepare
+from spd.engine import checkpoint
+from spd.engine.compilation import CompiledStep, tf32_matmuls
+from spd.engine.distributed import agreed_maximum, average_, is_leader, own_share
+from spd.engine.ensemble import Alone, Ensemble, StepInputs
+from spd.engine.prepare import Prepared, check_side_by_side, evaluate, prepare
+from spd.engine.sequential import CompiledPasses
+from spd.engine.silent_rows import Rows
+from spd.engine.step import may_compile, passes_of
 from spd.problem import Problem, Resumable
 from spd.schedule import schedule_factor
-from spd.silent_rows import Rows
-from spd.tracking import NullTracker, Tracker
+from spd.spd_config import SPDConfig
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """What the loop tells the outside. Values are plain floats, by the names that metrics.jsonl has."""
+
+    def started(self, step: int, steps: int) -> None:
+        """The loop is about to run from `step` to `steps`."""
+        ...
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        """The terms of one step."""
+        ...
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """The metrics on held-out data before `step`, each under `eval/`."""
+        ...
+
+    def ended(self) -> None:
+        """No more will come: the loop is over, or was left."""
+        ...
+
+
+class Silent:
+    """An observer that does nothing."""
+
+    def started(self, step: int, steps: int) -> None:
+        pass
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def ended(self) -> None:
+        pass
 
 
 class NonFiniteError(RunError):
@@ -35,9 +70,11 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
     """A run was asked to stop, by what is given as second argument, and has written its checkpoint."""
 
 
-def optimize(problem: Problem, config: SPDConfig, tracker: Tracker | None = None) -> ComponentModel:
+def optimize(
+    problem: Problem, config: SPDConfig, observer: Observer | None = None
+) -> ComponentModel:
     """Decompose `problem.target` (in place) and return it as a `ComponentModel`."""
-    return run_steps(prepare(problem, config), tracker or NullTracker())
+    return run_steps(prepare(problem, config), observer or Silent())
 
 
 @dataclass
@@ -45,7 +82,7 @@ class Member:
     """One run among those that are trained side by side."""
 
     prepared: Prepared
-    tracker: Tracker
+    observer: Observer
     checkpoints: Path | None = None
     failure: NonFiniteError | None = None
     """why it ended before the others"""
@@ -53,14 +90,14 @@ class Member:
 
 def run_steps(
     prepared: Prepared,
-    tracker: Tracker,
+    observer: Observer,
     *,
     checkpoints: Path | None = None,
     resume: bool = False,
     stop_requested: Callable[[], bool | int] = lambda: False,
 ) -> ComponentModel:
     """The loop for one run."""
-    member = Member(prepared, tracker, checkpoints)
+    member = Member(prepared, observer, checkpoints)
     run_side_by_side([member], resume=resume, stop_requested=stop_requested)
     if member.failure is not None:
         raise member.failure
@@ -77,7 +114,7 @@ def run_side_by_side(
 
     A checkpoint holds the state before its step; one extra lap evaluates and saves last. A member whose
     terms become non-finite is left behind with its `failure`, and the others go on. Of several processes
-    (`spd.distributed`) each works on its rows of every batch; the leader alone evaluates and writes.
+    (`spd.engine.distributed`) each works on its rows of every batch; the leader alone evaluates and writes.
     """
     check_side_by_side([member.prepared for member in members])
     config, batch = members[0].prepared.config, members[0].prepared.eval_batches[0]
@@ -101,7 +138,7 @@ def run_side_by_side(
     else:
         step_fn = CompiledPasses(objectives[0], setting, n_steps)
     for member in members:
-        member.tracker.start(start, config.steps)
+        member.observer.started(start, config.steps)
 
     for step in range(start, config.steps + 1):
         last, stopping = step == config.steps, agreed_maximum(int(stop_requested()))
@@ -148,24 +185,21 @@ def _going(members: Sequence[Member]) -> list[Member]:
 
 
 def _look(members: Sequence[Member], step: int, last: bool) -> None:
-    """Evaluate and draw, where it is time for that; a member that is not finite ends here."""
+    """Evaluate, where it is time for that; a member that is not finite ends here."""
     config = members[0].prepared.config
     evaluating = due(step, config.eval_every, last)
-    drawing = last or (config.figures_every and due(step, config.figures_every, last))
-    for member in _going(members) if evaluating or drawing else ():
+    for member in _going(members) if evaluating else ():
         parameters = member.prepared.objective.model.subcomponent_parameters()
         bad = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
         if bad:
             member.failure = NonFiniteError(f"step {step}: {', '.join(bad)} not finite")
             continue
-        if evaluating and is_leader():
-            member.tracker.write(step, evaluate(member.prepared))
-        if drawing and is_leader():
-            member.tracker.write_figures(step, draw(member.prepared))
+        if is_leader():
+            member.observer.evaluated(step, evaluate(member.prepared))
 
 
 def _log(members: Sequence[Member], terms: Mapping[str, Tensor], step: int, lr: float) -> None:
-    """Hand the terms of a step to the trackers; a member with one that is not finite ends here."""
+    """Hand the terms of a step to the observers; a member with one that is not finite ends here."""
     table = torch.stack(list(terms.values())).reshape(len(terms), len(members))
     rows = table.T.tolist()  # the only host sync
     for member, row in zip(members, rows, strict=True):
@@ -174,7 +208,7 @@ def _log(members: Sequence[Member], terms: Mapping[str, Tensor], step: int, lr: 
             continue
         try:
             check_finite(values, step)
-            member.tracker.write(step, {**values, "lr": lr})
+            member.observer.stepped(step, {**values, "lr": lr})
         except NonFiniteError as error:
             member.failure = error
 

@@ -6,7 +6,12 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from spd.config import UserError, apply_overrides, nearest, read_yaml
+from spd.config import (
+    UserError,
+    apply_overrides,
+    nearest,
+    read_yaml,
+)
 from spd.settings import PACKAGE_DIR
 
 

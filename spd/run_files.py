@@ -15,6 +15,7 @@ from spd.config import UserError
 
 CONFIG_FILE, META_FILE, RESULT_FILE, LOG_FILE = "config.yaml", "meta.json", "result.json", "log.txt"
 CHECKPOINTS, TARGET, LOCK_FILE = "checkpoints", "target", ".lock"
+METRICS_FILE, TIMINGS_FILE, FIGURES = "metrics.jsonl", "timings.jsonl", "figures"
 META_KEYS = ("entry", "seconds")
 
 
@@ -128,3 +129,15 @@ def sole_use(directory: Path, *, patience: float = 0.0) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+    """The logged lines of a run, in order, without a last one that was cut short."""
+    path = directory / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a run directory is expected")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path}: a line is not valid JSON: {error}") from None

@@ -26,7 +26,8 @@ from spd.config import parse
 from spd.experiments.lm.model import TokenModel
 from spd.experiments.lm.problem import LMProblem
 from spd.importance import AffineImportanceConfig
-from spd.run import ExperimentConfig, cli
+from spd.runs.cli import cli
+from spd.runs.execution import ExperimentConfig
 
 VOCAB, WIDTH = 40, 16
 AWKWARD = ("</script><script>fail('1')</script>", "<img src=x onerror=fail('2')>", "<!--<script>")

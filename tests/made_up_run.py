@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spd.drawing import DescribedFigure, FigureText
-from spd.figures import save_figures
+from spd.reports.drawing import DescribedFigure, FigureText
+from spd.reports.figures import save_figures
 
 
 def make_run(root: Path, **changes: Any) -> Path:

@@ -6,7 +6,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spd.distributed import average_, is_leader, joined, own_share
+from spd.engine.distributed import (
+    average_,
+    is_leader,
+    joined,
+    own_share,
+)
+from spd.engine.sequential import Sequential
 from spd.objective import Objective
 from tests.little_lm import RandomBatches, little_model
 from tests.toy import ALL_LOSSES, decompose, make_objective
@@ -30,7 +36,7 @@ def gradients(*, together: bool) -> dict[str, Tensor]:
         total, terms = objective(batch, progress, dict(noise))
         total.backward()
     else:
-        terms = objective.backward_one_by_one(batch, progress, noise)
+        terms = Sequential(objective)(batch, progress, noise)
     grads = {n: p.grad for n, p in objective.model.subcomponent_parameters().items()}
     found = {**terms, **{name: grad for name, grad in grads.items() if grad is not None}}
     average_(found.values())

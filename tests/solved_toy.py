@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.data import SparseFeatureConfig, SparseFeatures
+from spd.engine.prepare import Prepared, prepare
+from spd.experiments.sparse_features import SparseFeatureConfig, SparseFeatures
 from spd.experiments.tms.model import TMSModel
 from spd.importance import AffineImportance, AffineImportanceConfig
 from spd.losses import Faithfulness
-from spd.optimize import Prepared, SPDConfig, prepare
 from spd.problem import Dense, Identity, Problem
+from spd.spd_config import SPDConfig
 
 PROBE = 0.75
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.cases import Case, load
 from benchmarks.naive import Naive
-from spd.optimize import prepare
+from spd.engine.prepare import prepare
 
 CASES = [
     Case("tms_5-2-id", ("batch_size=64",)),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spd.component_model import ComponentModel, Site, resolve_sites
+from spd.component_model import ComponentModel, Site
+from spd.components import resolve_sites
 from spd.config import UserError
 from tests.toy import MLP, MLP_SITES, TokenModel, decompose, make_objective
 

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spd.compilation import CompiledStep
-from spd.compiled_passes import CompiledPasses
 from spd.component_model import ComponentModel
 from spd.config import parse
+from spd.engine.compilation import CompiledStep
+from spd.engine.sequential import CompiledPasses
 from spd.importance import AffineImportanceConfig, MLPImportanceConfig
 from spd.losses import kl_divergence
 from spd.objective import Objective
-from spd.optimize import SPDConfig
 from spd.problem import Problem
 from spd.schedule import ScheduleConfig, schedule_factor
+from spd.spd_config import SPDConfig
 from tests.golden_targets import build_target
 
 GOLDEN = Path(os.environ.get("SPD_GOLDEN_DIR") or Path(__file__).parent / "golden")
@@ -86,7 +86,7 @@ def build_objective(case: dict[str, Any], tensors: dict[str, Tensor]) -> Objecti
     model.load_subcomponents(loaded)
     nothing = iter(())
     problem = Problem(model.target, nothing, nothing, recon=case["output_loss_type"])
-    return Objective(model, config, problem)
+    return Objective(model, config.losses, problem.recon)
 
 
 def noise_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

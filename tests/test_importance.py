@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spd import importance
+from spd import kernels
 from spd.importance import (
     AffineImportance,
     AffineImportanceConfig,
@@ -120,15 +120,15 @@ def test_blocks_of_subcomponents_change_nothing(monkeypatch: pytest.MonkeyPatch)
     inputs = {"h": h, **dict(function.named_parameters())}
     whole = function(h)
     expected = gradients(whole, h.detach(), inputs)
-    monkeypatch.setattr(importance, "BLOCK_ELEMENTS", 2 * 7 * 3)  # two subcomponents
+    monkeypatch.setattr(kernels, "BLOCK_ELEMENTS", 2 * 7 * 3)  # two subcomponents
     sizes: list[tuple[int, ...]] = []
-    plain = importance.normal_cdf_and_gelu_slope
+    plain = kernels.normal_cdf_and_gelu_slope
 
     def recorded(z: Tensor) -> tuple[Tensor, Tensor]:
         sizes.append(tuple(z.shape))
         return plain(z)
 
-    monkeypatch.setattr(importance, "normal_cdf_and_gelu_slope", recorded)
+    monkeypatch.setattr(kernels, "normal_cdf_and_gelu_slope", recorded)
     in_blocks = function(h)
     found = gradients(in_blocks, h.detach(), inputs)
     assert sizes == [(7, 2, 3), (7, 2, 3), (7, 1, 3), (2, 3, 7), (2, 3, 7), (1, 3, 7)]

@@ -20,7 +20,7 @@ from spd.importance import (
     rms_normalized,
     upper_leaky_hard_sigmoid,
 )
-from spd.optimize import SPDConfig
+from spd.spd_config import SPDConfig
 from tests import naive
 from tests.toy import ALL_LOSSES, MLP, MLP_SITES, TokenModel, make_config, terms_of
 from tests.toy import make_objective as objective_of

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,39 +15,23 @@ from spd import settings
 
 SPD = settings.PACKAGE_DIR
 
-# A module imports only from lines above its own; those on one line do not know each other.
-# Experiments stand below all of them, their shared modules above the folders; evals and sweeps come
-# last, and do not know each other.
-CORE = """
-settings config components problem reassociation precision __init__
-snapshot arguments resources distributed
-compilation command provenance registry run_files schedule importance data checkpoint divergence
-job component_model noise results tracking
-slurm watch prefix
-launch
-losses activation_checkpointing silent_rows
-metrics passes
-drawing
-figures
-objective report
-ensemble compiled_passes
-prepared
-optimize
-reporting
-execution
-run
-report_command pretrained redraw
-"""
-LAYERS = [line.split() for line in CORE.strip().splitlines()]
-LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line}
-LAST = ("evals.", "sweeps.")
+# The floors, from the ground up, are those that docs/architecture.md shows. A room is a file of `spd/` or
+# a folder of it. It imports only from floors below its own: those on one floor do not know each other.
+ARCHITECTURE = SPD.parent / "docs" / "architecture.md"
+FLOORS = [
+    line.split()
+    for line in re.findall(
+        r"```floors\n(.*?)```", ARCHITECTURE.read_text(encoding="utf-8"), flags=re.DOTALL
+    )[0].splitlines()
+]
+FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 MAY_IMPORT = {
-    "wandb": ("tracking",),
-    "matplotlib": ("drawing", "figures", "experiments.", "sweeps.figures"),
-    "submitit": ("slurm",),
-    "optuna": ("sweeps.local_study",),
-    "fire": ("arguments",),
-    "rich": ("watch",),
+    "wandb": ("runs.wandb_run", "sweeps.wandb_backend"),
+    "matplotlib": ("reports.", "experiments.", "sweeps.figures"),
+    "submitit": ("launch.slurm",),
+    "optuna": ("sweeps.optuna_backend",),
+    "fire": ("launch.arguments",),
+    "rich": ("launch.watch",),
     "transformers": ("experiments.lm.",),
     "datasets": ("experiments.lm.",),
 }
@@ -82,37 +67,37 @@ def own_modules(path: Path) -> Iterator[str]:
         yield known[0]
 
 
-def test_every_module_of_the_core_has_its_layer():
-    core = [name for name in FILES if not name.startswith(("experiments.", *LAST))]
-    assert sorted(LEVEL) == sorted(core)
+def room_of(name: str) -> str:
+    return name.partition(".")[0]
 
 
-@pytest.mark.parametrize("name", LEVEL)
-def test_the_core_imports_from_layers_below(name: str):
+def test_every_room_stands_on_one_floor():
+    rooms = {room_of(name) for name in FILES} - {"__init__"}
+    assert sorted(room for floor in FLOORS for room in floor) == sorted(rooms)
+    assert len(FLOORS) <= 12
+
+
+def test_the_ground_floor_of_the_package_has_few_files():
+    assert len([name for name in FILES if "." not in name]) <= 18
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_down(name: str):
+    room = room_of(name)
     for other in own_modules(FILES[name]):
-        assert other in LEVEL, f"{name} imports {other}: the core knows no experiment"
-        assert LEVEL[other] < LEVEL[name], f"{name} (layer {LEVEL[name]}) imports {other}"
+        below = room_of(other)
+        if name != "__init__" and below != room:
+            assert FLOOR[below] < FLOOR[room], f"{name} (floor {FLOOR[room]}) imports {other}"
 
 
 def test_experiments_do_not_know_each_other():
-    for name in FILES.keys() - LEVEL.keys():
-        if name.startswith(LAST):
+    for name in FILES:
+        if not name.startswith("experiments."):
             continue
-        folder = name.rpartition(".")[0]
+        folder = name.split(".")[1]
         for other in own_modules(FILES[name]):
-            other_folder = other.rpartition(".")[0]
-            if other not in LEVEL and other_folder != "experiments":
-                assert folder == other_folder, f"{name} imports {other}"
-
-
-def test_evals_and_sweeps_come_last():
-    """They know the core and what experiments share, but neither an experiment nor each other."""
-    for name in FILES.keys() - LEVEL.keys():
-        for other in own_modules(FILES[name]):
-            if other.startswith(LAST):
-                assert name.partition(".")[0] == other.partition(".")[0], f"{name} imports {other}"
-            elif name.startswith(LAST) and other not in LEVEL:
-                assert other.count(".") == 1, f"{name} imports {other}"
+            if other.startswith("experiments.") and other.count(".") > 1:
+                assert other.split(".")[1] == folder, f"{name} imports {other}"
 
 
 def test_no_module_imports_itself_in_a_roundabout_way():

@@ -9,9 +9,15 @@ from torch import Tensor
 
 from spd.component_model import ComponentModel
 from spd.config import UserError, parse
-from spd.losses import importance_minimality, kl_divergence, recon_error, safe_power, schatten
-from spd.optimize import SPDConfig
+from spd.losses import (
+    importance_minimality,
+    kl_divergence,
+    recon_error,
+    safe_power,
+    schatten,
+)
 from spd.problem import ReconKind
+from spd.spd_config import SPDConfig
 from tests import naive
 from tests.toy import (
     ALL_LOSSES,

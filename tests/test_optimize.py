@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from spd import importance
-from spd.compilation import CompiledStep
 from spd.component_model import ComponentModel
 from spd.config import UserError, parse
+from spd.engine.compilation import CompiledStep
+from spd.engine.prepare import eval_contexts, evaluate, prepare
 from spd.experiments.targets import TrainedTarget, save_target
 from spd.experiments.tms.model import TMSModel
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.experiments.tms.train_tms import TMSTrainConfig
 from spd.objective import Objective
-from spd.optimize import NonFiniteError, due, evaluate, optimize, prepare
-from spd.prepared import eval_contexts
+from spd.optimize import NonFiniteError, due, optimize
 from spd.problem import Problem
 from spd.schedule import ScheduleConfig, schedule_factor
 from tests.toy import (
@@ -54,17 +54,19 @@ def problem(**changes: Any) -> Problem:
 
 
 class Recorder:
-    """A tracker that remembers."""
+    """An observer that remembers."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[int, dict[str, float]]] = []
 
-    def start(self, step: int, steps: int) -> None: ...
-    def write_figures(self, step: int, figures: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
+    def started(self, step: int, steps: int) -> None: ...
+    def ended(self) -> None: ...
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
         self.lines.append((step, dict(values)))
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        self.stepped(step, values)
 
     def steps_with(self, key: str) -> list[int]:
         return [step for step, values in self.lines if key in values]

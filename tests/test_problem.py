@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from spd.config import RunError, UserError
+from spd.engine.prepare import prepare
 from spd.metrics import column_match
-from spd.optimize import SPDConfig, optimize, prepare
+from spd.optimize import optimize
 from spd.problem import Problem
+from spd.spd_config import SPDConfig
 
 CONFIG = SPDConfig(
     sites={"0": 3},

@@ -12,7 +12,7 @@ import pytest
 
 from spd.config import UserError, load_config
 from spd.registry import EXPERIMENTS, command_line, get_experiment
-from spd.run import ExperimentConfig
+from spd.runs.execution import ExperimentConfig
 from spd.settings import PACKAGE_DIR, REPO_DIR
 
 TMS = {

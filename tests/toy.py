@@ -10,8 +10,8 @@ from spd.config import parse
 from spd.importance import AffineImportanceConfig, ImportanceConfig, MLPImportanceConfig
 from spd.losses import loss_terms
 from spd.objective import Objective
-from spd.optimize import SPDConfig
 from spd.problem import Problem, ReconKind
+from spd.spd_config import SPDConfig
 
 MLP_SITES = {"first": 7, "deep.mid": 5, "last": 9}
 N_SAMPLES = 3
@@ -93,7 +93,7 @@ def make_objective(
     """The objective of a model that has its sites already."""
     nothing = iter(())
     problem = Problem(model.target, nothing, nothing, recon=recon)
-    return Objective(model, make_config(losses), problem)
+    return Objective(model, make_config(losses).losses, problem.recon)
 
 
 def terms_of(

@@ -10,10 +10,22 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from spd.arguments import Arguments, Command, run_command, split_list
 from spd.config import UserError, parse
-from spd.job import ENDED, Job
-from spd.launch import (
+from spd.launch.arguments import (
+    Arguments,
+    Command,
+    run_command,
+    split_list,
+)
+from spd.launch.job import ENDED, Job
+from spd.launch.resources import (
+    LaunchOptions,
+    has_slurm,
+    uses_gpus,
+    wants_ensemble,
+    with_surroundings,
+)
+from spd.launch.study import (
     JOBS,
     Study,
     cancel,
@@ -28,13 +40,6 @@ from spd.launch import (
     study_jobs,
 )
 from spd.registry import default_experiments, expected_minutes, get_experiment
-from spd.resources import (
-    LaunchOptions,
-    has_slurm,
-    uses_gpus,
-    wants_ensemble,
-    with_surroundings,
-)
 from spd.run_files import seed_directory
 from spd.settings import output_root
 
@@ -214,7 +219,7 @@ def check_overrides(
                 "experiment": "--experiments",
             }[key]
             raise UserError(f"override {override!r}: say it with {instead}")
-    from spd.experiments.checks import checked_config
+    from spd.runs.cli import checked_config
 
     for name in names:
         config = checked_config(name, [*overrides, f"seed={max(seeds)}"])

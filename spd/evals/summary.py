@@ -9,12 +9,17 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from spd.job import Job, Status
+from spd.launch.job import Job, Status
+from spd.launch.watch import duration
 from spd.registry import EXPERIMENTS, Experiment
-from spd.results import LABELS, format_value
-from spd.run_files import RESULT_FILE, has_finished, read_json, write_json
+from spd.reports.results import LABELS, format_value
+from spd.run_files import (
+    RESULT_FILE,
+    has_finished,
+    read_json,
+    write_json,
+)
 from spd.settings import PACKAGE_DIR
-from spd.watch import duration
 
 PAGE, DATA = "summary.html", "summary.json"
 ALWAYS = ("errors/total", "loss/total")

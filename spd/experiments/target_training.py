@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from spd.compilation import CompiledStep
 from spd.config import BaseConfig, RunError
-from spd.data import derive_seed
+from spd.engine.compilation import CompiledStep
+from spd.noise import derive_seed
 from spd.schedule import ScheduleConfig, schedule_factor
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spd import settings
-from spd.config import BaseConfig, Config, UserError, load_config, parse, read_yaml, to_yaml
+from spd.config import (
+    BaseConfig,
+    Config,
+    UserError,
+    load_config,
+    parse,
+    read_yaml,
+    to_yaml,
+)
 from spd.experiments.target_training import TargetError, seed_table
 
 logger = logging.getLogger(__name__)
@@ -75,7 +83,7 @@ def resolve_target(
     """
     start = time.perf_counter()
     if target.startswith(WANDB_PREFIX):
-        from spd.tracking import download_run
+        from spd.runs.wandb_run import download_run
 
         directory, what = target_directory(download_run(target)), f"downloaded {target} to"
     else:

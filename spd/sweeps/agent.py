@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 from spd.config import UserError
-from spd.launch import STUDY_FILE, Study
+from spd.launch.study import STUDY_FILE, Study
 from spd.run_files import read_json
-from spd.sweeps import local_study, wandb_sweep
+from spd.sweeps import optuna_backend as local_study
+from spd.sweeps import wandb_backend as wandb_sweep
 
 BACKENDS = {"local": local_study, "wandb": wandb_sweep}
 

@@ -10,7 +10,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from spd.config import BaseConfig, UserError, nearest, parse, read_yaml
+from spd.config import (
+    BaseConfig,
+    UserError,
+    nearest,
+    parse,
+    read_yaml,
+)
 
 Point = dict[str, Any]
 """swept key → value"""
@@ -193,7 +199,7 @@ def overrides_of(point: Mapping[str, Any]) -> list[str]:
 
 def check(definition: Definition, experiment: str, fixed: Sequence[str], source: str) -> None:
     """`UserError` unless the experiment takes every key and every value, and logs the metric."""
-    from spd.experiments.checks import checked_config
+    from spd.runs.cli import checked_config
 
     base = checked_config(experiment, fixed)
     settings = base.model_dump(mode="json")

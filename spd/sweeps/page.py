@@ -8,13 +8,19 @@ from typing import Any
 
 import jinja2
 
-from spd.figures import png_bytes, read_png
-from spd.job import Status
-from spd.launch import Study
+from spd.launch.job import Status
+from spd.launch.study import Study
+from spd.reports.figures import png_bytes, read_png
 from spd.settings import PACKAGE_DIR
 from spd.sweeps.definition import Definition, Metric
 from spd.sweeps.figures import against_each, parallel_coordinates
-from spd.sweeps.trials import Trial, by_value, definition_of, shown, trials_of
+from spd.sweeps.trials import (
+    Trial,
+    by_value,
+    definition_of,
+    shown,
+    trials_of,
+)
 
 PAGE = "sweep.html"
 N_LISTED = 20

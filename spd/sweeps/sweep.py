@@ -14,10 +14,16 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from spd.arguments import Arguments, Command, run_command
 from spd.config import UserError, parse
-from spd.job import Job
-from spd.launch import (
+from spd.launch.arguments import Arguments, Command, run_command
+from spd.launch.job import Job
+from spd.launch.resources import (
+    LaunchOptions,
+    uses_gpus,
+    wants_ensemble,
+    with_surroundings,
+)
+from spd.launch.study import (
     JOBS,
     Study,
     cancel,
@@ -32,7 +38,6 @@ from spd.launch import (
     study_jobs,
 )
 from spd.registry import expected_minutes, get_experiment
-from spd.resources import LaunchOptions, uses_gpus, wants_ensemble, with_surroundings
 from spd.settings import PACKAGE_DIR, output_root
 from spd.sweeps.definition import Definition, check, read_definition
 
@@ -235,7 +240,7 @@ def _backend(
     options: SweepOptions, definition: Definition, experiment: str, overrides: Sequence[str]
 ) -> tuple[str, str | None]:
     """Which one, checked, and the project on W&B."""
-    from spd.experiments.checks import checked_config
+    from spd.runs.cli import checked_config
     from spd.sweeps.agent import BACKENDS
 
     project = definition.project or checked_config(experiment, overrides).wandb_project
@@ -267,7 +272,7 @@ def _side_by_side(
 
 def _tracks(project: str | None) -> bool:
     """Whether a sweep can be made on W&B: as for runs, and not offline."""
-    from spd.tracking import has_credentials
+    from spd.runs.wandb_run import has_credentials
 
     mode = os.environ.get("WANDB_MODE")
     offline = mode in ("offline", "dryrun", "disabled")

@@ -10,13 +10,25 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from spd.config import UserError, nearest
-from spd.job import NOW_FILE, Ended, State, supervise, wait_until_free
-from spd.launch import JOBS, Study, python
+from spd.launch.job import (
+    NOW_FILE,
+    Ended,
+    State,
+    supervise,
+    wait_until_free,
+)
+from spd.launch.study import JOBS, Study, python
 from spd.registry import get_experiment
-from spd.run_files import has_finished, read_json, seed_directory, write_json
+from spd.run_files import (
+    METRICS_FILE,
+    has_finished,
+    read_json,
+    read_metrics,
+    seed_directory,
+    write_json,
+)
 from spd.settings import output_root
 from spd.sweeps.definition import Definition, overrides_of
-from spd.tracking import METRICS_FILE, read_metrics
 
 TRIALS = "trials"
 OUTPUT = "output.txt"

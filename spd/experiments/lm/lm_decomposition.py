@@ -13,22 +13,34 @@ import torch
 from pydantic import Field, model_validator
 from transformers.utils.logging import disable_progress_bar
 
-from spd.config import BY_TYPE, NAME_IS_TYPE, UserError, load_config
-from spd.experiments.lm.batches import (
+from spd.config import (
+    BY_TYPE,
+    NAME_IS_TYPE,
+    UserError,
+    load_config,
+)
+from spd.experiments.lm.data.batches import (
     BatchSettings,
     TokenBatches,
     open_batches,
     write_held_out,
 )
-from spd.experiments.lm.loading import Dtype, LoadedTarget, Wanted, load_lm, save_copy
+from spd.experiments.lm.data.text import TextConfig
+from spd.experiments.lm.loading import (
+    Dtype,
+    LoadedTarget,
+    Wanted,
+    load_lm,
+    save_copy,
+)
 from spd.experiments.lm.metrics import CrossEntropyMetric
 from spd.experiments.lm.problem import LMProblem
-from spd.experiments.lm.text import TextConfig
 from spd.experiments.lm.train_lm import LMTrainConfig, is_trained_here
 from spd.experiments.targets import CONFIG_FILE
 from spd.metrics import MetricSpec
 from spd.problem import ReconKind
-from spd.run import ExperimentConfig, cli
+from spd.runs.cli import cli
+from spd.runs.execution import ExperimentConfig
 
 LMMetric = MetricSpec | CrossEntropyMetric
 LMMetrics = Annotated[Mapping[str, Annotated[LMMetric, BY_TYPE]], NAME_IS_TYPE]

@@ -17,13 +17,9 @@ from spd.config import UserError
 from spd.experiments.lm.hub import hub_commit, unreachable
 from spd.experiments.lm.model import TokenModel, check_output
 from spd.experiments.lm.train_lm import LM_TARGET
-from spd.experiments.targets import (
-    WANDB_PREFIX,
-    resolve_target,
-    target_directory,
-)
+from spd.experiments.targets import WANDB_PREFIX, resolve_target, target_directory
 from spd.run_files import read_json, write_json
-from spd.tracking import download_run
+from spd.runs.wandb_run import download_run
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, UserError
-from spd.data import derive_seed
 from spd.experiments.lm.problem import need_lm
-from spd.losses import StepContext, kl_divergence, stochastic_mask
+from spd.losses import StepContext, kl_divergence
+from spd.masks import stochastic_mask
 from spd.metrics import Metric
+from spd.noise import derive_seed
 from spd.problem import Problem
 
 ROUNDING_THRESHOLD = 0.5

@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from spd.config import UserError
-from spd.experiments.lm.report import write_lm_report
-from spd.optimize import Prepared
+from spd.engine.prepare import Prepared
+from spd.experiments.lm.report.page import write_lm_report
 from spd.problem import Problem
 
 
@@ -34,7 +34,7 @@ class LMProblem(Problem):
             self.write_target(directory)
 
     def write_report(self, run_dir: Path, prepared: Prepared, n_batches: int | None = None) -> Path:
-        """The page with a browser of the subcomponents; see `spd.reporting`."""
+        """The page with a browser of the subcomponents; see `spd.reports.report`."""
         return write_lm_report(
             run_dir,
             prepared,

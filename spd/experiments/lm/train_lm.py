@@ -23,11 +23,21 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spd.config import BaseConfig, UserError, read_yaml
-from spd.data import derive_seed
+from spd.experiments.lm.data.text import TextConfig, load_text
+from spd.experiments.lm.data.tokens import (
+    PackedBatches,
+    end_token_id,
+    make_encode,
+    packed_sequences,
+)
 from spd.experiments.lm.metrics import entropy_of_counts, next_token_cross_entropy
-from spd.experiments.lm.text import TextConfig, load_text
-from spd.experiments.lm.tokens import PackedBatches, end_token_id, make_encode, packed_sequences
-from spd.experiments.targets import CONFIG_FILE, TargetKind, TrainedTarget, target_cli
+from spd.experiments.targets import (
+    CONFIG_FILE,
+    TargetKind,
+    TrainedTarget,
+    target_cli,
+)
+from spd.noise import derive_seed
 from spd.schedule import ScheduleConfig, schedule_factor
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,10 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from spd.config import UserError
-from spd.drawing import (
+from spd.losses import ImportanceMinimality, Loss
+from spd.metrics import pattern_errors, probe_importances
+from spd.problem import Pattern
+from spd.reports.drawing import (
     MAX_WIDTH,
     ColumnOrder,
     DescribedFigure,
@@ -23,10 +26,7 @@ from spd.drawing import (
     count,
     heat_map,
 )
-from spd.losses import ImportanceMinimality, Loss
-from spd.metrics import pattern_errors, probe_importances
-from spd.problem import Pattern
-from spd.run import Run
+from spd.runs.run import Run
 
 COMPARISON_FILE = "importances_by_minimality.png"
 

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from spd.drawing import (
+from spd.experiments.resid_mlp.metrics import Contributions, agreement
+from spd.reports.drawing import (
     GREY,
     MAX_WIDTH,
     ORANGE,
@@ -20,7 +21,6 @@ from spd.drawing import (
     panel_grid,
     panels_size,
 )
-from spd.experiments.resid_mlp.metrics import Contributions, agreement
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LABELLED_SHARE = 0.3

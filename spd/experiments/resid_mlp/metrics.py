@@ -9,11 +9,12 @@ from torch import Tensor
 
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig
-from spd.data import derive_seed
 from spd.experiments.resid_mlp.model import Labels
 from spd.experiments.resid_mlp.problem import need_all_sites, need_resid_mlp
-from spd.losses import StepContext, recon_error, stochastic_mask
+from spd.losses import StepContext, recon_error
+from spd.masks import stochastic_mask
 from spd.metrics import Metric
+from spd.noise import derive_seed
 from spd.problem import Problem
 
 # --- the mathematics -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from spd.config import BaseConfig
-from spd.data import derive_seed
+from spd.noise import derive_seed
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 

@@ -24,11 +24,11 @@ from spd.experiments.resid_mlp.drawing import (
 )
 from spd.experiments.resid_mlp.metrics import neuron_contributions
 from spd.experiments.resid_mlp.problem import ResidMLPProblem, need_all_sites, need_resid_mlp
-from spd.figures import FigureMaker, png_bytes
 from spd.losses import StepContext
 from spd.problem import Problem
-from spd.redraw import redraw_command
-from spd.run import Run
+from spd.reports.figures import FigureMaker, png_bytes
+from spd.runs.cli import redraw_command
+from spd.runs.run import Run
 
 CURVE_POINTS = 81
 

@@ -8,8 +8,19 @@ from torch import Tensor
 
 from spd.component_model import ComponentModel
 from spd.config import UserError
-from spd.experiments.resid_mlp.model import Labels, MLPBlock, ResidMLP, mlp_in_path, mlp_out_path
-from spd.problem import Dense, Identity, Pattern, Problem
+from spd.experiments.resid_mlp.model import (
+    Labels,
+    MLPBlock,
+    ResidMLP,
+    mlp_in_path,
+    mlp_out_path,
+)
+from spd.problem import (
+    Dense,
+    Identity,
+    Pattern,
+    Problem,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

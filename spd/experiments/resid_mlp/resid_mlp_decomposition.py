@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 
 from spd.config import BY_TYPE, NAME_IS_TYPE, UserError
-from spd.data import SparseFeatureConfig, SparseFeatures
 from spd.experiments.resid_mlp.metrics import LabelPerformanceMetric, NeuronContributionsMetric
 from spd.experiments.resid_mlp.model import make_labels
 from spd.experiments.resid_mlp.plots import (
@@ -21,15 +20,13 @@ from spd.experiments.resid_mlp.plots import (
     ResponseCurves,
 )
 from spd.experiments.resid_mlp.problem import ResidMLPProblem, known_solution
-from spd.experiments.resid_mlp.train_resid_mlp import (
-    PROBE,
-    RESID_MLP_TARGET,
-    load_resid_mlp_target,
-)
+from spd.experiments.resid_mlp.train_resid_mlp import PROBE, RESID_MLP_TARGET, load_resid_mlp_target
+from spd.experiments.sparse_features import SparseFeatureConfig, SparseFeatures
 from spd.experiments.targets import resolve_target
-from spd.figures import FigureSpec
 from spd.metrics import MetricSpec
-from spd.run import ExperimentConfig, cli
+from spd.reports.figures import FigureSpec
+from spd.runs.cli import cli
+from spd.runs.execution import ExperimentConfig
 
 ResidMLPMetric = MetricSpec | NeuronContributionsMetric | LabelPerformanceMetric
 ResidMLPMetrics = Annotated[Mapping[str, Annotated[ResidMLPMetric, BY_TYPE]], NAME_IS_TYPE]

@@ -16,7 +16,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from spd.data import SparseFeatureConfig, SparseFeatures
 from spd.experiments.resid_mlp.model import (
     ACTIVATIONS,
     LabelConfig,
@@ -28,6 +27,7 @@ from spd.experiments.resid_mlp.model import (
     mlp_in_path,
     mlp_out_path,
 )
+from spd.experiments.sparse_features import SparseFeatureConfig, SparseFeatures
 from spd.experiments.target_training import (
     N_EVAL_BATCHES,
     LossFn,

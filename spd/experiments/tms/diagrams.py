@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import SubFigure
 from torch import Tensor
 
-from spd.drawing import BLUE, GREY, ORANGE
+from spd.reports.drawing import BLUE, GREY, ORANGE
 
 DARK = "#333333"
 LEAST_SHOWN = 0.02

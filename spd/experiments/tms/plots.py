@@ -13,11 +13,11 @@ from torch import Tensor
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, UserError
 from spd.experiments.tms.vectors import vectors_figure
-from spd.figures import FigureMaker
 from spd.losses import StepContext
 from spd.metrics import probe_importances
 from spd.problem import Problem
-from spd.redraw import redraw_command
+from spd.reports.figures import FigureMaker
+from spd.runs.cli import redraw_command
 
 
 class TMSVectors(BaseConfig):

@@ -10,16 +10,22 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from spd.component_model import resolve_sites
+from spd.components import resolve_sites
 from spd.config import BY_TYPE, NAME_IS_TYPE, UserError
-from spd.data import SparseFeatureConfig, SparseFeatures
+from spd.experiments.sparse_features import SparseFeatureConfig, SparseFeatures
 from spd.experiments.targets import resolve_target
 from spd.experiments.tms.model import TMSModelConfig, empty_model
 from spd.experiments.tms.plots import TMSVectors
 from spd.experiments.tms.train_tms import PROBE, TMS_TARGET, load_tms_target
-from spd.figures import FigureSpec
-from spd.problem import Dense, Identity, Pattern, Problem
-from spd.run import ExperimentConfig, cli
+from spd.problem import (
+    Dense,
+    Identity,
+    Pattern,
+    Problem,
+)
+from spd.reports.figures import FigureSpec
+from spd.runs.cli import cli
+from spd.runs.execution import ExperimentConfig
 
 TMSFigures = Annotated[Mapping[str, Annotated[FigureSpec | TMSVectors, BY_TYPE]], NAME_IS_TYPE]
 

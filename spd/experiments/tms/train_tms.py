@@ -14,7 +14,7 @@ from pydantic import model_validator
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from spd.data import SparseFeatureConfig, SparseFeatures
+from spd.experiments.sparse_features import SparseFeatureConfig, SparseFeatures
 from spd.experiments.target_training import (
     LossFn,
     TargetTrainConfig,

@@ -11,8 +11,23 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import SubFigure
 from torch import Tensor
 
-from spd.component_model import ComponentModel, input_output_weight
-from spd.drawing import (
+from spd.component_model import ComponentModel
+from spd.components import input_output_weight
+from spd.experiments.tms.diagrams import (
+    Part,
+    Row,
+    Scale,
+    draw_row,
+    row_height,
+)
+from spd.metrics import (
+    INERT_FRACTION,
+    ColumnMatch,
+    column_match,
+    columns_in_use,
+)
+from spd.problem import Problem
+from spd.reports.drawing import (
     BLUE,
     MAX_WIDTH,
     ORANGE,
@@ -23,9 +38,6 @@ from spd.drawing import (
     column_order,
     heat_map,
 )
-from spd.experiments.tms.diagrams import Part, Row, Scale, draw_row, row_height
-from spd.metrics import INERT_FRACTION, ColumnMatch, column_match, columns_in_use
-from spd.problem import Problem
 
 PER_ROW = 7
 MAX_SINGLE = 12

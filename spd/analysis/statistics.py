@@ -1,0 +1,171 @@
+"""What each subcomponent does on text: sums over one pass, in memory that does not grow with the text."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spd.analysis.contexts import Contexts, TopContexts
+from spd.metrics import ALIVE_THRESHOLD
+
+N_CONTEXTS, LEFT, RIGHT = 12, 16, 8
+TABLE_ENTRIES = 2**26
+"""of importance per token and subcomponent: 256 MB"""
+PAIR_ENTRIES = 2**26
+"""of joint counts of pairs of subcomponents: 256 MB"""
+
+
+class TokenImportances:
+    """Σ g of every subcomponent over the occurrences of every token.
+
+    Of the tokens, the first `capacity` to appear have a row of their own; what comes later is in
+    `others`, so that shares of the total stay exact.
+    """
+
+    def __init__(self, C: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.ids: list[int] = []
+        """the tokens with a row of their own, in the order of the rows"""
+        self.row_of: dict[int, int] = {}
+        self.sums = torch.zeros(0, C)
+        self.counts = torch.zeros(0, dtype=torch.long)
+        self.others = torch.zeros(C)
+
+    def update(self, tokens: Int[Tensor, " rows"], g: Float[Tensor, "rows C"]) -> None:
+        unique, inverse = tokens.unique(return_inverse=True)
+        sums = torch.zeros(len(unique), g.shape[1], device=g.device).index_add_(0, inverse, g).cpu()
+        counts = inverse.bincount(minlength=len(unique)).cpu()
+        seen = unique.tolist()
+        for token in seen:
+            if token not in self.row_of and len(self.ids) < self.capacity:
+                self.row_of[token] = len(self.ids)
+                self.ids.append(token)
+        n_new = len(self.ids) - len(self.sums)
+        self.sums = torch.cat([self.sums, torch.zeros(n_new, sums.shape[1])])
+        self.counts = torch.cat([self.counts, torch.zeros(n_new, dtype=torch.long)])
+        rows = torch.tensor([self.row_of.get(token, -1) for token in seen])
+        own = rows >= 0
+        self.sums[rows[own]] += sums[own]
+        self.counts[rows[own]] += counts[own]
+        self.others += sums[~own].sum(dim=0)
+
+    def means(self, min_count: int) -> Float[Tensor, "tokens C"]:
+        """Mean importance on each token; 0 for tokens seen less than `min_count` times."""
+        means = self.sums / self.counts.clamp(min=1)[:, None]
+        return means * (self.counts >= min_count)[:, None]
+
+    def shares(self) -> Float[Tensor, "tokens C"]:
+        """Fraction of all the importance of a subcomponent that falls on each token."""
+        return self.sums / (self.sums.sum(dim=0) + self.others).clamp(min=1e-30)
+
+
+class JointCounts:
+    """How often two subcomponents are active at the same position.
+
+    Of all pairs, or, where their number would be too large, of those within each site.
+    """
+
+    def __init__(self, sizes: list[int], *, across_sites: bool) -> None:
+        self.across_sites = across_sites
+        self.sizes = [sum(sizes)] if across_sites else sizes
+        self.blocks = [torch.zeros(size, size, dtype=torch.int32) for size in self.sizes]
+
+    def update(self, active: Float[Tensor, "rows C"]) -> None:
+        for block, columns in zip(self.blocks, active.split(self.sizes, dim=1), strict=True):
+            (fired,) = columns.any(dim=0).nonzero(as_tuple=True)
+            columns = columns[:, fired]
+            joint = (columns.mT @ columns).int().cpu()  # exact: far fewer than 2²⁴ rows at a time
+            fired = fired.cpu()
+            block[fired[:, None], fired] += joint
+
+    def with_all(self, c: int) -> tuple[int, Int[Tensor, " others"]]:
+        """The first subcomponent of c's block, and the counts of c with each of the block."""
+        start = 0
+        for block in self.blocks:
+            if c < start + len(block):
+                return start, block[c - start]
+            start += len(block)
+        raise IndexError(c)
+
+
+class Statistics(NamedTuple):
+    """Of all subcomponents, those of one site after those of the one before. Active: g > 0.1."""
+
+    n_positions: int
+    mean: Float[Tensor, " C"]
+    """mean importance over all positions"""
+    highest: Float[Tensor, " C"]
+    n_active: Int[Tensor, " C"]
+    """positions at which it is active"""
+    positive: Float[Tensor, " C"]
+    """of these, the fraction with a positive inner activation; 0 where there are none"""
+    contexts: Contexts
+    left: int
+    """tokens before the middle of each context"""
+    tokens: TokenImportances
+    pairs: JointCounts
+
+
+class SubcomponentStatistics:
+    """Shown batch after batch of tokens with the importances and inner activations of every site."""
+
+    def __init__(
+        self,
+        C_of: Mapping[str, int],
+        *,
+        n_contexts: int = N_CONTEXTS,
+        left: int = LEFT,
+        right: int = RIGHT,
+        table_entries: int = TABLE_ENTRIES,
+        pair_entries: int = PAIR_ENTRIES,
+    ) -> None:
+        self.sites = list(C_of)
+        C = sum(C_of.values())
+        self.n_positions = 0
+        self.total = torch.zeros(C, dtype=torch.float64)
+        self.highest = torch.zeros(C)
+        self.n_active = torch.zeros(C, dtype=torch.long)
+        self.n_positive = torch.zeros(C, dtype=torch.long)
+        self.contexts = TopContexts(
+            C, k=n_contexts, left=left, right=right, threshold=ALIVE_THRESHOLD
+        )
+        self.tokens = TokenImportances(C, max(1, table_entries // C))
+        self.pairs = JointCounts(list(C_of.values()), across_sites=pair_entries >= C * C)
+
+    def update(
+        self,
+        tokens: Int[Tensor, "batch position"],
+        upper: Mapping[str, Float[Tensor, "batch position _C"]],
+        acts: Mapping[str, Float[Tensor, "batch position _C"]],
+    ) -> None:
+        """`upper` are the upper-leaky importances: above 1 they still have an order."""
+        raw = torch.cat([upper[path] for path in self.sites], dim=-1).float()
+        g = raw.clamp(0.0, 1.0)
+        active = g > ALIVE_THRESHOLD
+        positive = torch.cat([acts[path] > 0 for path in self.sites], dim=-1) & active
+        rows = g.flatten(0, 1)
+        self.n_positions += len(rows)
+        self.total += rows.sum(dim=0, dtype=torch.float64).cpu()
+        self.highest = self.highest.maximum(rows.amax(dim=0).cpu())
+        self.n_active += active.flatten(0, 1).sum(dim=0).cpu()
+        self.n_positive += positive.flatten(0, 1).sum(dim=0).cpu()
+        self.contexts.update(tokens, raw)
+        self.tokens.update(tokens.flatten(), rows)
+        self.pairs.update(active.flatten(0, 1).float())
+
+    def compute(self) -> Statistics:
+        assert self.n_positions, "no batch was seen"
+        kept = Contexts(*(tensor.cpu() for tensor in self.contexts.kept))
+        return Statistics(
+            n_positions=self.n_positions,
+            mean=(self.total / self.n_positions).float(),
+            highest=self.highest,
+            n_active=self.n_active,
+            positive=self.n_positive / self.n_active.clamp(min=1),
+            contexts=kept._replace(importances=kept.importances.clamp(0.0, 1.0)),
+            left=self.contexts.left,
+            tokens=self.tokens,
+            pairs=self.pairs,
+        )

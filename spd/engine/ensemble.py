@@ -1,0 +1,177 @@
+"""What the loop trains: one run alone, or runs of several seeds as one computation.
+
+An ensemble holds the parameters of its members stacked on a leading axis and maps the step of one run
+over it. Every member's own parameters become views of the stacks, so that whatever evaluates, draws or
+saves a member finds it as it is. Knows no file and no loop.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from spd.config import UserError
+from spd.kernels import WITH_OWN_GRADIENT
+from spd.losses import Noise
+from spd.objective import Objective
+
+
+class StepInputs(NamedTuple):
+    """What a step is computed from: the arguments of `Objective.forward`."""
+
+    batch: Tensor
+    progress: Tensor
+    noise: Noise
+    row_weights: Tensor | None = None
+
+
+class Alone:
+    """One run, as what the loop trains."""
+
+    opaque = ()
+    n_members = 1
+
+    def __init__(self, objective: Objective) -> None:
+        self.function = objective
+        self.parameters = list(objective.model.subcomponent_parameters().values())
+
+    def inputs(self, inputs: Sequence[StepInputs]) -> StepInputs:
+        (own,) = inputs
+        return own
+
+    def clip_gradients_(self, max_norm: float) -> None:
+        nn.utils.clip_grad_norm_(self.parameters, max_norm)
+
+    def optimizer_states(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each run's own optimizer would hold, from what the common one holds."""
+        return [state]
+
+    def common_state(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The inverse of `optimizer_states`."""
+        (own,) = states
+        return own
+
+
+class Ensemble:
+    """Runs that differ in their seed alone, as what the loop trains: the same methods.
+
+    The gradient of the sum of all totals is each member's own gradient, and AdamW works element by
+    element: no member feels another.
+    """
+
+    opaque = WITH_OWN_GRADIENT
+
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        self.n_members = len(objectives)
+        self.objective = objectives[0]
+        names = {parameter: name for name, parameter in self.objective.named_parameters()}
+        own = [objective.model.subcomponent_parameters().values() for objective in objectives]
+        self.stacks = {names[group[0]]: _stack_and_view_(group) for group in zip(*own, strict=True)}
+        self.parameters = list(self.stacks.values())
+
+    def function(
+        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the members' totals, and what is worth logging: `[members]` each.
+
+        All arguments but `progress` have a leading axis of members.
+        """
+
+        def of_one(stacks: Mapping[str, Tensor], *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            return functional_call(self.objective, stacks, inputs)  # pyright: ignore
+
+        weights_axis = None if row_weights is None else 0
+        totals, terms = vmap(of_one, in_dims=(0, 0, None, 0, weights_axis))(
+            self.stacks, batch, progress, noise, row_weights
+        )
+        return totals.sum(), terms
+
+    def inputs(self, inputs: Sequence[StepInputs]) -> StepInputs:
+        """Those of all members, stacked; shorter batches are filled up with rows of weight 0."""
+        n_rows = max(len(own.batch) for own in inputs)
+        if all(own.row_weights is None and len(own.batch) == n_rows for own in inputs):
+            row_weights = None
+        else:
+            row_weights = torch.stack([_filled_weights(own, n_rows) for own in inputs])
+        noise = {
+            key: torch.stack([_filled(own.noise[key], n_rows) for own in inputs])
+            for key in inputs[0].noise
+        }
+        batch = torch.stack([_filled(own.batch, n_rows) for own in inputs])
+        return StepInputs(batch, inputs[0].progress, noise, row_weights)
+
+    def clip_gradients_(self, max_norm: float) -> None:
+        """What `nn.utils.clip_grad_norm_` does, for each member by itself."""
+        grads = [stack.grad for stack in self.parameters if stack.grad is not None]
+        norms = torch.stack([grad.flatten(start_dim=1).norm(dim=1) for grad in grads]).norm(dim=0)
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(factors.reshape(-1, *[1] * (grad.dim() - 1)))
+
+    def optimizer_states(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        def of_member(index: int) -> dict[int, dict[str, Tensor]]:
+            return _map_tensors(lambda value: value[index].clone(), state["state"])
+
+        return [{**state, "state": of_member(index)} for index in range(self.n_members)]
+
+    def common_state(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        inner = _map_tensors(
+            lambda *values: torch.stack(values), *(state["state"] for state in states)
+        )
+        return {**states[0], "state": inner}
+
+
+def check_one_target(objectives: Sequence[Objective]) -> None:
+    """`UserError` unless everything that is not trained is the same in all of them."""
+    first, *others = (dict(_frozen(objective)) for objective in objectives)
+    for other in others:
+        for name, value in first.items():
+            if not torch.equal(value, other[name]):
+                raise UserError(
+                    f"seeds: the target's {name} depends on the seed; side by side go runs that"
+                    " decompose one target"
+                )
+
+
+def _frozen(objective: Objective) -> Iterator[tuple[str, Tensor]]:
+    target = objective.model.target
+    yield from ((name, p) for name, p in target.named_parameters() if not p.requires_grad)
+    yield from target.named_buffers()
+
+
+def _stack_and_view_(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """The parameters stacked; each of them becomes a view of its part."""
+    stack = nn.Parameter(torch.stack([parameter.data for parameter in parameters]))
+    for parameter, own in zip(parameters, stack.data, strict=True):
+        parameter.data = own
+    return stack
+
+
+def _filled(rows: Float[Tensor, "n_own *rest"], n_rows: int) -> Float[Tensor, "{n_rows} *rest"]:
+    if len(rows) == n_rows:
+        return rows
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, n_rows - len(rows)))
+
+
+def _filled_weights(own: StepInputs, n_rows: int) -> Float[Tensor, " {n_rows}"]:
+    """With a mean of 1 again, over all rows."""
+    n_own = len(own.batch)
+    weights = own.batch.new_ones(n_own) if own.row_weights is None else own.row_weights
+    return _filled(weights * (n_rows / n_own), n_rows)
+
+
+def _map_tensors(
+    function: Callable[..., Tensor], *states: Mapping[int, Mapping[str, Tensor]]
+) -> dict[int, dict[str, Tensor]]:
+    """`function` of what an optimizer holds for each parameter; its count of steps stays as it is."""
+    return {
+        index: {
+            key: value if value.dim() == 0 else function(*(state[index][key] for state in states))
+            for key, value in own.items()
+        }
+        for index, own in states[0].items()
+    }

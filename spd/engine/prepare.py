@@ -1,0 +1,113 @@
+"""A problem and its configuration, checked against each other, and what is looked at on held-out data."""
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spd.component_model import ComponentModel
+from spd.config import UserError
+from spd.engine.ensemble import check_one_target
+from spd.engine.layers import checkpoint_layers_, layers_of
+from spd.engine.silent_rows import SilentRows
+from spd.engine.step import may_compile, passes_of
+from spd.losses import StepContext
+from spd.metrics import HeldOutLosses, Metric, collect
+from spd.objective import Objective
+from spd.problem import Problem
+from spd.spd_config import SPDConfig
+
+
+class Prepared(NamedTuple):
+    """A problem and its configuration, checked against each other and ready to run."""
+
+    problem: Problem
+    config: SPDConfig
+    objective: Objective
+    eval_batches: list[Tensor]
+    """the held-out batches, drawn once"""
+    silent_rows: SilentRows
+
+
+def prepare(problem: Problem, config: SPDConfig) -> Prepared:
+    """Install the sites in the target and check everything a user can get wrong; writes nothing."""
+    model = ComponentModel(
+        problem.target,
+        config.sites,
+        config.importance,
+        tied_sites=problem.tied_sites,
+        lower_leak=config.lower_leak,
+        seed=config.seed,
+        autocast=torch.bfloat16 if config.autocast == "bf16" else None,
+    )
+    if config.activation_checkpointing:
+        checkpoint_layers_(model)
+    objective = Objective(model, config.losses, problem.recon)
+    for spec in objective.losses.values():
+        spec.check(model)
+    eval_batches = list(islice(problem.eval_batches, config.n_eval_batches))
+    if len(eval_batches) < config.n_eval_batches:
+        raise UserError(
+            f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
+            f" {len(eval_batches)}"
+        )
+    if config.compile is True and not may_compile(config, eval_batches[0], model):
+        raise UserError(
+            "compile: true compiles all passes of a step together, or the layers of a Hugging Face"
+            f" target: it needs passes: together (passes is {config.passes!r}, here"
+            f" {passes_of(config.passes, eval_batches[0])}) or such layers"
+            f" ({type(problem.target).__name__} has {len(layers_of(problem.target))}), and"
+            " activation_checkpointing: false (it is"
+            f" {str(config.activation_checkpointing).lower()})"
+        )
+    silent_rows = SilentRows(model, problem, eval_batches)
+    prepared = Prepared(problem, config, objective, eval_batches, silent_rows)
+    build_metrics(prepared)
+    return prepared
+
+
+def check_side_by_side(runs: Sequence[Prepared]) -> None:
+    """`UserError` unless the runs, which differ in their seed alone, can be one computation."""
+    if len(runs) == 1:
+        return
+    config, batch = runs[0].config, runs[0].eval_batches[0]
+    n_processes = os.environ.get("WORLD_SIZE", "1")
+    if n_processes != "1":
+        raise UserError(
+            f"seeds: runs side by side share one process, here are {n_processes} (torchrun); run one"
+            " seed at a time"
+        )
+    together = passes_of(config.passes, batch) == "together" and not config.activation_checkpointing
+    if not together or not batch.is_floating_point():
+        raise UserError(
+            "seeds: runs side by side are one graph of all passes on batches of numbers, as toy models"
+            f" have them: not for language models, passes: one_by_one (it is {config.passes}) or"
+            f" activation_checkpointing (it is {str(config.activation_checkpointing).lower()}); run one"
+            " seed at a time"
+        )
+    check_one_target([run.objective for run in runs])
+
+
+def build_metrics(prepared: Prepared) -> list[Metric]:
+    """Fresh accumulators: every loss on held-out data, and what the configuration names."""
+    problem, config, objective, *_ = prepared
+    specs = [spec.build(objective.model, problem) for spec in config.metrics.values()]
+    return [HeldOutLosses(objective.losses), *specs]
+
+
+def eval_contexts(prepared: Prepared) -> Iterator[StepContext]:
+    """Everything the metrics and figures may look at, for each held-out batch."""
+    config, objective = prepared.config, prepared.objective
+    for index, batch in enumerate(prepared.eval_batches):
+        noise = objective.noise(batch, stream="eval", seed=config.seed, step=index)
+        yield objective.context(batch, torch.tensor(1.0, device=batch.device), noise)
+
+
+@torch.no_grad()
+def evaluate(prepared: Prepared) -> dict[str, float]:
+    """All metrics on the held-out batches, under keys that begin with `eval/`."""
+    values = collect(build_metrics(prepared), eval_contexts(prepared))
+    return {f"eval/{key}": value for key, value in values.items()}

@@ -1,0 +1,212 @@
+"""Text as documents, from wherever it is: the hub, the disk, or Python's own documentation.
+
+Knows no tokenizer and no model.
+"""
+
+import importlib
+import logging
+import re
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import datasets
+import torch
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pydantic import Field, model_validator
+
+from spd.config import BaseConfig, UserError
+from spd.experiments.lm.hub import hub_commit, unreachable
+from spd.noise import derive_seed
+
+logger = logging.getLogger(__name__)
+
+PYDOC = "pydoc"
+LOADER_OF = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FILE_SUFFIXES = (".txt", *LOADER_OF)
+
+Documents = datasets.Dataset | datasets.IterableDataset
+"""the second where `streaming` is set"""
+
+
+class TextConfig(BaseConfig):
+    """Where text comes from, what is held out, and how it is cut into sequences."""
+
+    source: str
+    """`pydoc`, a data set on the hub, a directory laid out like one, or .txt, .json(l), .parquet files"""
+    subset: str | None = None
+    revision: str | None = None
+    """branch, tag or commit of a data set on the hub"""
+    split: str = "train"
+    eval_split: str | None = None
+    eval_frac: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """without an `eval_split`: so much of the documents of `split` is held out"""
+    eval_seed: int = Field(default=0, ge=0)
+    """which documents are held out, and in what order held-out text is read"""
+    column: str = "text"
+    tokenized: bool = False
+    """the column holds token ids; rows are joined as they are"""
+    lowercase: bool = False
+    separator: str | None = None
+    """what stands between the documents of a .txt file; None: a file is one document"""
+    context_length: int = Field(ge=2)
+    streaming: bool = False
+    """read while training, without a copy on disk"""
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """of how many sequences a stream mixes its batches"""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.eval_split is None) == (self.eval_frac is None):
+            raise ValueError("exactly one of eval_split and eval_frac is needed")
+        if self.eval_split == self.split:
+            raise ValueError(f"eval_split and split are both {self.split!r}; held-out text differs")
+        if self.streaming and self.eval_split is None:
+            raise ValueError("a stream needs an eval_split: its documents are not counted")
+        if self.tokenized and self.lowercase:
+            raise ValueError("lowercase has no effect on token ids (tokenized: true)")
+        suffix = Path(self.source).suffix
+        if self.separator is not None and suffix != ".txt":
+            raise ValueError(f"separator goes with .txt files, not with {self.source!r}")
+        if self.source == PYDOC or suffix in FILE_SUFFIXES:
+            if self.eval_split is not None or self.split != "train":
+                raise ValueError(f"{self.source!r} has no splits; give eval_frac")
+            if (self.subset, self.revision) != (None, None):
+                raise ValueError(f"{self.source!r} has no subset or revision")
+        if (self.source == PYDOC or suffix == ".txt") and (self.column, self.tokenized) != (
+            "text",
+            False,
+        ):
+            raise ValueError(f"{self.source!r} has one column, text, and no token ids")
+        return self
+
+
+class Text(NamedTuple):
+    """Documents to train on and documents that are held out; the column is `TextConfig.column`."""
+
+    train: Documents
+    held_out: Documents
+
+
+def load_text(config: TextConfig) -> Text:
+    """The documents that a configuration names; `UserError` says what is missing of them."""
+    train = _load(config, config.split)
+    _check_column(train, config)
+    if config.eval_split is not None:
+        held_out = _load(config, config.eval_split)
+        _check_column(held_out, config)
+        return Text(train, held_out)
+    assert isinstance(train, datasets.Dataset) and config.eval_frac is not None
+    if len(train) < 2:
+        raise UserError(
+            f"data.source: {config.source!r} has {len(train)} document(s), of which none can be held"
+            " out; name a separator, or a source with an eval_split"
+        )
+    n_held_out = min(max(1, round(config.eval_frac * len(train))), len(train) - 1)
+    generator = torch.Generator().manual_seed(derive_seed("held out", config.eval_seed))
+    order = torch.randperm(len(train), generator=generator)
+    held_out, kept = sorted(order[:n_held_out].tolist()), sorted(order[n_held_out:].tolist())
+    return Text(train.select(kept), train.select(held_out))
+
+
+def pydoc_documents() -> list[str]:
+    """The documentation of the Python language, one document per topic, each paragraph once.
+
+    Long topics contain shorter ones whole: what a shorter topic has said is left out of them, so that
+    no paragraph of a held-out topic stands in another.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ModuleNotFoundError:
+        raise UserError("data.source: this Python comes without pydoc_data.topics") from None
+    seen: set[str] = set()
+    documents = []
+    for text in sorted(topics.values(), key=lambda text: (len(text), text)):
+        fresh = []
+        for paragraph in re.split(r"\n\s*\n", text):
+            if paragraph.strip() and paragraph.strip() not in seen:
+                seen.add(paragraph.strip())
+                fresh.append(paragraph)
+        if fresh:
+            documents.append("\n\n".join(fresh))
+    return documents
+
+
+def _load(config: TextConfig, split: str) -> Documents:
+    if config.source == PYDOC:
+        found = datasets.Dataset.from_dict({"text": pydoc_documents()})
+    elif Path(config.source).suffix in FILE_SUFFIXES:
+        found = _load_files(config)
+    else:
+        return _load_dataset(config, split)
+    return found.to_iterable_dataset() if config.streaming else found
+
+
+def _load_files(config: TextConfig) -> datasets.Dataset:
+    pattern = Path(config.source).expanduser()
+    files = sorted(path for path in pattern.parent.glob(pattern.name) if path.is_file())
+    if not files:
+        raise UserError(f"data.source: {config.source!r} matches no file")
+    if pattern.suffix == ".txt":
+        documents = []
+        for path in files:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"data.source: {path}: cannot be read: {error}") from None
+            documents += [text] if config.separator is None else text.split(config.separator)
+        return datasets.Dataset.from_dict({"text": [text for text in documents if text.strip()]})
+    try:
+        loaded = datasets.load_dataset(
+            LOADER_OF[pattern.suffix], data_files=[str(path) for path in files], split="train"
+        )
+    except (DatasetGenerationError, ValueError, TypeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"data.source: {config.source!r}: cannot be read: {reason}") from None
+    assert isinstance(loaded, datasets.Dataset)
+    return loaded
+
+
+def _load_dataset(config: TextConfig, split: str) -> Documents:
+    """A data set of the hub, or a directory laid out as the hub lays them out."""
+    local = Path(config.source).expanduser()
+    if local.is_dir():
+        name, revision = str(local), None
+    else:
+        name = config.source
+        revision = hub_commit(name, "dataset", config.revision, "data.source") or config.revision
+    try:
+        loaded = datasets.load_dataset(
+            name, config.subset, split=split, revision=revision, streaming=config.streaming
+        )
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise unreachable(name, "data.source", error) from None
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(
+            f"data: {name!r}, subset {config.subset!r}, split {split!r}: {reason}"
+        ) from None
+    assert isinstance(loaded, datasets.Dataset | datasets.IterableDataset)
+    return loaded
+
+
+def _check_column(documents: Documents, config: TextConfig) -> None:
+    try:
+        first: dict[str, Any] = next(iter(documents))
+    except StopIteration:
+        raise UserError(f"data.source: {config.source!r} has no documents") from None
+    if config.column not in first:
+        raise UserError(
+            f"data.column: {config.source!r} has no column {config.column!r}"
+            f" (columns: {', '.join(first)})"
+        )
+    value = first[config.column]
+    if config.tokenized and not (isinstance(value, list) and all(type(i) is int for i in value)):
+        raise UserError(
+            f"data.column: {config.column!r} of {config.source!r} holds {type(value).__name__}, but"
+            " tokenized: true needs lists of token ids"
+        )
+    if not config.tokenized and not isinstance(value, str):
+        raise UserError(
+            f"data.column: {config.column!r} of {config.source!r} holds {type(value).__name__}, but"
+            " text is needed (tokenized: true for lists of token ids)"
+        )

@@ -1,0 +1,1 @@
+"""A run as a directory: beginning, going on, recording and loading it."""

@@ -1,0 +1,168 @@
+"""The command lines of runs: an experiment's own, `spd-report`, and the one that draws figures anew."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from spd import settings
+from spd.config import RunError, UserError, load_config
+from spd.engine import distributed
+from spd.registry import get_experiment
+from spd.reports.figures import draw, loss_curves, save_figures
+from spd.reports.report import report_on, write_report
+from spd.reports.results import format_result, format_table
+from spd.run_files import FIGURES, META_FILE, RESULT_FILE, read_json
+from spd.runs.console import console_log, resolve_device, user_errors
+from spd.runs.execution import ExperimentConfig
+from spd.runs.run import Build, Run, load_run, resume, run_seeds, start
+from spd.settings import PACKAGE_DIR
+
+
+def cli(
+    config_class: type[ExperimentConfig], build: Build, argv: Sequence[str] | None = None
+) -> NoReturn:
+    """The entry point of an experiment script: CONFIG.yaml [key=value …] [--resume RUN_DIR].
+
+    Exit status: 0 finished, 1 a run failed, 2 a mistake of the user, 3 its data or model cannot be
+    reached, 130 or 143 interrupted.
+    """
+    parser = argparse.ArgumentParser(description=(build.__doc__ or "").partition("\n")[0])
+    parser.add_argument("config", nargs="?", help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, YAML values")
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue that run")
+    where = (
+        "the run's own directory (of several seeds: DIR-seed0 and so on); a run that is there"
+        " already is continued"
+    )
+    parser.add_argument("--run_dir", type=Path, metavar="DIR", help=where)
+    args = parser.parse_intermixed_args(argv)
+    if args.run_dir is not None and (args.resume is not None or args.config is None):
+        parser.error("--run_dir needs a configuration, and no --resume")
+    settings.load_env()
+    with distributed.joined(), console_log(), user_errors():
+        if args.resume is not None:
+            directory = resume(config_class, build, args.resume, args.config, args.overrides)
+        elif args.config is not None:
+            config = load_config(config_class, Path(args.config), args.overrides)
+            folder = Path(args.config).parent
+            if config.seeds:
+                _show_seeds(*run_seeds(config, build, folder=folder, base=args.run_dir))
+                raise SystemExit(0)
+            run_dir: Path | None = args.run_dir
+            begun = distributed.on_leader(
+                lambda: run_dir is not None and (run_dir / META_FILE).is_file()
+            )
+            if run_dir is not None and begun:
+                directory = resume(config_class, build, run_dir, args.config, args.overrides)
+            else:
+                directory = start(config, build, folder=folder, directory=run_dir)
+        else:
+            parser.error("a configuration or --resume RUN_DIR is needed")
+        if distributed.is_leader():
+            print(format_result(read_json(directory / RESULT_FILE)))
+            print(f"report: {directory / 'report.html'}")
+        raise SystemExit(0)
+
+
+def results_table(directories: Sequence[Path]) -> str:
+    """One line for each finished run, with its figures and whether it is solved."""
+    results = {}
+    for directory in directories:
+        if not (directory / RESULT_FILE).is_file():
+            raise UserError(f"{directory}: no {RESULT_FILE}; the run has not finished")
+        results[f"{directory.parent.name}/{directory.name}"] = read_json(directory / RESULT_FILE)
+    return format_table(results)
+
+
+def _show_seeds(directories: Sequence[Path], failures: Mapping[Path, RunError]) -> None:
+    """The table of the finished runs; `RunError` if there are others."""
+    finished = [directory for directory in directories if directory not in failures]
+    if finished:
+        print(results_table(finished))
+        print("reports:", *(directory / "report.html" for directory in finished), sep="\n  ")
+    if failures:
+        lines = [f"{directory.name}: {error}" for directory, error in failures.items()]
+        raise RunError(
+            f"{len(failures)} of {len(directories)} runs failed\n  " + "\n  ".join(lines)
+        )
+
+
+def checked_config(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """The configuration of a registered experiment with overrides, or what is wrong, as a `UserError`."""
+    experiment = get_experiment(name)
+    module = importlib.import_module(experiment.module)
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, ExperimentConfig)
+        and value.__module__ == module.__name__
+    ]
+    assert len(classes) == 1, f"{experiment.module} defines one configuration class"
+    return load_config(classes[0], PACKAGE_DIR / experiment.config, overrides)
+
+
+def report(argv: Sequence[str] | None = None) -> None:
+    """Write report.html anew, from the newest checkpoint of each run."""
+    parser = argparse.ArgumentParser(prog="spd-report", description=report.__doc__)
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directory or wandb:entity/project/run"
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        metavar="N",
+        help="held-out batches that a language model is shown, of those that its run keeps",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    args = parser.parse_args(argv)
+    settings.load_env()
+    with console_log(), user_errors():
+        if args.batches is not None and args.batches < 1:
+            raise UserError(f"--batches: {args.batches}; at least 1 is needed")
+        device = str(resolve_device(args.device))
+        runs = [load_run(reference, device=device) for reference in args.runs]
+        for run in runs:  # all are loaded before anything is written
+            print(f"report: {report_on(run.directory, run.prepared, args.batches)}")
+
+
+def redraw(run: Run) -> None:
+    """Draw every figure of a run anew, from its newest checkpoint, and write its report."""
+    figures = {**draw(run.prepared, run.config.figures), "loss_curves": loss_curves(run.metrics)}
+    save_figures(run.directory / FIGURES, run.step, figures)
+    write_report(run.directory)
+
+
+def redraw_command(
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    compare: Callable[[Sequence[Run]], Callable[[], None]] | None = None,
+) -> None:
+    """Redraw figures and reports of the runs named, then print the table of the finished ones.
+
+    `compare` sees all runs before anything is written, and returns what draws them side by side.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directory or wandb:entity/project/run"
+    )
+    args = parser.parse_args(argv)
+    settings.load_env()
+    with console_log(), user_errors():
+        runs = [load_run(reference) for reference in args.runs]  # all, before anything is written
+        draw_comparison = compare(runs) if compare else None
+        for run in runs:
+            redraw(run)
+            print(f"report: {run.directory / 'report.html'}")
+        if draw_comparison:
+            draw_comparison()
+        finished = [run.directory for run in runs if (run.directory / RESULT_FILE).is_file()]
+        for run in runs:
+            if run.directory not in finished:
+                print(f"{run.directory}: not finished, not in the table", file=sys.stderr)
+        if finished:
+            print(results_table(finished))

@@ -1,0 +1,123 @@
+"""What every command shares: its log, its signals, its device, its exit status. Knows no run."""
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from spd.config import RunError, Unreachable, UserError
+from spd.engine.distributed import SaidByLeader, is_leader, own_gpu
+
+ALLOWED_DEVICES = "(allowed: auto, or one that torch has here, as cpu, cuda or cuda:1)"
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn exceptions into one message and the exit status of a command.
+
+    1 it failed, 2 a mistake of the user, 3 data or a model cannot be reached, 130 interrupted.
+    """
+    try:
+        yield
+    except Unreachable as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
+    except UserError as error:
+        if not isinstance(error, SaidByLeader):
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except RunError as error:
+        if is_leader():  # with several processes, each comes here
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+class _AboveTheBar(logging.Handler):
+    """Writes to stderr without tearing a progress bar that is shown there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def console_log() -> Iterator[None]:
+    """Log lines as plain text on stderr, for the time of a command."""
+    handler = _AboveTheBar()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger("spd")
+    root.setLevel(logging.INFO if is_leader() else logging.WARNING)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
+@contextmanager
+def kept_log() -> Iterator[MemoryHandler]:
+    """Keep the log lines that come before there is a file for them; for `file_log`."""
+    kept = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+    logging.getLogger("spd").addHandler(kept)
+    try:
+        yield kept
+    finally:
+        logging.getLogger("spd").removeHandler(kept)
+
+
+@contextmanager
+def file_log(path: Path, earlier: MemoryHandler) -> Iterator[None]:
+    """Append log lines with their time to `path`, those that were kept first (and are kept on)."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for record in earlier.buffer:
+        handler.handle(record)
+    logging.getLogger("spd").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("spd").removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted in the list; the same signal again acts as it always did."""
+    noted: list[int] = []
+    previous = {}
+
+    def note(signum: int, frame: Any) -> None:
+        noted.append(signum)
+        signal.signal(signum, previous[signum])
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        previous[signum] = signal.signal(signum, note)
+    try:
+        yield noted
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one; any other must be usable, or it is a `UserError`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = own_gpu() if name == "cuda" else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"device: {name!r} cannot be used {ALLOWED_DEVICES}: {reason}") from None
+    if device.type == "meta":
+        raise UserError(f"device: {name!r} cannot be used {ALLOWED_DEVICES}: it computes nothing")
+    return device

@@ -1,0 +1,167 @@
+"""Runs in their directories, from a prepared problem to a finished report: one, or several side by side."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, field_validator
+
+from spd.config import RunError
+from spd.engine.prepare import Prepared
+from spd.optimize import Interrupted, Member, Silent, run_side_by_side
+from spd.reports.figures import Figures, draw, loss_curves, save_figures
+from spd.reports.report import report_on
+from spd.reports.results import result_of
+from spd.run_files import (
+    CHECKPOINTS,
+    FIGURES,
+    LOG_FILE,
+    META_FILE,
+    RESULT_FILE,
+    FolderName,
+    read_meta,
+    read_metrics,
+    sole_use,
+    write_json,
+)
+from spd.runs.console import caught_signals, file_log
+from spd.runs.tracking import RunTracker
+from spd.runs.wandb_run import start_wandb
+from spd.spd_config import SPDConfig
+
+logger = logging.getLogger(__name__)
+
+
+class ExperimentConfig(SPDConfig):
+    """What every experiment's configuration has in common; experiments add their data."""
+
+    figures: Figures = {}
+    figures_every: int | None = Field(default=None, ge=1)
+    """besides at the end: drawn at the first evaluation after every so many steps"""
+
+    experiment: FolderName
+    """names the folder of its runs"""
+    target: str | None = None
+    """a trained directory, `wandb:entity/project/run`, a training YAML; None: `build` makes it"""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """runs side by side in one process, one for each of these instead of `seed`; each is an ordinary run"""
+    wandb_project: str | None = None
+    device: str = "auto"
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        twice = [seed for index, seed in enumerate(seeds) if seed in seeds[:index]]
+        if twice:
+            raise ValueError(f"{twice[0]} is named twice")
+        return seeds
+
+
+class Ready(NamedTuple):
+    """A run that lies in its directory and can begin or go on."""
+
+    directory: Path
+    config: ExperimentConfig
+    prepared: Prepared
+    earlier: MemoryHandler
+    """what was logged before there was a file for it"""
+
+
+def execute(runs: Sequence[Ready], *, go_on_with: str) -> dict[Path, RunError]:
+    """Run to the end what has come to the same step; the failures by run directory.
+
+    Runs go on from their newest checkpoints, where there are any. Asked to stop, each writes a
+    checkpoint, one line says what to `go_on_with`, and the process exits with 130 or 143.
+    """
+    with caught_signals() as signals, ExitStack() as stack:
+        members = [stack.enter_context(_recorded(run, _label(run, runs))) for run in runs]
+        try:
+            run_side_by_side(
+                members, resume=True, stop_requested=lambda: signals[0] if signals else 0
+            )
+        except Interrupted as stop:
+            reason, signal = stop.args
+            logger.info("%s; continue with %s", reason, go_on_with)
+            raise SystemExit(128 + signal) from None
+    pairs = zip(runs, members, strict=True)
+    return {run.directory: member.failure for run, member in pairs if member.failure}
+
+
+def assist(run: Ready) -> None:
+    """The same for one run in a process that is not its leader, and writes nothing."""
+    member = Member(run.prepared, Silent(), run.directory / CHECKPOINTS)
+    with caught_signals() as signals:
+        try:
+            run_side_by_side(
+                [member], resume=True, stop_requested=lambda: signals[0] if signals else 0
+            )
+        except Interrupted as stop:
+            raise SystemExit(128 + stop.args[1]) from None
+    if member.failure is not None:
+        raise member.failure
+
+
+@contextmanager
+def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
+    """A run as the loop takes it; what is there of it when it ends is written afterwards."""
+    directory, config, prepared, earlier = run
+    with sole_use(directory), file_log(directory / LOG_FILE, earlier):
+        logger.info("run directory: %s", directory)
+        wandb_run = start_wandb(
+            config.wandb_project,
+            name=f"{config.experiment}-seed{config.seed}-{directory.name}",
+            directory=directory,
+            config=config.model_dump(mode="json"),
+            run_id=directory.name,
+        )
+        meta = read_meta(directory)
+        meta |= {"status": "running", "tracker": wandb_run.place if wandb_run else None}
+        write_json(directory / META_FILE, meta)
+        observer = RunTracker(
+            directory,
+            eval_every=config.eval_every,
+            figures_every=config.figures_every,
+            draw=lambda step: save_figures(
+                directory / FIGURES, step, draw(prepared, config.figures)
+            ),
+            wandb_run=wandb_run,
+            label=label,
+        )
+        begun, status = time.perf_counter() - meta["seconds"], "failed"
+        member = Member(prepared, observer, directory / CHECKPOINTS)
+        try:
+            yield member
+            observer.ended()
+            if member.failure is None:
+                _finish(directory, config, time.perf_counter() - begun)
+                status = "finished"
+        except (SystemExit, KeyboardInterrupt):
+            status = "interrupted"
+            raise
+        finally:
+            observer.ended()
+            meta |= {"status": status, "seconds": time.perf_counter() - begun}
+            write_json(directory / META_FILE, meta)
+            if status == "finished":
+                report_on(directory, prepared)
+            if wandb_run is not None:
+                if status == "finished":
+                    wandb_run.upload(directory)
+                wandb_run.finish(exit_code=0 if status == "finished" else 1)
+
+
+def _label(run: Ready, runs: Sequence[Ready]) -> str | None:
+    """How the progress of several is shown: that of the first stands for all."""
+    if len(runs) == 1:
+        return ""
+    return f"seed {run.config.seed}, first of {len(runs)}" if run is runs[0] else None
+
+
+def _finish(directory: Path, config: ExperimentConfig, seconds: float) -> None:
+    history = read_metrics(directory)
+    save_figures(directory / FIGURES, config.steps, {"loss_curves": loss_curves(history)})
+    write_json(directory / RESULT_FILE, result_of(config, history, seconds))

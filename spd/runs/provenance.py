@@ -1,0 +1,89 @@
+"""Where a run comes from: the code, the machine, the command. Reads, never writes."""
+
+import importlib
+import importlib.util
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from spd.config import UserError
+from spd.settings import PACKAGE_DIR, REPO_DIR
+
+RECORD_FILE = "snapshot.json"
+
+
+PACKAGES = ("torch", "numpy", "pydantic", "transformers", "datasets", "wandb", "safetensors")
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """The part of meta.json that is known before the run begins."""
+    return {
+        "argv": sys.argv,
+        "command": shlex.join(["python", *sys.argv]),
+        **code_state()._asdict(),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "device": device,
+        "host": platform.node(),
+    }
+
+
+def entry_of(module: ModuleType) -> str:
+    """An importable name of an experiment's module, or its file, also when it runs as a script."""
+    if module.__name__ != "__main__":
+        return module.__name__
+    assert module.__file__ is not None, "an experiment runs from a file"
+    path = Path(module.__file__).resolve()
+    if path.is_relative_to(REPO_DIR / "spd"):
+        return ".".join(path.relative_to(REPO_DIR).with_suffix("").parts)
+    return str(path)
+
+
+def import_entry(name: str) -> ModuleType:
+    """The module that `entry_of` named, or a `UserError` if it is no longer there."""
+    if not name.endswith(".py"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UserError(f"{name}: the module that made this run is missing: {error}") from None
+    spec = importlib.util.spec_from_file_location(f"spd_entry_{Path(name).stem}", name)
+    if spec is None or spec.loader is None or not Path(name).is_file():
+        raise UserError(f"{name}: the script that made this run is gone")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class CodeState(NamedTuple):
+    """Which code runs."""
+
+    commit: str | None
+    """None outside a git checkout"""
+    dirty: bool
+    """something differs from that commit, or a file of the package is not in it"""
+
+
+def code_state(root: Path = REPO_DIR) -> CodeState:
+    """The state of the checkout at `root`, or what a snapshot recorded of its origin."""
+    record = root / RECORD_FILE
+    if record.is_file():
+        return CodeState(**json.loads(record.read_text(encoding="utf-8")))
+    others = ("ls-files", "--others", "--exclude-standard", "--", PACKAGE_DIR.name)
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no") or _git(root, *others)
+    return CodeState(_git(root, "rev-parse", "HEAD"), bool(changed))
+
+
+def _git(root: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,286 @@
+"""A run as a directory: the command line of an experiment, what it leaves, and `load_run`."""
+
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from itertools import groupby
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from spd import settings
+from spd.component_model import ComponentModel
+from spd.config import (
+    RunError,
+    UserError,
+    differences,
+    load_config,
+    to_yaml,
+)
+from spd.engine import checkpoint, distributed
+from spd.engine.compilation import require_compiler
+from spd.engine.prepare import Prepared, check_side_by_side, prepare
+from spd.problem import Problem
+from spd.run_files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    META_FILE,
+    TARGET,
+    new_directory,
+    read_meta,
+    read_metrics,
+    refuse_other_files,
+    seed_directory,
+    write_json,
+)
+from spd.runs.console import (
+    kept_log,
+    resolve_device,
+)
+from spd.runs.execution import (
+    ExperimentConfig,
+    Ready,
+    assist,
+    execute,
+)
+from spd.runs.provenance import entry_of, import_entry, provenance
+from spd.runs.wandb_run import download_run
+
+
+class Run(NamedTuple):
+    """A run, loaded: everything needed to look into it."""
+
+    directory: Path
+    config: Any
+    prepared: Prepared
+    step: int
+    """of the checkpoint that was loaded"""
+    metrics: list[dict[str, float]]
+    """the lines of metrics.jsonl"""
+
+    @property
+    def model(self) -> ComponentModel:
+        return self.prepared.objective.model
+
+    @property
+    def problem(self) -> Problem:
+        return self.prepared.problem
+
+
+Build = Callable[[Any, torch.device], Problem]
+
+
+def start(
+    config: ExperimentConfig,
+    build: Build,
+    *,
+    folder: Path | None = None,
+    directory: Path | None = None,
+) -> Path:
+    """Run a configuration from the beginning in a new directory, which is returned.
+
+    A target that is not found as it is named is looked for in `folder`, where the YAML file lies.
+    """
+    directory = distributed.on_leader(lambda: _place_for(config, directory))
+    with kept_log() as earlier, distributed.leader_first():
+        run = _prepared(config, build, folder, directory, earlier)
+        if distributed.is_leader():
+            _create(run, build)
+    return _alone(run)
+
+
+def resume(
+    config_class: type[ExperimentConfig],
+    build: Build,
+    directory: Path,
+    config_path: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Go on with the run in `directory` from its newest checkpoint, under its own configuration."""
+    if config_path is not None and "=" in config_path and not Path(config_path).exists():
+        raise UserError(f"{config_path!r}: a run is resumed under its own configuration")
+    read_meta(directory)
+    given = None if config_path is None else load_config(config_class, Path(config_path), overrides)
+    with kept_log() as earlier:
+        return _alone(_reopened(config_class, build, directory, given, earlier))
+
+
+def run_seeds(
+    config: ExperimentConfig, build: Build, *, folder: Path | None = None, base: Path | None = None
+) -> tuple[list[Path], dict[Path, RunError]]:
+    """Run all of `config.seeds` side by side; the run directories, and the failures among them.
+
+    Each lies in `seed_directory(base, seed)` and is a run like any other; what is there already goes
+    on. Runs that are not at the same step, as after a crash, go on one group after the other.
+    """
+    base = base or _new_name(config)
+    own = {
+        seed_directory(base, seed): config.model_copy(update={"seed": seed, "seeds": ()})
+        for seed in config.seeds
+    }
+    begun = [directory for directory in own if (directory / META_FILE).is_file()]
+    for directory in own:
+        if directory not in begun:
+            refuse_other_files(directory)
+    with kept_log() as earlier:
+        runs = [
+            _reopened(type(config), build, directory, given, earlier)
+            if directory in begun
+            else _prepared(given, build, folder, directory, earlier)
+            for directory, given in own.items()
+        ]
+    check_side_by_side([run.prepared for run in runs])
+    for run in runs:
+        if run.directory not in begun:
+            _create(run, build)
+    failures = {}
+    for _, group in groupby(sorted(runs, key=_step), key=_step):
+        failures |= execute(list(group), go_on_with=f"--run_dir {base} and the same configuration")
+    return list(own), failures
+
+
+def load_run(directory: str | Path, *, device: str = "cpu") -> Run:
+    """A run from its directory or `wandb:entity/project/run-id`, at its newest checkpoint.
+
+    `UserError` if it is no run directory, has no checkpoint yet, or holds a damaged one.
+    """
+    reference = str(directory)
+    path = download_run(reference) if reference.startswith("wandb:") else Path(directory)
+    entry = read_meta(path)["entry"]
+    module = import_entry(entry["module"])
+    config = load_config(getattr(module, entry["config"]), path / CONFIG_FILE)
+    build: Build = getattr(module, entry["build"])
+    problem = build(_with_own_target(config, path), resolve_device(device))
+    prepared = prepare(problem, config)
+    newest = checkpoint.latest(path / CHECKPOINTS)
+    if newest is None:
+        raise UserError(f"{path}: the run has no checkpoint yet")
+    _load_parameters(prepared, newest)
+    return Run(path, config, prepared, int(newest.name), read_metrics(path))
+
+
+def _new_name(config: ExperimentConfig) -> Path:
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    return settings.output_root() / config.experiment / name
+
+
+def _place_for(config: ExperimentConfig, directory: Path | None) -> Path:
+    """Where a new run is to be, after checking what can be checked before anything is built."""
+    _check_divisible(config)
+    directory = directory or _new_name(config)
+    refuse_other_files(directory)
+    return directory
+
+
+def _check_divisible(config: ExperimentConfig) -> None:
+    n, batch_size = distributed.own_share().of, getattr(config, "batch_size", 0)
+    if batch_size % n:
+        raise UserError(
+            f"batch_size: {batch_size} examples cannot be divided among {n} processes; a multiple of"
+            f" {n} is allowed"
+        )
+
+
+def _alone(run: Ready) -> Path:
+    if not distributed.is_leader():
+        assist(run)
+        return run.directory
+    failures = execute([run], go_on_with=f"--resume {run.directory}")
+    for error in failures.values():
+        raise error
+    return run.directory
+
+
+def _prepared(
+    config: ExperimentConfig,
+    build: Build,
+    folder: Path | None,
+    directory: Path,
+    earlier: MemoryHandler,
+) -> Ready:
+    """A run that is not in its directory yet."""
+    if config.compile is True:
+        require_compiler()
+    device = resolve_device(config.device)
+    problem = build(_with_target_beside(config, folder), device)
+    return Ready(directory, config, prepare(problem, config), earlier)
+
+
+def _create(run: Ready, build: Build) -> None:
+    """Write what a run can begin with."""
+    config, problem = run.config, run.prepared.problem
+    with new_directory(run.directory) as partial:
+        (partial / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        problem.save_target(partial / TARGET)
+        device = resolve_device(config.device)
+        named = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        meta = provenance(named)
+        meta["entry"] = {
+            "module": entry_of(sys.modules[build.__module__]),
+            "config": type(config).__name__,
+            "build": build.__name__,
+        }
+        meta["num_threads"] = torch.get_num_threads()
+        meta["n_processes"] = distributed.own_share().of
+        meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        write_json(partial / META_FILE, {**meta, "seconds": 0.0})
+
+
+def _reopened(
+    config_class: type[ExperimentConfig],
+    build: Build,
+    directory: Path,
+    given: ExperimentConfig | None,
+    earlier: MemoryHandler,
+) -> Ready:
+    """A run that lies in its directory; `given` must be its own configuration."""
+    meta = read_meta(directory)
+    config = load_config(config_class, directory / CONFIG_FILE)
+    changed = [
+        f"{key} is {here!r} here, but {own!r} in the run's {CONFIG_FILE}"
+        for key, here, own in ([] if given is None else differences(given, config))
+    ]
+    if changed:
+        raise UserError(
+            f"--resume {directory}: a run is resumed under its own configuration:\n  "
+            + "\n  ".join(changed)
+        )
+    distributed.on_leader(lambda: _check_divisible(config))
+    device = resolve_device(config.device)
+    torch.set_num_threads(meta.get("num_threads", torch.get_num_threads()))
+    prepared = prepare(build(_with_own_target(config, directory), device), config)
+    newest = checkpoint.latest(directory / CHECKPOINTS)
+    if newest is not None:  # all that can be wrong with it, before anything is written
+        _load_parameters(prepared, newest)
+        if checkpoint.load_state(newest).get("compiled"):
+            require_compiler()
+    return Ready(directory, config, prepared, earlier)
+
+
+def _step(run: Ready) -> int:
+    """Where the run goes on."""
+    newest = checkpoint.latest(run.directory / CHECKPOINTS)
+    return 0 if newest is None else int(newest.name)
+
+
+def _with_target_beside(config: ExperimentConfig, folder: Path | None) -> ExperimentConfig:
+    if config.target is None or folder is None or Path(config.target).exists():
+        return config
+    beside = folder / config.target
+    return config.model_copy(update={"target": str(beside)}) if beside.exists() else config
+
+
+def _with_own_target(config: ExperimentConfig, directory: Path) -> ExperimentConfig:
+    own = directory / TARGET
+    return config.model_copy(update={"target": str(own)}) if own.is_dir() else config
+
+
+def _load_parameters(prepared: Prepared, newest: Path) -> None:
+    parameters = checkpoint.load_parameters(newest)
+    try:
+        prepared.objective.model.load_subcomponents(parameters)
+    except ValueError as error:
+        raise UserError(f"{newest}: does not fit the run's {CONFIG_FILE}: {error}") from None

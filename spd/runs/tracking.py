@@ -1,0 +1,121 @@
+"""The observer that keeps the record of a run: local files, progress on the terminal, and W&B."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from spd.run_files import METRICS_FILE, TIMINGS_FILE, cut_lines
+from spd.runs.wandb_run import WandbRun
+
+logger = logging.getLogger(__name__)
+
+PLAIN_LINE_SECONDS = 10
+"""how far apart the lines of progress stand where there is no terminal"""
+
+
+class RunTracker:
+    """metrics.jsonl, timings.jsonl, progress on the terminal, and W&B if a run of it is given.
+
+    Of runs side by side one shows the progress of all, with a `label`; those with None show nothing.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        eval_every: int,
+        draw: Callable[[int], Mapping[str, Path]] | None = None,
+        figures_every: int | None = None,
+        wandb_run: WandbRun | None = None,
+        label: str | None = "",
+    ) -> None:
+        self.directory = directory
+        self.eval_every, self.figures_every = eval_every, figures_every
+        self.draw = draw
+        self.wandb_run = wandb_run
+        self.label = label
+        self.steps = 0
+
+    def started(self, step: int, steps: int) -> None:
+        """Cut off what an interrupted run logged at or after `step`."""
+        self.steps = steps
+        for name in (METRICS_FILE, TIMINGS_FILE):
+            cut_lines(self.directory / name, step)
+        self.metrics = (self.directory / METRICS_FILE).open("a", encoding="utf-8")
+        self.timings = (self.directory / TIMINGS_FILE).open("a", encoding="utf-8")
+        self.bar = tqdm(
+            total=steps,
+            initial=step,
+            desc=self.label,
+            unit="step",
+            disable=True if self.label is None else None,
+            leave=False,
+        )
+        self.first: tuple[int, float] | None = None
+        self.begun = time.perf_counter()
+        self.last_line = self.begun - PLAIN_LINE_SECONDS
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        self._write(step, values)
+        self._progress(step, values)
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        self._write(step, values)
+        if self.draw is not None and self._drawing(step):
+            paths = self.draw(step)
+            if self.wandb_run is not None:
+                self.wandb_run.log_images(step, paths)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self.metrics.flush()
+        if self.wandb_run is not None:
+            self.wandb_run.log(step, values)
+
+    def _drawing(self, step: int) -> bool:
+        """Whether figures are due: at the end and at the first evaluation after every `figures_every`."""
+        if step == self.steps:
+            return True
+        every = self.figures_every
+        return every is not None and step // every != (step - self.eval_every) // every
+
+    def ended(self) -> None:
+        if self.steps:
+            self.bar.close()
+            self.metrics.close()
+            self.timings.close()
+
+    def _progress(self, step: int, values: Mapping[str, float]) -> None:
+        now = time.perf_counter()
+        if self.first is None:  # the first step compiles and says nothing about the pace
+            self.first = (step, now)
+        first_step, first_time = self.first
+        pace = (step - first_step) / (now - first_time) if step > first_step else None
+        seconds = now - self.begun
+        timing = {"step": step, "seconds": seconds, "steps_per_second": pace or 1 / seconds}
+        self.timings.write(json.dumps(timing) + "\n")
+        self.timings.flush()
+        l0 = sum(value for key, value in values.items() if key.startswith("l0/"))
+        if not self.bar.disable:
+            self.bar.set_postfix(loss=f"{values['loss/total']:.2e}", L0=f"{l0:.2f}", refresh=False)
+            self.bar.update(step + 1 - self.bar.n)
+        elif self.label is not None and (
+            now - self.last_line > PLAIN_LINE_SECONDS or step + 1 == self.steps
+        ):
+            self.last_line = now
+            left = f"  {(self.steps - step - 1) / pace:.0f} s left" if pace else ""
+            logger.info(
+                "%sstep %d/%d  loss %.3e  L0 %.2f%s",
+                *(
+                    f"{self.label}: " if self.label else "",
+                    step + 1,
+                    self.steps,
+                    values["loss/total"],
+                    l0,
+                    left,
+                ),
+            )

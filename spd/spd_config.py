@@ -1,0 +1,54 @@
+"""Every knob of a decomposition that does not depend on what is decomposed."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from spd.config import BaseConfig
+from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
+from spd.losses import Losses
+from spd.metrics import Metrics
+from spd.schedule import ScheduleConfig
+
+Passes = Literal["auto", "together", "one_by_one"]
+
+
+class SPDConfig(BaseConfig):
+    """Everything about a decomposition that does not depend on what is decomposed."""
+
+    sites: dict[str, int]
+    """module pattern (`fnmatch`) → number of subcomponents C"""
+    losses: Losses
+    importance: ImportanceConfig = MLPImportanceConfig()
+    lower_leak: LowerLeak = "both"
+    steps: int = Field(ge=1)
+    lr: float = Field(gt=0.0, allow_inf_nan=False)
+    lr_schedule: ScheduleConfig = ScheduleConfig()
+    seed: int = Field(default=0, ge=0)
+    compile: Literal["auto"] | bool = "auto"
+    cuda_graphs: bool = True
+    """on a GPU, launch a compiled step whose passes go together as a whole, with no gaps between kernels"""
+    tf32: bool = False
+    """on a GPU, multiply the matrices of a training step on its tensor cores, rounded (`tf32_matmuls`)"""
+    passes: Passes = "auto"
+    """whether the masked forward passes of a step go back in one graph or `one_by_one`, with the same
+    gradients: the first compiles as a whole, the second layer by layer, and needs the memory of one pass"""
+    autocast: Literal["bf16"] | None = None
+    """run the target and its replaced sites in mixed precision; importances and losses stay float32"""
+    activation_checkpointing: bool = False
+    """recompute the layers of a Hugging Face target in the backward pass; nothing is compiled then"""
+    grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """largest norm of the gradient of all parameters together"""
+    metrics: Metrics = {}
+    n_eval_batches: int = Field(default=4, ge=1)
+    log_every: int = Field(default=100, ge=1)
+    eval_every: int = Field(default=1000, ge=1)
+    save_every: int = Field(default=5000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    @field_validator("losses")
+    @classmethod
+    def _some_loss(cls, losses: Losses) -> Losses:
+        if not any(spec.coeff > 0 for spec in losses.values()):
+            raise ValueError("at least one needs a coefficient above 0")
+        return losses

@@ -1,0 +1,190 @@
+"""The report: everything in one page, whatever the run directory holds."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from spd.reports.report import verdict, write_report
+from spd.reports.results import verdict as line_of
+from tests.made_up_run import add_figures, make_run, result
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """A parsed page; fails on elements that are not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def visible(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def report(run: Path) -> Page:
+    path = write_report(run)
+    assert path == run / "report.html"
+    assert not list(run.glob(".*.partial"))
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_verdict_comes_first_then_the_results_beside_the_published_ones(tmp_path: Path):
+    page = report(make_run(tmp_path))
+    seen = page.visible
+    assert seen.index("Solved") < seen.index("What this is") < seen.index("MMCS linear1")
+    assert "MMCS linear1 1.000 ± 0.000 1.000 ± 0.000" in seen
+    assert "ML2R linear1 0.991 ± 0.004 0.993 ± 0.002" in seen
+    assert "linear1 0 0.251 5 20 –" in seen  # errors, L0, alive, C, density
+    assert "faithfulness 1.0 1.25e-06" in seen
+    assert "12 min 34 s" in seen and "51.5 steps/s" in seen and "0123456789abcdef" in seen
+
+
+def test_every_figure_is_inlined_once_newest_in_configured_order_with_its_text(tmp_path: Path):
+    run = make_run(tmp_path)
+    newest = add_figures(run)
+    page = report(run)
+    images = page.all("img")
+    assert [image["alt"] for image in images[:2]] == ["second at 1200.", "first at 1200."]
+    inlined = [base64.b64decode(i["src"].removeprefix("data:image/png;base64,")) for i in images]
+    assert inlined[:2] == [newest["second"], newest["first"]]
+    assert inlined[2].startswith(b"\x89PNG") and "Curves over the steps" in images[2]["alt"]
+    assert len(images) == 3
+    assert "Read first & look." in page.visible
+
+
+def test_the_page_is_self_contained_and_well_formed(tmp_path: Path):
+    run = make_run(tmp_path)
+    add_figures(run)
+    page = report(run)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", _without_images(page.text))
+    assert page.all("script") == [] and all(i["src"].startswith("data:") for i in page.all("img"))
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"].removeprefix("#") for a in page.all("a")} <= set(ids)
+    assert page.all("html") == [{"lang": "en"}]
+
+
+def _without_images(text: str) -> str:
+    return re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+
+
+def test_how_to_reproduce_it(tmp_path: Path):
+    run = make_run(tmp_path)
+    seen = report(run).visible
+    assert "git checkout 0123456789abcdef" in seen
+    again = f"python -m spd.experiments.tms.tms_decomposition {run}/config.yaml"
+    assert f"{again} target={run}/target" in seen
+    assert f'run = load_run("{run}")' in seen
+    assert "2 networks were trained side by side" in seen and "4 (chosen)" in seen
+    assert "sites: {linear*: 20}" in seen
+    assert "were not committed" not in seen
+
+
+def test_a_run_that_is_not_solved_lists_the_errors_of_each_site(tmp_path: Path):
+    run = make_run(tmp_path, **{"result.json": result(solved=False, errors=1)})
+    seen = report(run).visible
+    assert "Not solved: 1 error" in seen and "linear1 : 1 error " in seen
+    assert "solved on most seeds" in seen
+
+
+def test_an_interrupted_run_shows_how_far_it_came(tmp_path: Path):
+    meta = {"status": "interrupted", "entry": {"module": "/some where/script.py"}}
+    run = make_run(tmp_path, **{"result.json": None, "meta.json": meta, "timings.jsonl": None})
+    page = report(run)
+    assert "Interrupted at step 1,200 of 40,000" in page.visible
+    assert "At the last evaluation: no errors." in page.visible
+    assert f"python '/some where/script.py' --resume {run}" in page.visible
+    assert page.visible.count("Solved") == 0
+    assert len(page.all("img")) == 1  # the curves so far
+
+
+def test_a_run_without_a_known_solution(tmp_path: Path):
+    run = make_run(tmp_path, **{"result.json": result(solved=None, errors=0)})
+    page = report(run)
+    assert "No known solution" in page.visible and "Solved" not in page.visible
+
+
+def test_a_directory_with_hardly_anything_in_it(tmp_path: Path):
+    keep = {"meta.json": {}, "config.yaml": "experiment: x\n"}
+    missing = ("metrics.jsonl", "timings.jsonl", "result.json", "target/training.json")
+    run = make_run(tmp_path, **keep, **dict.fromkeys([*missing, "target/config.yaml"]))
+    page = report(run)
+    assert "Not finished at step 0" in page.visible
+    assert "The run was not evaluated yet." in page.visible
+    assert page.all("img") == [] and page.all("table") == []
+
+
+def test_hostile_names_and_links_stay_text(tmp_path: Path):
+    hostile = '<script>alert(1)</script>"onload="x'
+    config = f"experiment: {json.dumps(hostile)}\nseed: 0\nsteps: 10\n"
+    meta = {"status": "finished", "tracker": "javascript:alert(1)", "command": "</pre><img src=x>"}
+    run = make_run(tmp_path, **{"config.yaml": config, "meta.json": meta})
+    page = report(run)
+    assert page.all("script") == [] and page.all("img")[0]["src"].startswith("data:")
+    assert len(page.all("img")) == 1
+    assert hostile in page.visible
+    assert all("onload" not in attributes for _, attributes in page.elements)
+    assert all(link["href"].startswith("#") for link in page.all("a"))
+
+
+def test_the_link_to_the_tracker(tmp_path: Path):
+    meta = {"status": "finished", "tracker": "https://example.org/run"}
+    links = report(make_run(tmp_path, **{"meta.json": meta})).all("a")
+    assert links[-1]["href"] == "https://example.org/run"
+
+
+@pytest.mark.parametrize(
+    ("status", "solved", "kind", "headline"),
+    [
+        ("finished", True, "solved", "Solved"),
+        ("finished", False, "unsolved", "Not solved: 2 errors"),
+        ("finished", None, "open", "No known solution"),
+        ("failed", False, "open", "Failed at step 7 of 9"),
+        ("running", True, "open", "Not finished at step 7 of 9"),
+    ],
+)
+def test_verdict(status: str, solved: bool | None, kind: str, headline: str):
+    given = verdict(status, result(solved=solved, errors=0 if solved else 2), 7, 9)
+    assert (given.kind, given.headline) == (kind, headline)
+
+
+def test_verdict_of_a_language_model_says_what_is_kept():
+    kept = {"recovered/masked": 0.9629, "recovered/rounded": 0.9512}
+    rows = [{"key": key, "value": value} for key, value in kept.items()]
+    of_model = {**result(solved=None, errors=0), "rows": rows}
+    given = verdict("finished", of_model, 9, 9)
+    assert given.headline == "96.3% of the cost of ablation avoided"
+    assert given.detail.startswith("With the importances as masks, 95.1% with rounded ones")
+    assert line_of(of_model).startswith(
+        "96.3% of the cost of ablation avoided with the importances"
+    )

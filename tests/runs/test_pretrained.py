@@ -1,0 +1,171 @@
+"""A decomposition saved alone, and laid over its target again."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from spd.component_model import ComponentModel
+from spd.config import UserError, load_config
+from spd.experiments.tms.tms_decomposition import TMSConfig, build
+from spd.importance import (
+    AffineImportanceConfig,
+    ImportanceConfig,
+    MLPImportanceConfig,
+    SharedMLPImportanceConfig,
+)
+from spd.runs.pretrained import Decomposition
+from spd.runs.run import load_run, start
+from tests.run_fixtures import QUICK, TMS_CONFIG, make_tms_target
+from tests.toy import MLP, MLP_SITES, TiedMLP, TokenModel
+
+
+def toy(kind: str = "plain", seed: int = 0) -> tuple[nn.Module, dict[str, int], Tensor]:
+    torch.manual_seed(seed)
+    if kind == "tied":
+        return TiedMLP(), {"enc": 4, "dec": 4}, torch.rand(3, 5)
+    if kind == "tokens":
+        return TokenModel(), {"embed": 4, "mid": 3}, torch.arange(6)
+    return MLP(), MLP_SITES, torch.rand(3, 4)
+
+
+def trained(
+    kind: str = "plain", importance: ImportanceConfig | None = None, **options: Any
+) -> tuple[Decomposition, Tensor]:
+    """A decomposition whose parameters are not those it starts with."""
+    target, sites, batch = toy(kind)
+    importance = importance or MLPImportanceConfig(n_hidden=2)
+    model = ComponentModel(target, sites, importance, **options)
+    with torch.no_grad():
+        for parameter in model.subcomponent_parameters().values():
+            parameter.normal_()
+    return Decomposition.of_model(model, importance, **options), batch
+
+
+def assert_same(loaded: ComponentModel, model: ComponentModel, batch: Tensor) -> None:
+    outputs, importances = [], []
+    for each in (loaded, model):
+        target_out, inputs = each.target_forward(batch)
+        ci = each.causal_importances(inputs)
+        outputs += [target_out, each(batch, ci.lower)]
+        importances.append(ci)
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    for path, g in importances[0].lower.items():
+        assert torch.equal(g, importances[1].lower[path])
+
+
+@pytest.mark.parametrize(
+    ("kind", "importance", "options"),
+    [
+        ("plain", AffineImportanceConfig(), {"lower_leak": "gradient"}),
+        ("tied", MLPImportanceConfig(n_hidden=2), {"tied_sites": (("enc", "dec"),)}),
+        ("tokens", SharedMLPImportanceConfig(hidden_widths=(3, 2), normalize=True), {}),
+    ],
+    ids=["plain", "tied", "tokens"],
+)
+def test_saved_and_loaded_over_a_given_target(
+    kind: str, importance: ImportanceConfig, options: dict[str, Any], tmp_path: Path
+):
+    decomposition, batch = trained(kind, importance, **options)
+    decomposition.save_pretrained(tmp_path / "saved")
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == [
+        *("README.md", "config.json", "model.safetensors")
+    ]
+    saved = load_file(tmp_path / "saved/model.safetensors")
+    assert saved.keys() == decomposition.model.subcomponent_parameters().keys(), "no target in it"
+    loaded = Decomposition.from_pretrained(tmp_path / "saved", target=toy(kind)[0])
+    assert_same(loaded.model, decomposition.model, batch)
+    assert loaded.layout == decomposition.layout
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+
+
+def test_of_a_run_over_a_target_made_as_the_run_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    target = make_tms_target(tmp_path / "target")
+    config = load_config(TMSConfig, TMS_CONFIG, [*QUICK, f"target={target}", "steps=2"])
+    run = load_run(start(config, build))
+    Decomposition.of_run(run).save_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "out")  # the run is not needed any more, its target is
+    loaded = Decomposition.from_pretrained(str(tmp_path / "saved"))
+    assert_same(loaded.model, run.model, torch.rand(4, 5))
+    shutil.rmtree(target)
+    with pytest.raises(UserError, match=str(target)):
+        Decomposition.from_pretrained(tmp_path / "saved")
+
+
+def test_another_target_is_refused(tmp_path: Path):
+    decomposition, _ = trained()
+    decomposition.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="others than those that were decomposed"):
+        Decomposition.from_pretrained(tmp_path, target=toy(seed=1)[0])
+    with pytest.raises(UserError, match="matches no module"):
+        Decomposition.from_pretrained(tmp_path, target=TiedMLP())
+
+
+def test_a_target_that_no_file_may_make(tmp_path: Path):
+    """Neither where none is named, nor by code from elsewhere that a file names."""
+    decomposition, _ = trained()
+    decomposition.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no run made it; give the target"):
+        Decomposition.from_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    script = tmp_path / "evil.py"
+    script.write_text("raise SystemExit('was run')")
+    names = {"module": str(script), "config_class": "A", "build": "b", "config": {}}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "target": names}))
+    with pytest.raises(UserError, match="evil.py made its target; give the target"):
+        Decomposition.from_pretrained(tmp_path)
+
+
+def test_folders_that_hold_no_decomposition(tmp_path: Path):
+    with pytest.raises(UserError, match="no config.json there"):
+        Decomposition.from_pretrained(tmp_path)
+    trained()[0].save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="model.safetensors: damaged"):
+        Decomposition.from_pretrained(tmp_path, target=toy()[0])
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "sites": {"first": 3}}))
+    with pytest.raises(UserError, match="model.safetensors|fingerprint|others"):
+        Decomposition.from_pretrained(tmp_path, target=toy()[0])
+
+
+def test_from_the_hub_by_name(tmp_path: Path):
+    """Out of the cache, where the hub's client lays files down."""
+    decomposition, batch = trained()
+    repo, commit = tmp_path / "models--someone--toy", "0" * 40
+    decomposition.save_pretrained(repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    loaded = Decomposition.from_pretrained("someone/toy", cache_dir=tmp_path, target=toy()[0])
+    assert_same(loaded.model, decomposition.model, batch)
+
+
+def test_pushed_to_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """What would travel is what `save_pretrained` writes."""
+    decomposition, batch = trained()
+    calls: dict[str, Any] = {}
+
+    def create_repo(self: Any, repo_id: str, **_: Any) -> Any:
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self: Any, *, repo_id: str, folder_path: Path, **_: Any) -> str:
+        calls[repo_id] = shutil.copytree(folder_path, tmp_path / "pushed")
+        return "url"
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    assert decomposition.push_to_hub("someone/toy") == "url"
+    loaded = Decomposition.from_pretrained(calls["someone/toy"], target=toy()[0])
+    assert_same(loaded.model, decomposition.model, batch)
