@@ -123,9 +123,12 @@ def run_side_by_side(
     optimizer = torch.optim.AdamW(trained.parameters, lr=config.lr, weight_decay=0.0, fused=True)
     state = _restore(members, trained, optimizer) if resume else {}
     start = state.get("step", 0)
-    together = passes_of(config.passes, batch) == "together"
-    may = may_compile(config, batch, objectives[0].model)
-    setting, n_steps = state.get("compiled", config.compile) if may else False, config.steps - start
+    together = passes_of(config.execution.passes, batch) == "together"
+    may = may_compile(config.execution, batch, objectives[0].model)
+    setting, n_steps = (
+        state.get("compiled", config.execution.compile) if may else False,
+        config.steps - start,
+    )
     if together:
         step_fn = CompiledStep(
             trained.function,
@@ -133,7 +136,7 @@ def run_side_by_side(
             n_steps,
             opaque=trained.opaque,
             n_members=trained.n_members,
-            cuda_graphs=batch.is_cuda and config.cuda_graphs,
+            cuda_graphs=batch.is_cuda and config.execution.cuda_graphs,
         )
     else:
         step_fn = CompiledPasses(objectives[0], setting, n_steps)
@@ -157,7 +160,7 @@ def run_side_by_side(
         batch, progress, noise, row_weights = inputs
 
         # ---- the training step
-        with step_fn.explained(), tf32_matmuls(config.tf32 and batch.is_cuda):
+        with step_fn.explained(), tf32_matmuls(config.execution.tf32 and batch.is_cuda):
             if together:
                 total, terms = step_fn(batch, progress, dict(noise), row_weights)
                 total.backward()

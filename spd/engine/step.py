@@ -6,7 +6,7 @@ from torch import Tensor
 
 from spd.component_model import ComponentModel
 from spd.engine.layers import layers_of
-from spd.spd_config import Passes, SPDConfig
+from spd.spd_config import Execution, Passes
 
 
 def passes_of(setting: Passes, batch: Tensor) -> Literal["together", "one_by_one"]:
@@ -16,7 +16,7 @@ def passes_of(setting: Passes, batch: Tensor) -> Literal["together", "one_by_one
     return setting
 
 
-def may_compile(config: SPDConfig, batch: Tensor, model: ComponentModel) -> bool:
+def may_compile(execution: Execution, batch: Tensor, model: ComponentModel) -> bool:
     """Whether there is something to compile of a step on such batches, whole or layer by layer."""
-    together = passes_of(config.passes, batch) == "together"
-    return not config.activation_checkpointing and (together or bool(layers_of(model.target)))
+    together = passes_of(execution.passes, batch) == "together"
+    return not execution.activation_checkpointing and (together or bool(layers_of(model.target)))
