@@ -6,7 +6,6 @@ from typing import Annotated, Literal, NamedTuple, Protocol, TypeVar, runtime_ch
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from spd.component_model import ComponentModel
@@ -26,6 +25,8 @@ from spd.problem import (
 
 L0_THRESHOLD = 0.01
 ALIVE_THRESHOLD = 0.1
+ALWAYS_ON = 0.99
+"""share of the rows on which a subcomponent that is always on is active"""
 PATTERN_TOLERANCE = 0.1
 INERT_FRACTION = 0.1
 
@@ -92,7 +93,7 @@ def assignment(g: Float[Tensor, "probes C"]) -> Tensor:
 
     The rest follows by falling maximum.
     """
-    rows, columns = linear_sum_assignment(g.numpy(force=True), maximize=True)
+    rows, columns = _partners(g)
     partners = columns[np.argsort(rows)]
     rest = [c for c in g.amax(dim=0).argsort(descending=True).tolist() if c not in set(partners)]
     return torch.tensor([*partners.tolist(), *rest], dtype=torch.long)
@@ -101,12 +102,19 @@ def assignment(g: Float[Tensor, "probes C"]) -> Tensor:
 def identity_errors(g: Float[Tensor, "probes C"], n: int) -> int:
     """Wrong entries after the best permutation: a diagonal one below 0.9, any other above 0.1."""
     assert g.shape[0] == n, f"{g.shape[0]} probes for a pattern of {n}"
-    rows, columns = linear_sum_assignment(g.numpy(force=True), maximize=True)
+    rows, columns = _partners(g)
     expected = torch.zeros_like(g, dtype=torch.bool)
     expected[torch.as_tensor(rows), torch.as_tensor(columns)] = True
     missing = expected & (g < 1 - PATTERN_TOLERANCE)
     extra = ~expected & (g > PATTERN_TOLERANCE)
     return int(missing.sum() + extra.sum()) + n - len(rows)
+
+
+def _partners(g: Float[Tensor, "probes C"]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and columns of the one-to-one assignment with the largest sum."""
+    from scipy.optimize import linear_sum_assignment  # half a second that few runs need
+
+    return linear_sum_assignment(g.numpy(force=True), maximize=True)
 
 
 def columns_in_use(g: Float[Tensor, "probes C"]) -> Bool[Tensor, " C"]:
@@ -282,6 +290,45 @@ class HeldOutLosses:
         means = {name: total / self.n_batches for name, total in self.totals.items()}
         weighted = sum(self.losses[name].coeff * mean for name, mean in means.items())
         return {"loss/total": weighted, **{f"loss/{name}": mean for name, mean in means.items()}}
+
+
+class SiteUsage(NamedTuple):
+    """How many subcomponents of a site held-out data uses."""
+
+    C: int
+    l0: float
+    """mean number of g > 0.01"""
+    alive: int
+    """g > 0.1 at least once"""
+    always_on: int
+    """g > 0.1 nearly everywhere"""
+
+    @property
+    def problem(self) -> str | None:
+        """Why this is no decomposition, and what to change first; None where it may be one."""
+        if self.alive == 0:
+            return "no subcomponent is ever on; try a smaller coefficient of importance_minimality"
+        if self.C > 1 and self.always_on > self.C / 2:
+            return (
+                f"{self.always_on} of {self.C} subcomponents are on nearly everywhere; try a larger"
+                " coefficient of importance_minimality, or more steps"
+            )
+        return None
+
+
+@torch.no_grad()
+def site_usage(model: ComponentModel, contexts: Iterable[StepContext]) -> dict[str, SiteUsage]:
+    """Of every site, over all contexts."""
+    seen = _Sparsity(model)
+    for ctx in contexts:
+        seen.update(ctx)
+    usage = {}
+    for path, active in seen.n_active.items():
+        n = seen.n_rows[path]
+        l0 = seen.n_nonzero[path].sum().item() / n
+        counts = [int(on.sum()) for on in (active > 0, active >= ALWAYS_ON * n)]
+        usage[path] = SiteUsage(len(active), l0, *counts)
+    return usage
 
 
 def collect(

@@ -202,7 +202,7 @@ def _prepared(
     earlier: MemoryHandler,
 ) -> Ready:
     """A run that is not in its directory yet."""
-    if config.compile is True:
+    if config.execution.compile is True:
         require_compiler()
     device = resolve_device(config.device)
     problem = build(_with_target_beside(config, folder), device)

@@ -75,7 +75,7 @@ class LMConfig(ExperimentConfig):
 
     @model_validator(mode="after")
     def _precision(self) -> Self:
-        if self.dtype != "float32" and self.autocast is None:
+        if self.dtype != "float32" and self.execution.autocast is None:
             raise ValueError(
                 f"dtype {self.dtype} needs autocast: bf16, as subcomponents are float32"
             )
