@@ -13,8 +13,8 @@ from spd.engine import distributed
 from spd.registry import get_experiment
 from spd.reports.figures import draw, loss_curves, save_figures
 from spd.reports.report import report_on, write_report
-from spd.reports.results import format_result, format_table
-from spd.run_files import FIGURES, META_FILE, RESULT_FILE, read_json
+from spd.reports.results import format_result, format_table, read_result
+from spd.run_files import FIGURES, META_FILE, RESULT_FILE
 from spd.runs.console import console_log, resolve_device, user_errors
 from spd.runs.execution import ExperimentConfig
 from spd.runs.run import Build, Run, load_run, resume, run_seeds, start
@@ -62,7 +62,7 @@ def cli(
         else:
             parser.error("a configuration or --resume RUN_DIR is needed")
         if distributed.is_leader():
-            print(format_result(read_json(directory / RESULT_FILE)))
+            print(format_result(read_result(directory / RESULT_FILE)))
             print(f"report: {directory / 'report.html'}")
         raise SystemExit(0)
 
@@ -73,7 +73,7 @@ def results_table(directories: Sequence[Path]) -> str:
     for directory in directories:
         if not (directory / RESULT_FILE).is_file():
             raise UserError(f"{directory}: no {RESULT_FILE}; the run has not finished")
-        results[f"{directory.parent.name}/{directory.name}"] = read_json(directory / RESULT_FILE)
+        results[f"{directory.parent.name}/{directory.name}"] = read_result(directory / RESULT_FILE)
     return format_table(results)
 
 
@@ -133,7 +133,7 @@ def redraw(run: Run) -> None:
     """Draw every figure of a run anew, from its newest checkpoint, and write its report."""
     figures = {**draw(run.prepared, run.config.figures), "loss_curves": loss_curves(run.metrics)}
     save_figures(run.directory / FIGURES, run.step, figures)
-    write_report(run.directory)
+    write_report(run.directory, run.config.metrics)
 
 
 def redraw_command(

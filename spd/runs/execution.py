@@ -164,4 +164,4 @@ def _label(run: Ready, runs: Sequence[Ready]) -> str | None:
 def _finish(directory: Path, config: ExperimentConfig, seconds: float) -> None:
     history = read_metrics(directory)
     save_figures(directory / FIGURES, config.steps, {"loss_curves": loss_curves(history)})
-    write_json(directory / RESULT_FILE, result_of(config, history, seconds))
+    write_json(directory / RESULT_FILE, result_of(config, history, seconds).as_json())
