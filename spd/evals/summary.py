@@ -148,7 +148,9 @@ def summarise(name: str, seeds: list[Seed]) -> Row:
     rows = [{row.key: row for row in result.rows} for result in results]
     keys = dict.fromkeys(key for of_seed in rows for key in of_seed)
     figures = [
-        _figure([(result, own[key]) for result, own in zip(results, rows, strict=True) if key in own])
+        _figure(
+            [(result, own[key]) for result, own in zip(results, rows, strict=True) if key in own]
+        )
         for key in keys
     ]
     verdicts = [result.solved for result in results if result.solved is not None]

@@ -39,6 +39,7 @@ from spd.run_files import (
     read_metrics,
 )
 
+HERE = Path(__file__).parent
 TEMPLATE = "report.html.j2"
 REPORT_FILE = "report.html"
 CURVES = "loss_curves"
@@ -145,9 +146,7 @@ def _evaluation(
 ) -> Evaluation:
     """The result, or how the run stands so far."""
     path = run_dir / RESULT_FILE
-    return (
-        read_result(path) if path.is_file() else evaluation_of(last_evaluation(history), metrics)
-    )
+    return read_result(path) if path.is_file() else evaluation_of(last_evaluation(history), metrics)
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -216,9 +215,7 @@ def _loss(row: ResultRow) -> bool:
     return row.key.startswith(LOSS)
 
 
-def _loss_rows(
-    result: Evaluation, losses: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, str]]:
+def _loss_rows(result: Evaluation, losses: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """Each term with its coefficient, the weighted sum last."""
     terms = {row.key.removeprefix(LOSS): result.own(row) for row in result.rows if _loss(row)}
     ordered = [name for name in terms if name != "total"] + ["total"] * ("total" in terms)

@@ -113,7 +113,9 @@ def described(metrics: Mapping[str, MetricSpec]) -> dict[str, Quantity]:
     """What the metrics of a run compute, by name."""
     specs = [spec.quantities for spec in metrics.values()]
     return {
-        name: q for quantities in (HeldOutLosses.quantities, *specs) for name, q in quantities.items()
+        name: q
+        for quantities in (HeldOutLosses.quantities, *specs)
+        for name, q in quantities.items()
     }
 
 
