@@ -39,7 +39,6 @@ from spd.run_files import (
     read_metrics,
 )
 
-HERE = Path(__file__).parent
 TEMPLATE = "report.html.j2"
 REPORT_FILE = "report.html"
 CURVES = "loss_curves"
@@ -110,7 +109,7 @@ def report_contents(
         "provenance": _provenance(meta, run_dir),
         "tracker": _web_link(meta.get("tracker")),
         "dirty": bool(meta.get("dirty")),
-        "commands": _commands(meta, run_dir),
+        "commands": _commands(meta, run_dir, outside=bool(config.get("module"))),
         "finished": meta.get("status") == "finished",
     }
 
@@ -279,24 +278,25 @@ def _provenance(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
     return {label: str(value) for label, value in known.items() if value}
 
 
-def _commands(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
+def _commands(meta: Mapping[str, Any], run_dir: Path, *, outside: bool) -> dict[str, str]:
     """What to type, by what it does; empty where the run does not say which script made it."""
     module = (meta.get("entry") or {}).get("module")
     if not module:
         return {}
     script = shlex.quote(module)
     python = f"python {script}" if module.endswith(".py") else f"python -m {script}"
+    python = "spd-run" if outside else python
     place = shlex.quote(str(run_dir))
     commands = {}
     if meta.get("commit"):
         commands["The code as it was"] = f"git checkout {meta['commit']}"
     if meta.get("status") in ("interrupted", "running"):
-        commands["Go on with this run"] = f"{python} --resume {place}"
+        commands["Go on with this run"] = f"spd-run --resume {place}"
     own = run_dir / TARGET
     target = f" target={shlex.quote(str(own))}" if own.is_dir() else ""
     commands["The same run again, in a new directory"] = f"{python} {place}/{CONFIG_FILE}{target}"
     commands["This page again"] = f"spd-report {place}"
-    load = ["from spd.run import load_run", f"run = load_run({json.dumps(str(run_dir))})"]
+    load = ["from spd.runs.run import load_run", f"run = load_run({json.dumps(str(run_dir))})"]
     commands["The decomposition, in Python"] = "\n".join([*load, "print(run.model.sites)"])
     return commands
 
