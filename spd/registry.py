@@ -27,8 +27,8 @@ class Experiment(NamedTuple):
     name: str
     module: str
     """what holds its configuration class and `build`: an importable name, or a file"""
-    config: Path
-    """its YAML file; one of the package's own is relative to it"""
+    config: str
+    """its YAML file; that of a registered one is relative to the package"""
     minutes: int
     """expected on two CPU cores, target included"""
     expected: str | None = None
@@ -40,10 +40,14 @@ class Experiment(NamedTuple):
     side_by_side: bool = True
     """whether several seeds can run in one process"""
 
+    @property
+    def registered(self) -> bool:
+        return self.name in EXPERIMENTS and EXPERIMENTS[self.name].config == self.config
+
     def command(self, package: Path = PACKAGE_DIR) -> tuple[str, str]:
         """Module and configuration, to come after `python -m`, of the code in `package`."""
-        if self.config.is_absolute():
-            return RUNNER, str(self.config)
+        if not self.registered:
+            return RUNNER, self.config
         return self.module, str(package / self.config)
 
 
@@ -51,7 +55,7 @@ def _tms(name: str, minutes: int, *, fast: bool = False) -> Experiment:
     return Experiment(
         name,
         "spd.experiments.tms.tms_decomposition",
-        Path(f"experiments/tms/{name}_config.yaml"),
+        f"experiments/tms/{name}_config.yaml",
         minutes,
         "solved on most seeds",
         gpu_minutes=None if fast else 5,
@@ -63,7 +67,7 @@ def _resid_mlp(n_layers: int, minutes: int, expected: str, *, gpu_minutes: int) 
     return Experiment(
         f"resid_mlp{n_layers}",
         "spd.experiments.resid_mlp.resid_mlp_decomposition",
-        Path(f"experiments/resid_mlp/resid_mlp{n_layers}_config.yaml"),
+        f"experiments/resid_mlp/resid_mlp{n_layers}_config.yaml",
         minutes,
         expected,
         gpu_minutes=gpu_minutes,
@@ -74,7 +78,7 @@ def _lm(name: str, minutes: int, expected: str, *, default: bool = False) -> Exp
     return Experiment(
         name,
         "spd.experiments.lm.lm_decomposition",
-        Path(f"experiments/lm/{name}_config.yaml"),
+        f"experiments/lm/{name}_config.yaml",
         minutes,
         expected,
         default=default,
@@ -137,7 +141,7 @@ def _of_file(path: Path) -> Experiment:
         module = str((path.parent / module).resolve())
         if not Path(module).is_file():
             raise UserError(f"{path}: module: {module}: no such file")
-    return Experiment(name, module, path, UNKNOWN_MINUTES, default=False, side_by_side=False)
+    return Experiment(name, module, str(path), UNKNOWN_MINUTES, default=False, side_by_side=False)
 
 
 def default_experiments() -> list[str]:

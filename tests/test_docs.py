@@ -85,7 +85,7 @@ def test_what_is_added_passes_its_tests(extended: Path) -> None:
 
 @pytest.fixture(scope="module")
 def study(extended: Path) -> tuple[Path, str]:
-    """The folder of a study of two seeds of the added experiment with all that is added, and what it said."""
+    """The folder of a study of two seeds with all that is added, and what it said."""
     own = extended / "own"
     added = (
         *("losses.smooth_l0={coeff: 1e-3}", "importance={type: threshold}"),

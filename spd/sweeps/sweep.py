@@ -121,7 +121,7 @@ def _new(words: Sequence[str], options: SweepOptions) -> int:
         raise UserError("spd-sweep: EXPERIMENT and N_AGENTS are needed; see --help")
     experiment, n_agents = words[0], _n_agents(words[1])
     found = get_experiment(experiment)
-    experiment = str(found.config) if found.config.is_absolute() else experiment
+    experiment = experiment if found.registered else found.config  # by its full path
     overrides = [*words[2:], *(["device=cpu"] if options.cpu else [])]
     definition = read_definition(options.params)
     check(definition, experiment, overrides, str(options.params))
