@@ -345,7 +345,8 @@ class PatternErrorsMetric(MetricSpec):
         total = errors.pop("total")
         return Conclusion(
             headline=f"not solved: {total} error{'' if total == 1 else 's'}",
-            detail="against the known pattern: " + ", ".join(f"{p} {n}" for p, n in errors.items()),
+            detail="errors against the known pattern: "
+            + ", ".join(f"{p} {n}" for p, n in errors.items()),
             solved=False,
         )
 

@@ -98,7 +98,7 @@ def report_contents(
         "expected": known.expected if known else None,
         "merits": merits(result, config.get("sites", {})),
         "any_published": any(row.published is not None for row in result.rows),
-        "sites": site_table(result, config.get("sites", {})),
+        "site_table": site_table(result, config.get("sites", {})),
         "loss_rows": _loss_rows(result, config.get("losses", {})),
         "evaluated": bool(result.rows),
         "figures": _images(run_dir / FIGURES, list(config.get("figures") or {})),

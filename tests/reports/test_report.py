@@ -115,7 +115,7 @@ def test_how_to_reproduce_it(tmp_path: Path):
 def test_a_run_that_is_not_solved_lists_the_errors_of_each_site(tmp_path: Path):
     run = make_run(tmp_path, **{"result.json": result(solved=False, errors=1)})
     seen = report(run).visible
-    assert "Not solved: 1 error Against the known pattern: linear1 1." in seen
+    assert "Not solved: 1 error Errors against the known pattern: linear1 1." in seen
     assert "solved on most seeds" in seen
 
 

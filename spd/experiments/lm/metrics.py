@@ -110,7 +110,7 @@ class CrossEntropyMetric(MetricSpec):
         return _CrossEntropy(model)
 
     def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
-        if "recovered/masked" not in values:
+        if not {"recovered/masked", "recovered/rounded"} <= values.keys():
             return None
         return Conclusion(
             headline=f"{values['recovered/masked']:.1%} of the cost of ablation avoided",
