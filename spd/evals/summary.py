@@ -15,6 +15,7 @@ from spd.registry import EXPERIMENTS, Experiment
 from spd.reports.results import LABELS, format_value
 from spd.run_files import (
     RESULT_FILE,
+    atomic_write,
     has_finished,
     read_json,
     write_json,
@@ -141,9 +142,7 @@ def write_summary(
         value=format_value,
         duration=duration,
     )
-    partial = directory / f".{PAGE}.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(directory / PAGE)
+    atomic_write(directory / PAGE, page)
     write_json(directory / DATA, [_plain(row) for row in rows])
     return Summary(format_rows(rows), directory / PAGE, good, unfinished)
 

@@ -29,6 +29,7 @@ from spd.run_files import (
     RESULT_FILE,
     TARGET,
     TIMINGS_FILE,
+    atomic_write,
     read_json,
     read_metrics,
 )
@@ -81,9 +82,7 @@ def write_page(
     )
     page = environment.get_template(template).render(contents)
     path = run_dir / REPORT_FILE
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    atomic_write(path, page)
     return path
 
 

@@ -22,7 +22,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from spd.config import UserError
+from spd.config import Exit, UserError
 from spd.launch.job import Ended
 from spd.launch.study import Study
 from spd.sweeps.definition import (
@@ -108,7 +108,7 @@ def work(study: Study, agent: str) -> int:
                 if ended.signum is None or trial.state == "finished":
                     tell(study, own, trial)
             if ended.signum is not None:  # an unfinished trial is for whoever goes on with it
-                return 143
+                return Exit.TERMINATED
         finally:
             for own in taken:
                 own.lock.release()

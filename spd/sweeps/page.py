@@ -11,6 +11,7 @@ import jinja2
 from spd.launch.job import Status
 from spd.launch.study import Study
 from spd.reports.figures import png_bytes, read_png
+from spd.run_files import atomic_write
 from spd.settings import PACKAGE_DIR
 from spd.sweeps.definition import Definition, Metric
 from spd.sweeps.figures import against_each, parallel_coordinates
@@ -54,9 +55,7 @@ def write_page(
         agents=agents,
         shown=shown,
     )
-    partial = study.directory / f".{PAGE}.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(study.directory / PAGE)
+    atomic_write(study.directory / PAGE, page)
     unwell = [f"{name}: {s.state}: {s.reason}" for name, s in agents.items() if s.state == "failed"]
     text = "\n".join([format_trials(trials, keys, definition), counts, *unwell])
     good = not unwell and not n_waiting and bool(trials)
