@@ -53,12 +53,12 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def slow_square(x: torch.Tensor) -> torch.Tensor:
-    """Twenty milliseconds, of which 750 steps, there and back, are worth compiling."""
+    """At least twenty milliseconds, of which 750 steps, there and back, are worth compiling."""
     time.sleep(0.02)
     return square(x)
 
 
-@pytest.mark.parametrize(("n_steps", "tried"), [(100, False), (2000, True)])
+@pytest.mark.parametrize(("n_steps", "tried"), [(2, False), (2000, True)])
 def test_auto_compiles_long_runs_alone(
     compiler: Path, caplog: pytest.LogCaptureFixture, n_steps: int, tried: bool
 ):
