@@ -119,7 +119,7 @@ def test_auto_falls_back_where_the_compiler_fails(compiler: Path, caplog: pytest
 
 LONG_RUN = """
 import runpy, sys
-from spd import compilation
+from spd.engine import compilation
 compilation.WORTHWHILE_SECONDS = 0
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
