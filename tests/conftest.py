@@ -33,11 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    compiled = item.get_closest_marker("compiled") is not None
     needed = {what for marker in item.iter_markers("needs") for what in marker.args}
-    if compiled or COMPILER in needed:
-        if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-            pytest.skip(f"needs {COMPILER}: g++ or clang++ on PATH, or CXX")
+    if item.get_closest_marker("compiled") is not None:
+        needed.add(COMPILER)
+    compilers = (os.environ.get("CXX") or "g++", "clang++")
+    if COMPILER in needed and not any(map(shutil.which, compilers)):
+        pytest.skip(f"needs {COMPILER}: g++ or clang++ on PATH, or CXX")
     for program in sorted(needed - {COMPILER}):
         if shutil.which(program) is None:
             pytest.skip(f"needs {program} on PATH")

@@ -67,6 +67,8 @@ def check(definition: Definition) -> None:
                 f"parameters.{key}: {parameter.kind} is for W&B alone (allowed here:"
                 f" {', '.join(SUPPORTED)})"
             )
+    if definition.early_terminate is not None and definition.early_terminate.strict:
+        raise UserError("early_terminate.strict: true is for W&B alone (allowed here: false)")
 
 
 def create(study: Study) -> None:
