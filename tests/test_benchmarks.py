@@ -78,6 +78,7 @@ def make_stub(folder: Path, name: str, pace: float) -> Path:
     module.parent.mkdir(parents=True)
     text = STUB.format(pace=pace, log=str(folder / "log"), name=name)
     module.write_text(text, encoding="utf-8")
+    (module.parent / "__init__.py").write_text("")
     return folder / name
 
 
