@@ -31,6 +31,8 @@ def run_python(folder: Path, *args: str, package: Path = REPO) -> str:
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package with the documented diffs applied."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git on PATH")
     copy = tmp_path_factory.mktemp("extended")
     shutil.copytree(REPO / "spd", copy / "spd", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["git", "init", "-q"], cwd=copy, check=True)

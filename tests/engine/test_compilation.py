@@ -171,6 +171,7 @@ def test_a_run_that_falls_back_is_an_eager_run(command: Command, compiler: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.needs("a C++ compiler")
 def test_compiled_runs_are_equal_byte_for_byte_also_resumed(command: Command):
     """The second compiles nothing: it finds what the first has compiled."""
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(command.folder / "cache")}
@@ -191,6 +192,7 @@ def test_compiled_runs_are_equal_byte_for_byte_also_resumed(command: Command):
 
 
 @pytest.mark.slow
+@pytest.mark.needs("a C++ compiler")
 def test_the_decision_is_kept_by_a_resumed_run(command: Command):
     """Compiled stays compiled: without a compiler the run does not go on; eager stays eager."""
     finished_run(command, "compile=true", "steps=4")

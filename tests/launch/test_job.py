@@ -13,8 +13,11 @@ import pytest
 
 from spd.config import UserError
 from spd.launch.job import (
+    Ended,
     Job,
+    State,
     Status,
+    exit_status,
     is_worked_on,
     load_job,
     outcome,
@@ -114,6 +117,14 @@ def test_a_job_is_kept_in_its_folder(tmp_path: Path):
 )
 def test_what_an_exit_status_means(status: int, text: str, expected: tuple):
     assert outcome(status, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("state", "status"), [("finished", 0), ("failed", 1), ("skipped", 3), ("interrupted", 143)]
+)
+def test_the_process_of_a_job_ends_with_a_status_that_means_the_same(state: State, status: int):
+    assert exit_status(Ended(state, None, None)) == status
+    assert outcome(status, "error: x")[0] == state
 
 
 def test_a_job_that_ends_leaves_its_status_and_output(tmp_path: Path):

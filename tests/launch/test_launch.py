@@ -71,6 +71,7 @@ def test_the_copy_is_the_code_as_it_is_and_knows_where_it_comes_from(tmp_path: P
     assert not list(tmp_path.rglob("__pycache__"))
 
 
+@pytest.mark.needs("git")
 def test_changes_that_are_not_committed_are_noted(tmp_path: Path):
     def git(*args: str) -> None:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
