@@ -5,9 +5,11 @@ value, its place and what is allowed.
 """
 
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -17,16 +19,42 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 Config = TypeVar("Config", bound="BaseConfig")
 
 
+class Exit(IntEnum):
+    """The exit statuses of all commands."""
+
+    DONE = 0
+    FAILED = 1
+    MISTAKE = 2
+    """of the user, in a configuration or on a command line"""
+    UNREACHABLE = 3
+    """data or a model cannot be had from here"""
+    INTERRUPTED = 130
+    """by Ctrl-C: 128 and the number of the signal, as of any other signal"""
+    TERMINATED = 143
+
+
 class UserError(ValueError):
-    """A mistake in what the user gave: shown as one message, without a traceback, exit status 2."""
+    """A mistake in what the user gave: shown as one message, without a traceback."""
+
+    status = Exit.MISTAKE
 
 
 class Unreachable(UserError):  # noqa: N818 - it is a condition of the surroundings
-    """Data or a model that cannot be had from here, as without a network or a key: exit status 3."""
+    """Data or a model that cannot be had from here, as without a network or a key."""
+
+    status = Exit.UNREACHABLE
 
 
 class RunError(RuntimeError):
-    """Work that was done in vain, for a reason that one message tells: exit status 1."""
+    """Work that was done in vain, for a reason that one message tells."""
+
+    status = Exit.FAILED
+
+
+def report_error(error: UserError | RunError) -> Exit:
+    """Print the message of an error on stderr; the exit status that belongs to it."""
+    print(f"error: {error}", file=sys.stderr)
+    return error.status
 
 
 class BaseConfig(BaseModel):

@@ -13,6 +13,7 @@ from spd.config import (
     apply_overrides,
     nearest,
     read_yaml,
+    report_error,
 )
 from spd.settings import PACKAGE_DIR
 
@@ -214,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             command = command_line(args.experiment, args.arguments)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            raise SystemExit(report_error(error)) from None
     os.execv(sys.executable, command)
 
 

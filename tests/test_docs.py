@@ -61,6 +61,8 @@ QUICK = (
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package with the documented diffs applied, and a folder `own` beside it."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git on PATH")
     copy = tmp_path_factory.mktemp("extended")
     shutil.copytree(REPO / "spd", copy / "spd", ignore=shutil.ignore_patterns("__pycache__"))
     documented = diffs()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from spd.config import UserError, parse
+from spd.config import Exit, UserError, parse
 from spd.launch.arguments import (
     Arguments,
     Command,
@@ -103,7 +103,7 @@ COMMAND = Command(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command. Exit status: 0 as expected, 1 not, 2 a mistake of the user, 130 interrupted."""
+    """The command. Its exit status is an `Exit`: FAILED where a figure is not as expected."""
     run_command(COMMAND, _run, argv)
 
 
@@ -189,7 +189,7 @@ def _launched(study: Study, jobs: Sequence[Job], options: EvalsOptions) -> int:
     except KeyboardInterrupt:
         here = not study.record["slurm"]
         print(f"go on with: spd-evals --{'resume' if here else 'collect'} {study.id}")
-        return 130
+        return Exit.INTERRUPTED
 
 
 def _collect(study: Study) -> int:

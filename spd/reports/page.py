@@ -6,6 +6,8 @@ from typing import Any
 
 import jinja2
 
+from spd.run_files import atomic_write
+
 HERE = Path(__file__).parent
 
 
@@ -25,7 +27,5 @@ def render_page(
         lstrip_blocks=True,
     )
     page = environment.get_template(template).render(contents)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    atomic_write(path, page)
     return path

@@ -26,8 +26,7 @@ def cli(
 ) -> NoReturn:
     """The entry point of an experiment script: CONFIG.yaml [key=value …] [--resume RUN_DIR].
 
-    Exit status: 0 finished, 1 a run failed, 2 a mistake of the user, 3 its data or model cannot be
-    reached, 130 or 143 interrupted.
+    It ends with one of the statuses of `spd.config.Exit`.
     """
     parser = argparse.ArgumentParser(description=(build.__doc__ or "").partition("\n")[0])
     parser.add_argument("config", nargs="?", help="YAML configuration")

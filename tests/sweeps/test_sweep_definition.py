@@ -202,6 +202,9 @@ def test_what_only_wandb_can_do_is_refused_locally(tmp_path: Path):
     definition = read_definition(written(tmp_path, RANDOM, parameters=normal))
     with pytest.raises(UserError, match="parameters.lr: normal is for W&B alone"):
         local_study.check(definition)
+    early = {"type": "hyperband", "min_iter": 3, "strict": True}
+    with pytest.raises(UserError, match="early_terminate.strict: true is for W&B alone"):
+        local_study.check(read_definition(written(tmp_path, RANDOM, early_terminate=early)))
     endless = {key: value for key, value in RANDOM.items() if key != "run_cap"}
     with pytest.raises(UserError, match="run_cap: is needed"):
         local_study.check(read_definition(written(tmp_path, endless)))

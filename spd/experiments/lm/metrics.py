@@ -14,7 +14,7 @@ from spd.experiments.lm.problem import need_lm
 from spd.losses import StepContext, kl_divergence
 from spd.masks import stochastic_mask
 from spd.metrics import Conclusion, Metric, MetricSpec, Quantity
-from spd.noise import derive_seed
+from spd.noise import seeded, uniform
 from spd.problem import Problem
 
 ROUNDING_THRESHOLD = 0.5
@@ -157,9 +157,8 @@ class _CrossEntropy:
     def _uniform(self, like: Tensor) -> Tensor:
         """The same draws in every evaluation, whatever the losses of the run."""
         if self.noise is None:
-            self.noise = torch.Generator(device=like.device)
-            self.noise.manual_seed(derive_seed("cross_entropy", 0))
-        return torch.rand(like.shape, generator=self.noise, device=like.device, dtype=like.dtype)
+            self.noise = seeded(like.device, "cross_entropy", 0)
+        return uniform(like.shape, self.noise, like.dtype)
 
     @staticmethod
     def _add(totals: dict[str, float], kind: str, value: Tensor) -> None:

@@ -13,7 +13,7 @@ from spd.experiments.resid_mlp.problem import need_all_sites, need_resid_mlp
 from spd.losses import StepContext, recon_error
 from spd.masks import stochastic_mask
 from spd.metrics import Metric, MetricSpec, Quantity
-from spd.noise import derive_seed
+from spd.noise import seeded, uniform
 from spd.problem import Problem
 
 # --- the mathematics -------------------------------------------------------------------------------
@@ -168,10 +168,9 @@ class _LabelPerformance:
         return {f"mse_to_labels/{name}": t / self.n_batches for name, t in self.totals.items()}
 
     def _stochastic_masks(self, ctx: StepContext) -> dict[str, Tensor]:
-        generator = torch.Generator(device=ctx.batch.device)
-        masks = {}
-        for path, g in ctx.ci.lower.items():
-            generator.manual_seed(derive_seed("label performance", self.n_batches, path))
-            uniform = torch.rand(g.shape, generator=generator, device=g.device)
-            masks[path] = stochastic_mask(g, uniform)
-        return masks
+        device = ctx.batch.device
+
+        def draw(path: str, shape: torch.Size) -> Tensor:
+            return uniform(shape, seeded(device, "label performance", self.n_batches, path))
+
+        return {path: stochastic_mask(g, draw(path, g.shape)) for path, g in ctx.ci.lower.items()}
