@@ -56,11 +56,11 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f" {len(eval_batches)}"
         )
     _check_output(problem.target, eval_batches[0])
-    if execution.compile is True and not may_compile(execution, eval_batches[0], model):
+    if execution.compile is True and not may_compile(execution, model):
         raise UserError(
             "compile: true compiles all passes of a step together, or the layers of a Hugging Face"
             f" target: it needs passes: together (passes is {execution.passes!r}, here"
-            f" {passes_of(execution.passes, eval_batches[0])}) or such layers"
+            f" {passes_of(execution.passes, model)}) or such layers"
             f" ({type(problem.target).__name__} has {len(layers_of(problem.target))}), and"
             " activation_checkpointing: false (it is"
             f" {str(execution.activation_checkpointing).lower()})"
@@ -101,7 +101,7 @@ def check_side_by_side(runs: Sequence[Prepared]) -> None:
     """`UserError` unless the runs, which differ in their seed alone, can be one computation."""
     if len(runs) == 1:
         return
-    execution, batch = runs[0].config.execution, runs[0].eval_batches[0]
+    execution, model = runs[0].config.execution, runs[0].objective.model
     n_processes = os.environ.get("WORLD_SIZE", "1")
     if n_processes != "1":
         raise UserError(
@@ -109,14 +109,14 @@ def check_side_by_side(runs: Sequence[Prepared]) -> None:
             " seed at a time"
         )
     together = (
-        passes_of(execution.passes, batch) == "together" and not execution.activation_checkpointing
+        passes_of(execution.passes, model) == "together" and not execution.activation_checkpointing
     )
-    if not together or not batch.is_floating_point():
+    if not together or layers_of(model.target):
         raise UserError(
-            "seeds: runs side by side are one graph of all passes on batches of numbers, as toy models"
-            f" have them: not for language models, passes: one_by_one (it is {execution.passes}) or"
-            " activation_checkpointing (it is"
-            f" {str(execution.activation_checkpointing).lower()}); run one seed at a time"
+            "seeds: runs side by side are one graph of all passes, as toy models have them:"
+            f" not for language models, passes: one_by_one (it is {execution.passes}) or"
+            f" activation_checkpointing (it is {str(execution.activation_checkpointing).lower()}); run one"
+            " seed at a time"
         )
     check_one_target([run.objective for run in runs])
 
