@@ -1,12 +1,12 @@
 """A problem and its configuration, checked against each other, and what is looked at on held-out data."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spd.component_model import ComponentModel
 from spd.config import UserError
@@ -55,6 +55,7 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
             f" {len(eval_batches)}"
         )
+    _check_output(problem.target, eval_batches[0])
     if execution.compile is True and not may_compile(execution, model):
         raise UserError(
             "compile: true compiles all passes of a step together, or the layers of a Hugging Face"
@@ -68,6 +69,32 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
     prepared = Prepared(problem, config, objective, eval_batches, silent_rows)
     build_metrics(prepared)
     return prepared
+
+
+@torch.no_grad()
+def _check_output(target: nn.Module, batch: Tensor) -> None:
+    """`UserError` unless the target gives one Tensor of numbers for a batch."""
+    output = target(batch)
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return
+    raise UserError(
+        f"target: {type(target).__name__} returns {_kind(output)}; one Tensor of numbers is needed, so"
+        " give a module whose forward picks it out of what yours returns"
+    )
+
+
+def _kind(output: object) -> str:
+    match output:
+        case None:
+            return "None"
+        case Tensor():
+            return f"a Tensor of {output.dtype}"
+        case Mapping():
+            return f"a {type(output).__name__} with the keys {', '.join(map(str, output))}"
+        case tuple() | list():
+            return f"a {type(output).__name__} of {len(output)}"
+        case _:
+            return f"a {type(output).__name__}"
 
 
 def check_side_by_side(runs: Sequence[Prepared]) -> None:
