@@ -159,7 +159,7 @@ def expected_minutes(name: str, overrides: Sequence[str] = (), *, gpu: bool = Fa
     minutes = experiment.gpu_minutes if gpu else None
     config = read_yaml(PACKAGE_DIR / experiment.config)
     steps = apply_overrides(config, overrides).get("steps")
-    share = steps / config["steps"] if isinstance(steps, int) else 1.0
+    share = steps / config["steps"] if isinstance(steps, int | float) else 1.0
     return (experiment.minutes if minutes is None else minutes) * share
 
 

@@ -13,9 +13,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jinja2
-import yaml
 
-from spd.config import UserError
+from spd.config import UserError, parse_yaml
 from spd.engine.prepare import Prepared
 from spd.registry import EXPERIMENTS
 from spd.reports.drawing import FigureText, count
@@ -90,7 +89,7 @@ def write_page(
 def report_contents(run_dir: Path) -> dict[str, Any]:
     """Everything that the template shows."""
     config_text = _text(run_dir / CONFIG_FILE)
-    config = yaml.safe_load(config_text) or {}
+    config = parse_yaml(config_text) or {}
     meta = _json(run_dir / META_FILE)
     history = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
     result = _json(run_dir / RESULT_FILE) or _result_so_far(config, meta, history)

@@ -3,12 +3,11 @@
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from spd.config import (
     BaseConfig,
@@ -20,7 +19,6 @@ from spd.config import (
 
 Point = dict[str, Any]
 """swept key → value"""
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 MAX_CHECKED = 10_000
 """points of a grid"""
 Distribution = Literal[
@@ -46,19 +44,11 @@ Distribution = Literal[
 NEEDS_BOUNDS = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values")
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as a word; here it is the number it looks like."""
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
-
-
-Value = Annotated[Any, BeforeValidator(_number)]
-
-
 class Parameter(BaseConfig):
     """The values of one setting."""
 
-    value: Value = None
-    values: list[Value] | None = Field(default=None, min_length=1)
+    value: Any = None
+    values: list[Any] | None = Field(default=None, min_length=1)
     probabilities: list[float] | None = None
     distribution: Distribution | None = None
     min: float | int | None = None
