@@ -12,7 +12,7 @@ from spd.config import (
     nearest,
     read_yaml,
 )
-from spd.settings import PACKAGE_DIR
+from spd.settings import PACKAGE_DIR, patient_threads
 
 
 class Published(NamedTuple):
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, command, {**os.environ, **patient_threads()})
 
 
 if __name__ == "__main__":
