@@ -58,6 +58,9 @@ class TextConfig(BaseConfig):
     """what stands between the documents of a text file; None: a file is one document"""
     bos: Literal["auto"] | bool = "auto"
     """whether every sequence begins with the tokenizer's BOS; auto: where the tokenizer adds it itself"""
+    exclude_tokens: tuple[int | str, ...] = ()
+    """tokens, as pads or BOS, whose positions count neither in losses nor in figures and contexts; the
+    target reads them all the same"""
     end_token: str | None = None
     """the token that ends a document; None: the tokenizer's own (eos, or an encoder's sep); "": none"""
     context_length: int = Field(ge=2)
