@@ -41,12 +41,12 @@ from spd.experiments.lm.metrics import CrossEntropyMetric
 from spd.experiments.lm.problem import LMProblem, weights_without
 from spd.experiments.lm.train_lm import LMTrainConfig, is_trained_here
 from spd.experiments.targets import CONFIG_FILE
-from spd.metrics import MetricSpec
+from spd.metrics import GeneralMetric
 from spd.problem import ReconKind
 from spd.runs.cli import cli
 from spd.runs.execution import ExperimentConfig
 
-LMMetric = MetricSpec | CrossEntropyMetric
+LMMetric = GeneralMetric | CrossEntropyMetric
 LMMetrics = Annotated[Mapping[str, Annotated[LMMetric, BY_TYPE]], NAME_IS_TYPE]
 
 
