@@ -122,7 +122,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"metric": {"name": "eval/errors/totl"}},
         "'eval/errors/totl' is not logged; did you mean 'eval/errors/total'?",
     ),
-    "metric of no site": ({"metric": {"name": "l0/linear3"}}, "did you mean 'l0/linear1'?"),
+    "metric of no site": ({"metric": {"name": "l0/linear3"}}, "did you mean 'l0/linear"),
     "metric of no figure": (
         {"metric": {"name": "eval/errrors/total"}},
         "mean 'eval/errors/total'?",
