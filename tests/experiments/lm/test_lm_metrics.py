@@ -185,7 +185,7 @@ def test_excluded_tokens_count_in_no_loss_gradient_or_sparsity():
         )
         config = make_config(losses, sites=SITES, n_eval_batches=1, metrics={"sparsity": {}})
         prepared = prepare(problem, config)
-        total, logged = prepared.objective(tokens, torch.tensor(0.0), {})
+        total, logged, *_ = prepared.objective(tokens, torch.tensor(0.0), {})
         total.backward()
         grads = {n: p.grad for n, p in prepared.objective.named_parameters() if p.requires_grad}
         found.append((logged, grads, {k: torch.tensor(v) for k, v in evaluate(prepared).items()}))
