@@ -1,10 +1,14 @@
 """Configuration: frozen pydantic models, read from YAML, changed by dotted overrides.
 
 Everything a user can get wrong in a configuration ends here as one `UserError` that names the
-value, its place and what is allowed.
+value, its place and what is allowed. Numbers and truth values are those of YAML 1.2: `1e-3` is a
+number; `yes`, `on`, `010`, `1:30` and `2026-01-31` are words, which YAML 1.1 takes as true, true,
+8, 90 and a date.
 """
 
 import difflib
+import itertools
+import re
 import sys
 import types
 import typing
@@ -14,7 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 Config = TypeVar("Config", bound="BaseConfig")
 
@@ -57,13 +69,54 @@ def report_error(error: UserError | RunError) -> Exit:
     return error.status
 
 
+MAX_DEPTH = 50
+MAX_NODES = 200_000
+"""aliases counted as often as what they stand for"""
+
+_FLOAT = r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)"
+_WORDS = {
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        rf"{_FLOAT}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "tag:yaml.org,2002:merge": (r"<<", "<"),
+}
+"""tag → its words, and what they begin with"""
+
+
+NAMED_SPECS = ("losses", "metrics", "figures")
+"""the groups of which the override `group.name=null` takes an entry out"""
+SITES = "sites"
+"""the group whose keys are names of modules, with dots in them"""
+OVERRIDE = re.compile(r"""((?:"[^"]*"|'[^']*'|[^="'])*)=(.*)""", re.DOTALL)
+"""key and value; a part of the key may stand in quotes"""
+NO_NUMBER = "no_number"
+QUOTED = re.compile(r"""(["'])(.*?)\1(?:\.(.+))?""", re.DOTALL)
+
+
 class BaseConfig(BaseModel):
-    """Frozen, and unknown keys are errors. Floats stay lax: YAML 1.1 reads `1e-3` as a string."""
+    """Frozen, and unknown keys are errors. A number may be given as text, as options are."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     open_group: ClassVar[str | None] = None
     """A field that is a group of settings whose keys an override may name without it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_only(cls, raw: Any) -> Any:
+        """A truth value is no number, and neither is `010`, which some read as 8."""
+        for name, value in raw.items() if isinstance(raw, Mapping) else ():
+            field = cls.model_fields.get(name) if isinstance(name, str) else None
+            for place, found in _no_numbers(field.annotation, value) if field else ():
+                where = ".".join([str(name), *place])
+                raise PydanticCustomError(
+                    NO_NUMBER, "a number is needed", {"where": where, "found": repr(found)}
+                )
+        return raw
 
 
 def _add_types(raw: Any) -> Any:
@@ -86,6 +139,23 @@ BY_TYPE = Field(discriminator="type")
 """Marks the union of the specs."""
 
 
+def parse_yaml(text: str) -> Any:
+    """What `text` says; a `ValueError` of one line tells what is wrong with it, and where."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        problem = " ".join((error.problem or error.context or "").split())
+        mark = error.problem_mark or error.context_mark
+        raise ValueError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain values as YAML that `parse_yaml` reads back equal."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, or a `UserError` that says what is wrong with the file."""
     try:
@@ -95,9 +165,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raw = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else f"a {type(raw).__name__}"
         raise UserError(f"{path}: a mapping of settings is expected, found {found}")
@@ -108,18 +178,28 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
     """A copy of `raw` with every `dotted.key=value` applied; values are YAML (`null`, `[0, 1]`).
 
     Keys may contain dots themselves (`sites.hidden_layers.0=50`): at every level the longest
-    existing key that fits is taken.
+    existing key that fits is taken, and what stands in quotes is one key. `losses.name=null` takes
+    the entry out, as it does in `metrics` and `figures`.
     """
     result = _copy(raw)
     for override in overrides:
-        path, separator, text = override.partition("=")
-        if not separator or not path.strip():
+        found = OVERRIDE.fullmatch(override)
+        path, text = (found[1].strip(), found[2]) if found else ("", "")
+        if not path:
             raise UserError(f"override {override!r}: expected key=value, for example steps=1000")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"override {override!r}: the value is not valid YAML") from None
-        _set(result, path.strip(), value, override)
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise UserError(
+                f"override {override!r}: the value is not valid YAML: {error}"
+            ) from None
+        group, _, name = path.partition(".")
+        if value is None and text.strip() and name and group in NAMED_SPECS:
+            name = _unquoted(name)
+            if name in (result.get(group) or {}) or "." not in name:
+                _take_out(result, group, name, override)
+                continue
+        _set(result, path, value, override)
     return result
 
 
@@ -147,7 +227,7 @@ def load_config(cls: type[Config], path: Path, overrides: Iterable[str] = ()) ->
 
 def to_yaml(config: BaseConfig) -> str:
     """The fully resolved configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def differences(first: BaseConfig, second: BaseConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -174,6 +254,61 @@ def _in_full(cls: type[BaseConfig], overrides: Iterable[str]) -> Iterator[str]:
         yield f"{full_key(cls, key.strip())}{separator}{value}"
 
 
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own name for a table of the class
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.depth, self.n_nodes = 0, 0
+        self.sizes: dict[str, int] = {}
+        self.open: list[str] = []
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in self.open:
+                self._refuse(f"*{event.anchor} stands inside of what it stands for", event)
+            self.n_nodes += self.sizes.get(event.anchor, 0)
+        before = self.n_nodes
+        self.n_nodes, self.depth = self.n_nodes + 1, self.depth + 1
+        if self.depth > MAX_DEPTH:
+            self._refuse(f"nested more than {MAX_DEPTH} deep", event)
+        if self.n_nodes > MAX_NODES:
+            self._refuse(f"more than {MAX_NODES} values, aliases followed", event)
+        self.open.append(event.anchor)
+        node = super().compose_node(parent, index)
+        self.open.pop()
+        self.depth -= 1
+        if event.anchor is not None and not isinstance(event, yaml.AliasEvent):
+            self.sizes[event.anchor] = self.n_nodes - before
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines:
+                self._refuse(
+                    f"the key {key.value!r} stands twice (first in line {lines[name]})", key
+                )
+            lines[name] = line
+        return node
+
+    def _refuse(self, problem: str, place: Any) -> None:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes what either YAML would take for something else than a word."""
+
+
+for _tag, (_pattern, _first) in _WORDS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list(_first))
+_tag = "tag:yaml.org,2002:float"
+_Dumper.add_implicit_resolver(_tag, re.compile(rf"(?:{_FLOAT})\Z"), list("-+.0123456789"))
+
+
 def _differences(place: str, first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(first, dict) and isinstance(second, dict):
         for key in {**first, **second}:
@@ -193,18 +328,66 @@ def _copy(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
 
 
-def _set(node: dict[str, Any], path: str, value: Any, override: str) -> None:
-    if path in node or "." not in path:
-        node[path] = value
+def _take_out(raw: dict[str, Any], group: str, name: str, override: str) -> None:
+    entries = raw.get(group)
+    if not isinstance(entries, dict) or name not in entries:
+        known = list(entries) if isinstance(entries, dict) else []
+        there = f"there: {', '.join(map(str, known))}" if known else "there is none"
+        raise UserError(
+            f"override {override!r}: {group} has no {name!r}{nearest(name, known)} ({there})"
+        )
+    del entries[name]
+
+
+def _unquoted(path: str) -> str:
+    found = QUOTED.fullmatch(path)
+    return found[2] if found and found[3] is None else path
+
+
+def _set(node: dict[str, Any], path: str, value: Any, override: str, group: str = "") -> None:
+    quoted = QUOTED.fullmatch(path)
+    if quoted:
+        head, rest = quoted[2], quoted[3] or ""
+    elif path in node or "." not in path:
+        head, rest = path, ""
+    else:
+        heads = [key for key in node if isinstance(key, str) and path.startswith(f"{key}.")]
+        head = max(heads, key=len) if heads else path.split(".", 1)[0]
+        head = path if group == SITES and not heads else head
+        rest = path[len(head) + 1 :]
+    if not rest:
+        node[head] = value
         return
-    heads = [key for key in node if isinstance(key, str) and path.startswith(f"{key}.")]
-    head = max(heads, key=len) if heads else path.split(".", 1)[0]
     child = node.setdefault(head, {})
     if child is None:
         child = node[head] = {}
     if not isinstance(child, dict):
         raise UserError(f"override {override!r}: {head!r} is {child!r}, it has no keys below it")
-    _set(child, path[len(head) + 1 :], value, override)
+    _set(child, rest, value, override, head)
+
+
+def _no_numbers(annotation: Any, value: Any) -> Iterator[tuple[list[str], Any]]:
+    """The place below and the value of what stands where only a number can, and is none."""
+    members = _members(annotation)
+    if isinstance(value, bool | str):
+        numbers = any(member in (int, float) for member in members)
+        others = bool if isinstance(value, bool) else str
+        odd = isinstance(value, bool) or re.fullmatch(r"\s*[-+]?0[0-9_]+\s*", value)
+        if numbers and odd and others not in members:
+            yield [], value
+        return
+    for member in members:
+        kind, args = typing.get_origin(member), typing.get_args(member)
+        if kind in (dict, Mapping) and isinstance(value, Mapping):
+            below = [(str(key), args[1], item) for key, item in value.items()]
+        elif kind in (list, tuple) and isinstance(value, list | tuple):
+            alike = kind is list or Ellipsis in args
+            inner = itertools.repeat(args[0]) if alike else args
+            below = [(str(i), *pair) for i, pair in enumerate(zip(inner, value, strict=False))]
+        else:
+            continue
+        for key, inner, item in below:
+            yield from (([key, *place], found) for place, found in _no_numbers(inner, item))
 
 
 def _describe(cls: type[BaseConfig], details: Any) -> str:
@@ -229,6 +412,12 @@ def _describe(cls: type[BaseConfig], details: Any) -> str:
             return f"{place}: unknown name {tag!r}{hint} (allowed: {known})"
         case "value_error":
             return f"{place}: {details['ctx']['error']}"
+        case problem if problem == NO_NUMBER:
+            where, found = details["ctx"]["where"], details["ctx"]["found"]
+            place = ".".join([*named_once, where])
+            return f"{place}: {details['msg']}, got {found}"
+        case "string_type" if isinstance(details["input"], bool | int | float):
+            return f"{place}: text is needed, got {details['input']!r}; put it in quotes"
         case _:
             message = details["msg"][0].lower() + details["msg"][1:]
             return f"{place}: {message}, got {details['input']!r}"

@@ -46,7 +46,8 @@ class StepContext(NamedTuple):
     progress: Tensor
     """fraction of the run that is over, a 0-d tensor"""
     row_weights: Tensor | None = None
-    """one for each row of `batch`, with mean 1: how many rows of the data it stands for; None: one each"""
+    """one for each row of `batch`, or each of its positions, with mean 1: how many rows of the data it
+    stands for; 0 for what does not count; None: one each"""
     state: State = {}
     """what terms carry from step to step, under `state_key(term, name)`"""
     term: str = ""
@@ -89,6 +90,13 @@ class StepContext(NamedTuple):
         """Mean over batch and positions; what every term that is a mean over the data must use."""
         return mean_over_rows(values, self.row_weights)
 
+    def counted(self, values: Float[Tensor, "*rows C"]) -> Float[Tensor, "_n C"]:
+        """The rows of a site's importances that count: those whose weight is not 0."""
+        rows, weights = values.reshape(-1, values.shape[-1]), self.row_weights
+        if weights is None or weights.numel() != len(rows):
+            return rows
+        return rows[weights.flatten() > 0]
+
 
 def state_key(term: str, name: str) -> str:
     """Where the state of a step has what a term keeps under `name`."""
@@ -103,19 +111,21 @@ def noise_key(term: str, sample: int, site: str) -> str:
 
 
 def mean_over_rows(
-    values: Float[Tensor, "*rows"], weights: Float[Tensor, " rows"] | None = None
+    values: Float[Tensor, "*rows"], weights: Float[Tensor, "*leading"] | None = None
 ) -> Float[Tensor, ""]:
-    """Mean over batch and positions; `weights`, one for each row of the batch, have mean 1."""
+    """Mean over batch and positions; `weights`, one for each row or position of the batch, have mean 1."""
     if weights is None:
         return values.mean()
-    return (values * weights.reshape(-1, *[1] * (values.dim() - 1))).mean()
+    if weights.numel() == values.numel():  # a site may see batch and positions as one axis
+        return (values * weights.reshape(values.shape)).mean()
+    return (values * weights.reshape(*weights.shape, *[1] * (values.dim() - weights.dim()))).mean()
 
 
 def recon_error(
     prediction: Float[Tensor, "*rows d"],
     target: Float[Tensor, "*rows d"],
     kind: ReconKind,
-    weights: Float[Tensor, " rows"] | None = None,
+    weights: Float[Tensor, "*leading"] | None = None,
     *,
     normalized: bool = False,
     kernel: KLKernel | None = None,
@@ -132,7 +142,7 @@ def recon_error(
 def kl_divergence(
     logits: Float[Tensor, "*rows d"],
     target_logits: Float[Tensor, "*rows d"],
-    weights: Float[Tensor, " rows"] | None = None,
+    weights: Float[Tensor, "*leading"] | None = None,
 ) -> Float[Tensor, ""]:
     """KL(target ‖ prediction) over the last axis, mean over the rest."""
     return mean_over_rows(kl_per_row(logits, target_logits), weights)
@@ -161,7 +171,7 @@ def safe_power(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
 def importance_minimality(
     upper: Mapping[str, Float[Tensor, "*rows _C"]],
     pnorm: float,
-    weights: Float[Tensor, " rows"] | None = None,
+    weights: Float[Tensor, "*leading"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean over batch and positions of Σ_l Σ_c g^p (paper, section 2)."""
     sums = [safe_power(g, pnorm).sum(dim=-1) for g in upper.values()]
@@ -172,7 +182,7 @@ def schatten(
     upper: Mapping[str, Float[Tensor, "*rows _C"]],
     sites: Mapping[str, Site],
     pnorm: float,
-    weights: Float[Tensor, " rows"] | None = None,
+    weights: Float[Tensor, "*leading"] | None = None,
 ) -> Float[Tensor, ""]:
     """Σ_l mean over batch and positions of Σ_c g^p (‖V_c‖² + ‖U_c‖²)."""
     terms = []

@@ -420,7 +420,7 @@ class _Sparsity:
 
     def update(self, ctx: StepContext) -> None:
         for path, g in ctx.ci.lower.items():
-            flat = g.reshape(-1, g.shape[-1])
+            flat = ctx.counted(g)
             self.n_rows[path] += flat.shape[0]
             self.n_nonzero[path] += (flat > L0_THRESHOLD).sum(dim=0)
             self.n_active[path] += (flat > ALIVE_THRESHOLD).sum(dim=0)

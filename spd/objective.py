@@ -1,6 +1,6 @@
 """The step as a pure callable: batch, progress, noise and state in; total, terms and new state out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,18 @@ class Objective(nn.Module):
     Nothing outlives the call: what terms carry from step to step is an argument and a result.
     """
 
-    def __init__(self, model: ComponentModel, losses: Mapping[str, Loss], recon: ReconKind) -> None:
+    def __init__(
+        self,
+        model: ComponentModel,
+        losses: Mapping[str, Loss],
+        recon: ReconKind,
+        position_weights: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.losses = {name: spec for name, spec in losses.items() if spec.coeff > 0}
         self.recon: ReconKind = recon
+        self.position_weights = position_weights
         self._leading_shapes: dict[torch.Size, dict[str, tuple[torch.Size, bool]]] = {}
 
     def context(
@@ -52,6 +59,8 @@ class Objective(nn.Module):
         state: State | None = None,
     ) -> StepContext:
         """The same, of a pass and importances that are there already."""
+        if row_weights is None and self.position_weights is not None:
+            row_weights = self.position_weights(batch)
         return StepContext(
             model=self.model,
             batch=batch,

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -107,6 +107,9 @@ class Problem:
     recon: ReconKind = "mse"
     independent_rows: bool = False
     """the target maps every row of a batch by itself; rows without any input then cost nothing"""
+    position_weights: Callable[[Tensor], Tensor] | None = None
+    """batch → a weight for each of its rows or positions, with mean 1, 0 for what does not count in losses
+    and figures; None: all count alike"""
     tied_sites: tuple[tuple[str, str], ...] = ()
     """(source, tied): the target's matrix of `tied` is the transpose of that of `source`"""
     probes: Tensor | None = None

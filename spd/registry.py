@@ -15,7 +15,7 @@ from spd.config import (
     read_yaml,
     report_error,
 )
-from spd.settings import PACKAGE_DIR
+from spd.settings import PACKAGE_DIR, patient_threads
 
 META_FILE = "meta.json"
 RUNNER = "spd.runs.cli"
@@ -156,7 +156,7 @@ def expected_minutes(name: str, overrides: Sequence[str] = (), *, gpu: bool = Fa
     minutes = experiment.gpu_minutes if gpu else None
     config = read_yaml(PACKAGE_DIR / experiment.config)
     steps = apply_overrides(config, overrides).get("steps")
-    share = steps / config["steps"] if isinstance(steps, int) else 1.0
+    share = steps / config["steps"] if isinstance(steps, int | float) else 1.0
     return (experiment.minutes if minutes is None else minutes) * share
 
 
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             command = command_line(args.experiment, args.arguments)
         except UserError as error:
             raise SystemExit(report_error(error)) from None
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, command, {**os.environ, **patient_threads()})
 
 
 if __name__ == "__main__":

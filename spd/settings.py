@@ -8,6 +8,9 @@ from dotenv import load_dotenv
 PACKAGE_DIR = Path(__file__).resolve().parent
 REPO_DIR = PACKAGE_DIR.parent
 
+PATIENCE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+"""has torch's threads sleep while they wait, so that those of two processes do not wait for each other"""
+
 
 def load_env(root: Path = REPO_DIR) -> None:
     """Load `.env` from the working directory, then from the repository root; the shell wins."""
@@ -24,3 +27,10 @@ def output_root() -> Path:
 def targets_root() -> Path:
     """Where targets that were trained on first use are cached."""
     return output_root() / "targets"
+
+
+def patient_threads() -> dict[str, str]:
+    """What has to be added to the environment of a process, before it imports torch, for its threads to
+    sleep while they wait. Nothing where the user has said how they wait.
+    """
+    return {} if any(name in os.environ for name in PATIENCE) else dict(PATIENCE)

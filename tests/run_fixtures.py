@@ -23,7 +23,7 @@ import pytest
 
 from spd import registry
 from spd.config import read_yaml
-from spd.settings import PACKAGE_DIR
+from spd.settings import PACKAGE_DIR, PATIENCE
 
 EXPERIMENTS = PACKAGE_DIR / "experiments"
 TMS_SCRIPT = EXPERIMENTS / "tms" / "tms_decomposition.py"
@@ -92,6 +92,7 @@ class Command:
         self.home.mkdir(parents=True)
         self.environment = {
             **{"HOME": str(self.home), "SPD_OUT_DIR": str(self.out)},
+            **PATIENCE,
             **{"WANDB_API_KEY": "", "WANDB_ENTITY": "", "WANDB_MODE": ""},  # whatever .env says
         }
 

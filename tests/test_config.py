@@ -1,22 +1,28 @@
 """YAML in, frozen configuration out: overrides, unknown keys, tags, round trip."""
 
+import math
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import pytest
+import yaml
 from pydantic import Field, ValidationError
 
 from spd.config import (
     BY_TYPE,
+    MAX_DEPTH,
     NAME_IS_TYPE,
     BaseConfig,
     UserError,
     apply_overrides,
     differences,
+    dump_yaml,
     full_key,
     load_config,
     nearest,
     parse,
+    parse_yaml,
     read_yaml,
     to_yaml,
 )
@@ -56,7 +62,7 @@ RAW = {"name": "one", "shapes": {"circle": {"radius": 2.0}, "box": {"sides": [1,
     ("override", "expected"),
     [
         ("scale=2", {"scale": 2}),
-        ("scale=1e-3", {"scale": "1e-3"}),  # YAML 1.1; the field makes a float of it
+        ("scale=1e-3", {"scale": 0.001}),  # YAML 1.1 takes it as a word
         ("scale=null", {"scale": None}),
         ("scale=", {"scale": None}),
         ("name=a=b", {"name": "a=b"}),
@@ -69,6 +75,10 @@ RAW = {"name": "one", "shapes": {"circle": {"radius": 2.0}, "box": {"sides": [1,
         ("sizes.layers.0.in=7", {"sizes": {"layers.0.in": 7, "layers": 2}}),
         ("sizes.layers=8", {"sizes": {"layers.0.in": 1, "layers": 8}}),
         ("nothing.x=1", {"nothing": {"x": 1}}),
+        ('sizes."layers.1.in"=7', {"sizes": {"layers.0.in": 1, "layers": 2, "layers.1.in": 7}}),
+        ("sizes.'a=b.c'=7", {"sizes": {"layers.0.in": 1, "layers": 2, "a=b.c": 7}}),
+        ('new."a.b".c=1', {"new": {"a.b": {"c": 1}}}),
+        ("sites.layers.0.mlp_in=50", {"sites": {"layers.0.mlp_in": 50}}),
     ],
 )
 def test_overrides(override: str, expected: dict[str, object]):
@@ -124,6 +134,83 @@ def test_a_field_of_the_class_itself_comes_before_the_group():
 
     assert full_key(Coloured, "colour") == "colour"
     assert full_key(Drawing, "scale") == "scale" and full_key(Style, "colour") == "colour"
+
+
+def test_null_takes_an_entry_out():
+    raw = {"losses": {"a": {"coeff": 1.0}, "b": {"coeff": 1.0}}, "metrics": {"m.1": {}}, "x": {}}
+    assert apply_overrides(raw, ["losses.a=null", 'metrics."m.1"=null', "x.y=null"]) == {
+        "losses": {"b": {"coeff": 1.0}},
+        "metrics": {},
+        "x": {"y": None},
+    }
+    assert apply_overrides(raw, ["metrics.m.1=null", "losses.a.coeff=null"]) == {
+        **raw,
+        "metrics": {},
+        "losses": {**raw["losses"], "a": {"coeff": None}},
+    }
+    with pytest.raises(UserError, match=r"losses has no 'aa'; did you mean 'a'\? \(there: a, b\)"):
+        apply_overrides(raw, ["losses.aa=null"])
+    with pytest.raises(UserError, match=r"figures has no 'a' \(there is none\)"):
+        apply_overrides(raw, ["figures.a=null"])
+
+
+class Numbers(BaseConfig):
+    steps: int = 1
+    lr: float = 1.0
+    clip: float | None = None
+    counts: dict[str, int] = {}
+    seeds: tuple[int, ...] = ()
+    pair: tuple[str, float] = ("a", 1.0)
+    switch: Literal["auto"] | bool = "auto"
+    word: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("steps=yes", "'yes'"),
+        ("steps=true", "True"),
+        ("lr=on", "'on'"),
+        ("lr=true", "True"),
+        ("clip=false", "False"),
+        ("clip=yes", "'yes'"),
+        ("steps=010", "'010'"),
+        ("lr=010", "'010'"),
+        ("steps=1:30", "'1:30'"),
+        ("lr=1:30", "'1:30'"),
+        ("steps=0x10", "'0x10'"),
+        ("steps=1.5", "1.5"),
+        ("counts.a=true", "True"),
+        ("counts={a: 010}", "'010'"),
+        ("seeds=[0, true]", "True"),
+        ("pair=[a, true]", "True"),
+        ("switch=1:30", "'1:30'"),
+        ("word=1e3", "1000.0; put it in quotes"),
+        ("word=12", "12; put it in quotes"),
+    ],
+)
+def test_what_is_no_number_is_refused_as_one(tmp_path: Path, override: str, found: str):
+    key, _, value = override.partition("=")
+    path = tmp_path / "numbers.yaml"
+    path.write_text("{}")
+    with pytest.raises(UserError) as caught:
+        load_config(Numbers, path, [override])
+    assert key.partition(".")[0] in str(caught.value) and f"got {found}" in str(caught.value)
+    if "." not in key:
+        path.write_text(f"{key}: {value}\n")
+        with pytest.raises(UserError, match=re.escape(f"got {found}")):
+            load_config(Numbers, path)
+
+
+def test_numbers_as_they_may_be_written():
+    raw = apply_overrides({}, ["steps=1e3", "lr=1e-3", "clip=.5", "switch=yes", "word=010"])
+    assert parse(Numbers, raw, "here") == Numbers(
+        steps=1000, lr=0.001, clip=0.5, switch=True, word="010"
+    )
+    as_options = {"steps": "1000", "lr": "1e-3", "clip": "0.5", "switch": "false"}
+    assert parse(Numbers, as_options, "here") == Numbers(
+        steps=1000, lr=0.001, clip=0.5, switch=False
+    )
 
 
 def test_powers_of_ten_and_numbers_in_quotes_are_floats():
@@ -214,3 +301,70 @@ def test_differences_name_the_key_and_both_values():
 def test_the_nearest_name():
     assert nearest("linaer1", ["linear1", "linear2"]) == "; did you mean 'linear1'?"
     assert nearest("xyz", ["linear1"]) == ""
+
+
+TEXT = {
+    "yes": "yes",
+    "on": "on",
+    "n": "n",
+    "010": "010",
+    "1:30": "1:30",
+    "12:00:00": "12:00:00",
+    "2026-01-31": "2026-01-31",
+    "0x10": "0x10",
+    "1_000": 1000,
+    "1e3": 1000.0,
+    "-1.5E-3": -0.0015,
+    ".5": 0.5,
+    "0": 0,
+    "-.inf": -math.inf,
+    "true": True,
+    "False": False,
+    "~": None,
+    "": None,
+    "{on: 1, yes: 2}": {"on": 1, "yes": 2},
+    "{a: &x {b: 1, c: 2}, d: {<<: *x, b: 3}}": {"a": {"b": 1, "c": 2}, "d": {"b": 3, "c": 2}},
+}
+
+
+@pytest.mark.parametrize("text", TEXT)
+def test_what_a_word_means(text: str):
+    found = parse_yaml(text)
+    assert found == TEXT[text] and type(found) is type(TEXT[text])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr: 1\nsteps: 2\nlr: 3\n", "line 3: the key 'lr' stands twice (first in line 1)"),
+        ("a:\n  b: 1\n  c: {}\n  b: 2\n", "line 4: the key 'b' stands twice (first in line 2)"),
+        ("a: 1\n'a': 2\n", "line 2: the key 'a' stands twice (first in line 1)"),
+        ("a: &x\n  b: *x\n", "line 2: *x stands inside of what it stands for"),
+        ("[" * (MAX_DEPTH + 1), f"line 1: nested more than {MAX_DEPTH} deep"),
+        ("- " * 10_000 + "1", f"line 1: nested more than {MAX_DEPTH} deep"),
+        ("a: [1, 2\n", "line 2: expected ',' or ']'"),
+        ("1" * 5000, "4300 digits"),
+        ("a: !!timestamp 2026-13-45\n", "month must be in 1..12"),
+    ],
+)
+def test_what_is_refused_in_one_line(text: str, said: str):
+    with pytest.raises(ValueError, match="^[^\n]*$") as caught:
+        parse_yaml(text)
+    assert said in str(caught.value)
+
+
+def test_an_alias_counts_as_what_it_stands_for():
+    rows = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    assert len(parse_yaml("\n".join(rows[:4]))) == 4
+    with pytest.raises(ValueError, match="line 6: more than 200000 values, aliases followed"):
+        parse_yaml("\n".join(rows))
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["1e3", "1E5", "yes", "010", "1:30", "2026-01-31", "null", "<<", "a: b", "é", 1e-5, 1e300],
+)
+def test_what_is_written_is_read_back_equal_by_either_yaml(value: object):
+    written = dump_yaml({"key": value})
+    assert parse_yaml(written) == yaml.safe_load(written) == {"key": value}

@@ -230,10 +230,13 @@ def test_the_registry_imports_nothing_heavy():
 
 
 def test_a_run_by_name_hands_its_arguments_on():
-    """In order: an option keeps its value."""
+    """In order: an option keeps its value. The run's threads sleep while they wait."""
     code = """
 import os, sys
-os.execv = lambda program, command: print(command)
+def execve(program, command, environment):
+    print(command)
+    print(environment["OMP_WAIT_POLICY"], file=sys.stderr)
+os.execve = execve
 from spd.registry import main
 main()
 """
@@ -245,6 +248,7 @@ main()
         check=True,
     )
     command = command_line("tms_5-2", arguments)
+    assert done.stderr == "passive\n"
     assert done.stdout == f"{command}\n" and command[-4:] == arguments
     assert command[:3] == [sys.executable, "-m", "spd.experiments.tms.tms_decomposition"]
     assert command[3] == str(PACKAGE_DIR / "experiments/tms/tms_5-2_config.yaml")

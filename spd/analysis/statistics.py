@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd.analysis.contexts import Contexts, TopContexts
@@ -139,21 +139,28 @@ class SubcomponentStatistics:
         tokens: Int[Tensor, "batch position"],
         upper: Mapping[str, Float[Tensor, "batch position _C"]],
         acts: Mapping[str, Float[Tensor, "batch position _C"]],
+        kept: Bool[Tensor, "batch position"] | None = None,
     ) -> None:
-        """`upper` are the upper-leaky importances: above 1 they still have an order."""
+        """`upper` are the upper-leaky importances: above 1 they still have an order.
+
+        What is not `kept` counts nowhere, and is the middle of no context.
+        """
         raw = torch.cat([upper[path] for path in self.sites], dim=-1).float()
+        if kept is None:
+            kept = torch.ones_like(tokens, dtype=torch.bool)
+        raw = raw * kept[..., None]
         g = raw.clamp(0.0, 1.0)
         active = g > ALIVE_THRESHOLD
         positive = torch.cat([acts[path] > 0 for path in self.sites], dim=-1) & active
-        rows = g.flatten(0, 1)
+        rows = g[kept]
         self.n_positions += len(rows)
         self.total += rows.sum(dim=0, dtype=torch.float64).cpu()
         self.highest = self.highest.maximum(rows.amax(dim=0).cpu())
-        self.n_active += active.flatten(0, 1).sum(dim=0).cpu()
-        self.n_positive += positive.flatten(0, 1).sum(dim=0).cpu()
+        self.n_active += active[kept].sum(dim=0).cpu()
+        self.n_positive += positive[kept].sum(dim=0).cpu()
         self.contexts.update(tokens, raw)
-        self.tokens.update(tokens.flatten(), rows)
-        self.pairs.update(active.flatten(0, 1).float())
+        self.tokens.update(tokens[kept], rows)
+        self.pairs.update(active[kept].float())
 
     def compute(self) -> Statistics:
         assert self.n_positions, "no batch was seen"

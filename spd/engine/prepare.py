@@ -46,7 +46,7 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
     )
     if execution.activation_checkpointing:
         checkpoint_layers_(model)
-    objective = Objective(model, config.losses, problem.recon)
+    objective = Objective(model, config.losses, problem.recon, problem.position_weights)
     for spec in objective.losses.values():
         spec.check(model)
     eval_batches = list(islice(problem.eval_batches, config.n_eval_batches))

@@ -20,16 +20,24 @@ from spd.config import (
 )
 
 PREFIX = "SPD_SLURM_"
-SLURM_TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d)(?::\d\d)?")
+SLURM_TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(\d+)-(\d+)(?::(\d\d))?)")
+"""[D-]HH:MM:SS, or D-HH[:MM]"""
 
 
 def _minutes(value: Any) -> Any:
-    """Minutes of `90`, `1:30:00`, `1:30` (hours and minutes) or `2-00:00`."""
-    found = SLURM_TIME.fullmatch(value.strip()) if isinstance(value, str) else None
+    """Minutes, a part of one counting as a whole, of `90`, `1:30:00`, `2-00:00:00`, `2-00:00` or `2-00`.
+
+    `1:30` is minutes and seconds to SLURM and hours and minutes to everybody else: `ValueError`.
+    """
+    text = value.strip() if isinstance(value, str) else ""
+    if re.fullmatch(r"\d+:\d\d", text):
+        raise ValueError(f"{text} can be read in two ways; write {text}:00, or minutes alone")
+    found = SLURM_TIME.fullmatch(text)
     if found is None:
         return value
-    days, hours, minutes = (int(part or 0) for part in found.groups())
-    return (24 * days + hours) * 60 + minutes
+    parts = [int(part or 0) for part in found.groups()]
+    days, hours, minutes, seconds = parts[:4] if found[2] else (*parts[4:], 0)
+    return (24 * days + hours) * 60 + minutes + (seconds > 0)
 
 
 class Resources(BaseConfig):
@@ -49,7 +57,7 @@ class Resources(BaseConfig):
     time: Annotated[int | None, BeforeValidator(_minutes)] = Field(
         default=None,
         ge=1,
-        description="limit per job: minutes or [D-]HH:MM; default from experience",
+        description="limit per job: minutes, [D-]HH:MM:SS or D-HH[:MM]; default from experience",
     )
     max_parallel: int | None = Field(default=None, ge=1, description="jobs at a time, at most")
     grace: int = Field(

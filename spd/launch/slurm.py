@@ -2,11 +2,13 @@
 
 import io
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from itertools import groupby
 from pathlib import Path
@@ -75,14 +77,13 @@ def meeting_place(first_host: str, job_id: str) -> dict[str, str]:
 
 
 def submit(study: Path, jobs: Sequence[Job], options: LaunchOptions) -> dict[str, str]:
-    """Submit the jobs, those of one name as an array; job → SLURM's number.
+    """Submit the jobs, those of one name as an array, or several of SLURM's size; job → its number.
 
     If SLURM refuses one, those before it are cancelled and a `UserError` says what SLURM says.
     """
     numbers: dict[str, str] = {}
-    for name, group in groupby(jobs, key=lambda job: job.slurm_name):
-        members = list(group)
-        executor = _executor(study, name, members, options)
+    for members, executor in list(_arrays(study, jobs, options)):
+        name = members[0].slurm_name
         try:
             with redirect_stderr(io.StringIO()):
                 submitted = executor.map_array(Work(), [job.directory for job in members])
@@ -95,12 +96,22 @@ def submit(study: Path, jobs: Sequence[Job], options: LaunchOptions) -> dict[str
 
 def scripts(study: Path, jobs: Sequence[Job], options: LaunchOptions) -> Iterable[str]:
     """What would be submitted."""
-    for name, group in groupby(jobs, key=lambda job: job.slurm_name):
-        members = list(group)
-        executor = _executor(study, name, members, options)
+    for members, executor in list(_arrays(study, jobs, options)):
         if len(members) > 1:
             executor.parameters["map_count"] = len(members)
         yield executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def max_array_size() -> int | None:
+    """How many jobs an array may have on this cluster (`MaxArraySize`); None: not known."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "config"], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+    return int(found[1]) or None if found else None
 
 
 def job_states() -> dict[str, str]:
@@ -141,8 +152,31 @@ def cancel(numbers: Iterable[str]) -> None:
         subprocess.run(["scancel", *numbers], capture_output=True)
 
 
+def _arrays(
+    study: Path, jobs: Sequence[Job], options: LaunchOptions
+) -> Iterator[tuple[list[Job], submitit.SlurmExecutor]]:
+    """The jobs that are submitted together. Where those of one name are more than an array holds, the
+    arrays have about as many each, and share what `max_parallel` allows.
+    """
+    names = Counter(job.slurm_name for job in jobs)
+    limit = max_array_size() if max(names.values(), default=0) > 1 else None
+    for name, group in groupby(jobs, key=lambda job: job.slurm_name):
+        members = list(group)
+        n_arrays = -(-len(members) // (limit or len(members)))
+        parallel = options.max_parallel
+        if parallel is not None and n_arrays > parallel:
+            raise UserError(
+                f"{name}: {len(members)} jobs are {n_arrays} arrays of at most {limit}, as many as"
+                f" SLURM's MaxArraySize allows: max_parallel {parallel} is fewer"
+            )
+        for index in range(n_arrays):
+            share = slice(index * len(members) // n_arrays, (index + 1) * len(members) // n_arrays)
+            at_a_time = None if parallel is None else parallel // n_arrays
+            yield members[share], _executor(study, name, members[share], options, at_a_time)
+
+
 def _executor(
-    study: Path, name: str, jobs: Sequence[Job], options: LaunchOptions
+    study: Path, name: str, jobs: Sequence[Job], options: LaunchOptions, at_a_time: int | None
 ) -> submitit.SlurmExecutor:
     """With the settings of one submission. `-P` and PYTHONPATH: the study's copy of the code runs."""
     expected = max(job.minutes for job in jobs)
@@ -161,7 +195,7 @@ def _executor(
         ntasks_per_node=1,
         cpus_per_task=options.n_cpus,
         mem=f"{round(options.n_gb * 1024)}MB",
-        array_parallelism=options.max_parallel or len(jobs),
+        array_parallelism=at_a_time or len(jobs),
         signal_delay_s=options.grace,
         stderr_to_stdout=True,
         setup=[f"export {key}={shlex.quote(value)}" for key, value in jobs[0].env.items()],

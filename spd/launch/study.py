@@ -33,7 +33,7 @@ from spd.launch.resources import LaunchOptions, has_slurm, places
 from spd.launch.watch import Display, duration
 from spd.run_files import read_json, write_json
 from spd.runs.provenance import RECORD_FILE, CodeState, code_state
-from spd.settings import PACKAGE_DIR, output_root
+from spd.settings import PACKAGE_DIR, output_root, patient_threads
 
 STUDY_FILE, CODE, JOBS = "study.json", "code", "jobs"
 SHOW_SECONDS, ASK_SLURM_SECONDS = 0.25, 3.0
@@ -92,13 +92,14 @@ def find_study(kind: str, name: str) -> Study:
 
 
 def job_environment(code: Path, options: LaunchOptions) -> dict[str, str]:
-    """What every job gets: the study's copy of the code, the output root, its number of threads."""
+    """What every job gets: the study's copy of the code, the output root, how many threads."""
     path = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
     return {
         "PYTHONPATH": path,
         "SPD_OUT_DIR": str(output_root().absolute()),
         "PYTHONSAFEPATH": "1",  # also for what torchrun starts
         "OMP_NUM_THREADS": str(options.cpus),
+        **patient_threads(),
     }
 
 

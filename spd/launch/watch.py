@@ -11,8 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import yaml
-
+from spd.config import parse_yaml
 from spd.launch.job import NOW_FILE, Job, Status
 from spd.run_files import CONFIG_FILE, read_json
 
@@ -145,8 +144,8 @@ def _line(job: Job, status: Status) -> str:
 def _steps(run_dir: Path) -> int | None:
     try:
         text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
-        steps = yaml.safe_load(text).get("steps")
-    except (OSError, yaml.YAMLError, AttributeError):
+        steps = parse_yaml(text).get("steps")
+    except (OSError, ValueError, AttributeError):
         return None
     return steps if isinstance(steps, int) else None
 

@@ -178,7 +178,7 @@ class _Activity:
         self.n_inputs = 0
 
     def update(self, ctx: StepContext) -> None:
-        rows = {path: _clipped_rows(g) for path, g in ctx.ci.lower.items()}
+        rows = {path: _clipped_rows(ctx.counted(g)) for path, g in ctx.ci.lower.items()}
         for path, g in rows.items():
             self.totals[path] += g.sum(dim=0)
             self.largest[path] = torch.maximum(self.largest[path], g.amax(dim=0))
@@ -206,7 +206,7 @@ class _Histograms:
 
     def update(self, ctx: StepContext) -> None:
         for path, g in ctx.ci.lower.items():
-            values = g.detach().float().clamp(0, 1)
+            values = ctx.counted(g).detach().float().clamp(0, 1)
             self.counts[path] += torch.histc(values, HISTOGRAM_BINS, 0.0, 1.0).cpu()
             self.n_values[path] += values.numel()
 

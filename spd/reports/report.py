@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import yaml
-
-from spd.config import UserError
+from spd.config import UserError, parse_yaml
 from spd.engine.prepare import Prepared
 from spd.metrics import MetricSpec
 from spd.registry import EXPERIMENTS
@@ -82,7 +80,7 @@ def report_contents(
 ) -> dict[str, Any]:
     """Everything that the template shows."""
     config_text = _text(run_dir / CONFIG_FILE)
-    config = yaml.safe_load(config_text) or {}
+    config = parse_yaml(config_text) or {}
     meta = _json(run_dir / META_FILE)
     history = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
     result = _evaluation(run_dir, history, metrics or {})

@@ -1,6 +1,7 @@
 """The command lines of runs: an experiment's own, `spd-report`, and the one that draws figures anew."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ def cli(
     if args.run_dir is not None and (args.resume is not None or args.config is None):
         parser.error("--run_dir needs a configuration, and no --resume")
     settings.load_env()
+    if argv is None and build.__module__ == "__main__":
+        _restart_with_patient_threads()
     with distributed.joined(), console_log(), user_errors():
         if args.resume is not None:
             directory = resume(config_class, build, args.resume, args.config, args.overrides)
@@ -64,6 +67,19 @@ def cli(
             print(format_result(read_result(directory / RESULT_FILE)))
             print(f"report: {directory / 'report.html'}")
         raise SystemExit(0)
+
+
+def _restart_with_patient_threads() -> None:
+    """Begin this command anew where its environment lacks what torch reads when it is imported.
+
+    What other commands start has it already. Stays where something else than this command was started,
+    as a test that runs the script in its own process.
+    """
+    missing = settings.patient_threads()
+    words = sys.argv[1:]
+    if missing and sys.orig_argv[len(sys.orig_argv) - len(words) :] == words:
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
 
 
 def results_table(directories: Sequence[Path]) -> str:

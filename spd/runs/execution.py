@@ -30,7 +30,7 @@ from spd.run_files import (
 )
 from spd.runs.console import caught_signals, file_log
 from spd.runs.tracking import RunTracker
-from spd.runs.wandb_run import start_wandb
+from spd.runs.wandb_run import new_run_id, start_wandb
 from spd.spd_config import SPDConfig
 
 logger = logging.getLogger(__name__)
@@ -124,14 +124,15 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
     directory, config, prepared, earlier = run
     with sole_use(directory), file_log(directory / LOG_FILE, earlier):
         logger.info("run directory: %s", directory)
+        meta = read_meta(directory)
+        meta.setdefault("wandb_id", new_run_id(directory))
         wandb_run = start_wandb(
             config.wandb_project,
             name=f"{config.experiment}-seed{config.seed}-{directory.name}",
             directory=directory,
             config=config.model_dump(mode="json"),
-            run_id=directory.name,
+            run_id=meta["wandb_id"],
         )
-        meta = read_meta(directory)
         meta |= {"status": "running", "tracker": wandb_run.place if wandb_run else None}
         write_json(directory / META_FILE, meta)
         observer = RunTracker(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from spd.run_files import METRICS_FILE, TIMINGS_FILE, cut_lines
+from spd.run_files import FIGURES, METRICS_FILE, TIMINGS_FILE, cut_lines, read_metrics
 from spd.runs.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class RunTracker:
         self.steps = steps
         for name in (METRICS_FILE, TIMINGS_FILE):
             cut_lines(self.directory / name, step)
+        if self.wandb_run is not None and self.wandb_run.begins_anew and step > 0:
+            self._log_again(self.wandb_run, step)
         self.metrics = (self.directory / METRICS_FILE).open("a", encoding="utf-8")
         self.timings = (self.directory / TIMINGS_FILE).open("a", encoding="utf-8")
         self.bar = tqdm(
@@ -58,6 +60,17 @@ class RunTracker:
         self.first: tuple[int, float] | None = None
         self.begun = time.perf_counter()
         self.last_line = self.begun - PLAIN_LINE_SECONDS
+
+    def _log_again(self, wandb_run: WandbRun, step: int) -> None:
+        """All that was logged, and the figures that were drawn, before `step`."""
+        for line in read_metrics(self.directory):
+            wandb_run.log(int(line.pop("step")), line)
+        figures: dict[int, dict[str, Path]] = {}
+        for path in sorted((self.directory / FIGURES).glob("*/*.png")):
+            if path.stem.isdecimal() and int(path.stem) < step:
+                figures.setdefault(int(path.stem), {})[path.parent.name] = path
+        for drawn, paths in sorted(figures.items()):
+            wandb_run.log_images(drawn, paths)
 
     def stepped(self, step: int, values: Mapping[str, float]) -> None:
         self._write(step, values)

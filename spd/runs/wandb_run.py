@@ -7,6 +7,7 @@ import logging
 import netrc
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spd.config import Unreachable, UserError
+from spd.run_files import CONFIG_FILE
 from spd.settings import output_root
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,12 @@ class WandbRun:
         if self.run is None:
             return None
         return self.run.sync_dir if self.run.offline else self.run.url
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether what an interrupted run logged has to be logged again: an offline run is a folder of
+        its own each time, and the newest one, sent, is all that W&B shows."""
+        return self.run is not None and self.run.offline
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._try(lambda run: run.log({"step": step, **values}))
@@ -112,9 +120,15 @@ def start_wandb(
         logger.warning("W&B could not be started: logging locally only: %s", _first_line(error))
         return None
     started = WandbRun(run)
-    hint = " (offline; `wandb sync` sends it)" if run.offline else ""
+    hint = f" (offline; `wandb sync {started.place}` sends all of it)" if run.offline else ""
     logger.info("W&B: %s%s", started.place, hint)
     return started
+
+
+def new_run_id(directory: Path) -> str:
+    """A W&B run id that no other run has, whatever its directory is called."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", directory.name).strip("-.")[:80]
+    return f"{name or 'run'}-{secrets.token_hex(4)}"
 
 
 def download_run(reference: str, api: Any = None) -> Path:
@@ -134,9 +148,10 @@ def download_run(reference: str, api: Any = None) -> Path:
         )
     with tempfile.TemporaryDirectory() as folder:
         _download(api, "/".join(parts), Path(folder))
-        fetched = Path(folder) / parts[-1]
-        if not (fetched / "config.yaml").is_file():
+        found = list(Path(folder).glob(f"*/{CONFIG_FILE}"))
+        if len(found) != 1:
             raise UserError(f"{reference}: this W&B run holds no run directory of this project")
+        fetched = found[0].parent
         partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
         shutil.copytree(fetched, partial)
         partial.rename(directory)
@@ -144,15 +159,14 @@ def download_run(reference: str, api: Any = None) -> Path:
 
 
 def _download(api: Any, path: str, directory: Path) -> None:
-    """Fetch what `WandbRun.upload` sent to the run at `path`."""
-    folder = path.rpartition("/")[2] + "/"
+    """Fetch what `WandbRun.upload` sent to the run at `path`: all that lies in a folder."""
     try:
         if api is None:
             import wandb
 
             api = wandb.Api(timeout=60)
         for file in api.run(path).files():
-            if file.name.startswith(folder):
+            if "/" in file.name:
                 file.download(root=str(directory), replace=True)
     except Exception as error:
         message = f"wandb:{path}: cannot be fetched from W&B: {_first_line(error)}"

@@ -3,12 +3,12 @@
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from spd.config import (
     BaseConfig,
@@ -21,7 +21,6 @@ from spd.config import (
 
 Point = dict[str, Any]
 """swept key → value"""
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 MAX_CHECKED = 10_000
 """points of a grid"""
 Distribution = Literal[
@@ -47,19 +46,11 @@ Distribution = Literal[
 NEEDS_BOUNDS = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values")
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as a word; here it is the number it looks like."""
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
-
-
-Value = Annotated[Any, BeforeValidator(_number)]
-
-
 class Parameter(BaseConfig):
     """The values of one setting."""
 
-    value: Value = None
-    values: list[Value] | None = Field(default=None, min_length=1)
+    value: Any = None
+    values: list[Any] | None = Field(default=None, min_length=1)
     probabilities: list[float] | None = None
     distribution: Distribution | None = None
     min: float | int | None = None
@@ -224,18 +215,34 @@ def check(definition: Definition, experiment: str, fixed: Sequence[str], source:
             checked_config(experiment, [*fixed, *overrides_of(point)])
         except UserError as error:
             raise UserError(f"{source}: parameters: {error}") from None
-    _check_metric(definition.metric.name, list(base.losses), source)
+    names = list(base.sites), list(base.losses)
+    _check_metric(definition.metric.name, *names, list(base.metrics.values()), source)
 
 
-def _check_metric(name: str, losses: Sequence[str], source: str) -> None:
-    terms = ["total", *losses]
-    known = [f"{place}loss/{term}" for place in ("", "eval/") for term in terms]
-    place = name.removeprefix("eval/")
-    if name not in known and (place.startswith("loss/") or not name.startswith(("eval/", "l0/"))):
-        raise UserError(
-            f"{source}: metric.name: {name!r} is not logged{nearest(name, known)} (allowed:"
-            f" {', '.join(known)}, l0/<site>, and eval/<figure>/<site> of the experiment's metrics)"
-        )
+def _check_metric(
+    name: str, sites: Sequence[str], losses: Sequence[str], metrics: Sequence[Any], source: str
+) -> None:
+    """`UserError` unless runs with such sites (patterns), losses and specs of metrics log the figure.
+
+    What follows the name of a figure is a site, or, for an experiment's own figures, what it pleases.
+    """
+    exact = [f"{place}loss/{term}" for place in ("", "eval/") for term in ("total", *losses)]
+    with_site, with_more = ["l0"], []
+    for spec in metrics:
+        own = type(spec).__module__ != "spd.metrics"
+        for key, quantity in spec.quantities.items():
+            names = [f"eval/{one}" for one in (key, quantity.spread) if one is not None]
+            exact += names
+            (with_more if own else with_site).extend(names)
+    figure, _, place = name.rpartition("/") if name.count("/") > 1 else name.partition("/")
+    at_site = figure in with_site and any(fnmatchcase(place, pattern) for pattern in sites)
+    if name in exact or at_site or (figure in with_more and place):
+        return
+    known = [*dict.fromkeys(exact), *(f"{f}/{site}" for f in with_site for site in sites)]
+    raise UserError(
+        f"{source}: metric.name: {name!r} is not logged{nearest(name, known)} (allowed:"
+        f" {', '.join(known)})"
+    )
 
 
 def _to_check(definition: Definition) -> Iterator[Point]:

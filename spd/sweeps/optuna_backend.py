@@ -5,6 +5,8 @@ stopped, is taken over by the next agent that looks for work, and goes on from i
 """
 
 import math
+import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -250,8 +252,29 @@ def _load(study: Study, definition: Definition | None = None) -> optuna.Study:
     return optuna.load_study(study_name=study.id, storage=_storage(study), sampler=sampler)
 
 
+class _Journal(JournalFileBackend):
+    """Drops a last line that was cut short, as by a full disk, before another is written after it."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with FileLock(f"{self._file_path}.mend"):
+            self._drop_torn_line()
+            super().append_logs(logs)
+
+    def _drop_torn_line(self) -> None:
+        with open(self._file_path, "rb+") as file:
+            if not file.seek(0, os.SEEK_END):
+                return
+            file.seek(-1, os.SEEK_END)
+            if file.read() == b"\n":
+                return
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+        print(f"{self._file_path}: its last line was cut short and is left out", file=sys.stderr)
+
+
 def _storage(study: Study) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(study.directory / JOURNAL)))
+    return JournalStorage(_Journal(str(study.directory / JOURNAL)))
 
 
 def _sampler(definition: Definition, number: int) -> optuna.samplers.BaseSampler:

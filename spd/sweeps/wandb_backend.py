@@ -11,9 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from spd.config import Exit, RunError, UserError, report_error
+from spd.config import Exit, RunError, UserError, dump_yaml, parse_yaml, report_error
 from spd.launch.job import exit_status, supervise
 from spd.launch.study import STUDY_FILE, Study, python
 from spd.run_files import read_json
@@ -64,7 +62,7 @@ def create(study: Study) -> None:
     """Create the sweep on W&B; its path is kept in the study."""
     path = study.directory / DEFINITION
     definition = sent(study)
-    path.write_text(yaml.safe_dump(definition, sort_keys=False), encoding="utf-8")
+    path.write_text(dump_yaml(definition), encoding="utf-8")
     place = ["--project", str(definition["project"])]
     if entity := definition.get("entity") or os.environ.get("WANDB_ENTITY"):
         place += ["--entity", entity]
@@ -121,7 +119,7 @@ def trial(directory: Path, overrides: list[str]) -> int:
     if name is None:
         raise UserError("WANDB_RUN_ID is not set: this is started by `wandb agent`")
     pairs = [override.partition("=") for override in overrides]
-    point = {key: yaml.safe_load(value) for key, _, value in pairs}
+    point = {key: parse_yaml(value) for key, _, value in pairs}
     agent = os.environ.get(AGENT_VARIABLE, "elsewhere")
     if (lock := try_lock(study, name)) is None:
         raise UserError(f"{name}: another process is working on this run")

@@ -308,12 +308,30 @@ def test_where_several_machines_or_processes_cannot_be(
 
 
 @pytest.mark.parametrize(
-    ("text", "minutes"), [("90", 90), ("1:30", 90), ("1:30:00", 90), ("2-00:00", 2880)]
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("1:30:00", 90),
+        ("12:00:00", 720),
+        ("0:00:30", 1),
+        ("1-00:00", 1440),
+        ("2-00:00", 2880),
+        ("1-12", 2160),
+        ("1-01:30:01", 1531),
+    ],
 )
-def test_time_limits_in_slurms_own_words(text: str, minutes: int):
+def test_time_limits_in_slurms_own_words(text: str, minutes: int, tmp_path: Path):
     assert options(time=text).time == minutes
+    path = tmp_path / "slurm.yaml"
+    path.write_text(f"time: {text}\n")
+    assert parse(LaunchOptions, with_surroundings({"slurm": str(path)}, "x"), "x").time == minutes
     with pytest.raises(UserError, match="time: "):
         options(time="soon")
+
+
+def test_a_time_limit_that_can_be_read_in_two_ways_is_refused():
+    with pytest.raises(UserError, match="time: 1:30 can be read in two ways; write 1:30:00, or"):
+        options(time="1:30")
 
 
 def test_a_machine_holds_as_many_jobs_as_its_parts_allow(monkeypatch: pytest.MonkeyPatch):
@@ -359,6 +377,50 @@ def _can_be_read(path: Path) -> bool:
         return bool(path.read_text())
     except OSError:
         return False
+
+
+# --- SLURM's arrays ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="cluster")
+def cluster_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is asked of stand-ins for SLURM's commands, of which the arrays have at most 3 jobs."""
+    log, folder = tmp_path / "asked", tmp_path / "bin"
+    folder.mkdir()
+    said = {
+        "scontrol": "MaxArraySize            = 3",
+        "sbatch": f"Submitted batch job $(($(cat {log} 2>/dev/null | wc -l) + 100))",
+    }
+    for name in ("scontrol", "sbatch", "srun", "scancel"):
+        script = folder / name
+        keep = f'grep -o "array=.*" "$1" >> {log} || echo single >> {log}\n'
+        say = f'echo "{said.get(name, "")}"\n'
+        script.write_text("#!/bin/sh\n" + say + (keep if name == "sbatch" else ""))
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return log
+
+
+def test_arrays_are_no_larger_than_the_cluster_allows(study: launch.Study, cluster: Path):
+    jobs = [add_job(study, f"job{i}", "pass") for i in range(7)]
+    numbers = slurm.submit(study.directory, jobs, LaunchOptions(cpu=True, max_parallel=6))
+    assert cluster.read_text().split() == ["array=0-1%2", "array=0-1%2", "array=0-2%2"]
+    expected = ["100_0", "100_1", "101_0", "101_1", "102_0", "102_1", "102_2"]
+    assert numbers == {job.name: number for job, number in zip(jobs, expected, strict=True)}
+    cluster.unlink()
+    slurm.submit(study.directory, jobs[:3], LaunchOptions(cpu=True))
+    assert cluster.read_text().split() == ["array=0-2%3"]
+    shown = "".join(slurm.scripts(study.directory, jobs, LaunchOptions(cpu=True)))
+    assert shown.count("--array=0-1%2") == 2 and shown.count("--array=0-2%3") == 1
+
+
+def test_fewer_jobs_at_a_time_than_arrays_is_refused_before_any_work(
+    study: launch.Study, cluster: Path
+):
+    jobs = [add_job(study, f"job{i}", "pass") for i in range(7)]
+    with pytest.raises(UserError, match="7 jobs are 3 arrays of at most 3, .*MaxArraySize"):
+        slurm.submit(study.directory, jobs, LaunchOptions(cpu=True, max_parallel=2))
+    assert not cluster.exists()
 
 
 # --- SLURM's words ----------------------------------------------------------------------------------

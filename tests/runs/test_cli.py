@@ -3,13 +3,14 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from spd.registry import EXPERIMENTS, command_line
-from spd.settings import PACKAGE_DIR, load_env
+from spd.settings import PACKAGE_DIR, PATIENCE, load_env
 from tests.run_fixtures import (
     QUICK,
     TMS_SCRIPT,
@@ -192,3 +193,41 @@ def test_env_at_the_repository_root_comes_second(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("SPD_C", "shell")
     load_env(root)
     assert [os.environ[f"SPD_{letter}"] for letter in "ABC"] == ["here", "root", "shell"]
+
+
+SCRIPT = """
+import os
+print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), flush=True)
+from spd.runs.cli import cli
+from spd.runs.execution import ExperimentConfig
+
+def build(config, device):
+    raise AssertionError
+
+cli(ExperimentConfig, build)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, ["None None", "passive 0"]),
+        ({"OMP_WAIT_POLICY": "active"}, ["active None"]),
+        ({"GOMP_SPINCOUNT": "5"}, ["None 5"]),
+    ],
+)
+def test_a_script_begins_anew_once_for_threads_that_sleep_while_they_wait(
+    tmp_path: Path, given: dict[str, str], seen: list[str]
+):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    kept = {key: value for key, value in os.environ.items() if key not in PATIENCE}
+    done = subprocess.run(
+        [sys.executable, str(script), "missing.yaml", "steps=3"],
+        env={**kept, **given},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == seen
+    assert done.returncode == 2 and "missing.yaml: no such file" in done.stderr

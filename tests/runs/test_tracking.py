@@ -2,15 +2,17 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from spd.config import UserError
 from spd.run_files import read_metrics
 from spd.runs.run import load_run
 from spd.runs.tracking import RunTracker
-from spd.runs.wandb_run import WandbRun, download_run, start_wandb
+from spd.runs.wandb_run import WandbRun, download_run, new_run_id, start_wandb
 from tests.run_fixtures import (
     Command,
     command_fixture,
@@ -99,6 +101,30 @@ def test_a_tracker_that_fails_is_left_out_with_one_line(
     assert line == f"W&B failed and is left out from here on: {fails} does not work"
     assert run.calls.count(fails) == 1 and run.calls[-1] == fails
     assert tracker.wandb_run.place is None
+
+
+def test_two_runs_never_share_an_id_whatever_their_folders_are_called():
+    folders = [Path("A/run1"), Path("B/run1"), Path("a:;,#?/x'y / z"), Path("é")]
+    ids = [new_run_id(folder) for folder in (*folders, *folders)]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name) for name in ids)
+
+
+def test_an_offline_run_that_goes_on_is_told_all_of_it_again(tmp_path: Path):
+    track(tmp_path, None)
+    run = FakeRun()
+    run.offline = True
+    figure = tmp_path / "figures" / "loss"
+    figure.mkdir(parents=True)
+    for step in (1, 3):
+        Image.new("1", (1, 1)).save(figure / f"{step}.png")
+    tracker = RunTracker(tmp_path, eval_every=2, wandb_run=WandbRun(run))
+    tracker.started(2, 6)
+    tracker.ended()
+    lines = read_metrics(tmp_path)
+    assert run.history[: len(lines)] == lines and lines[-1]["step"] < 2
+    (images,) = run.history[len(lines) :]
+    assert images["step"] == 1 and set(images) == {"step", "loss"}
 
 
 def test_the_place_of_a_run_is_its_page(tmp_path: Path):

@@ -48,8 +48,8 @@ def recorded(path: Path) -> Iterator[Any]:
 
 
 def history(run: Path) -> list[dict[str, Any]]:
-    """What W&B recorded, row by row, without what it adds itself."""
-    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    """What W&B recorded last, row by row, without what it adds itself."""
+    path = max(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     rows = [
         {
             item.key or "/".join(item.nested_key): json.loads(item.value_json)
@@ -68,7 +68,7 @@ def offline_fixture(tmp_path_factory: pytest.TempPathFactory, tms_target: Path) 
     done = finished_run(command, "figures={mean_activity: {}}")
     run = command.only_run()
     sync = next(run.glob("wandb/offline-run-*"))
-    assert f"W&B: {sync} (offline; `wandb sync` sends it)\n" in done.err
+    assert f"W&B: {sync} (offline; `wandb sync {sync}` sends all of it)\n" in done.err
     assert "wandb: " not in done.err  # it says nothing itself
     return run
 
@@ -83,7 +83,8 @@ def test_the_recorded_history_is_that_of_metrics_jsonl(offline: Path):
 def test_the_recorded_run_bears_name_project_and_settings(offline: Path):
     (path,) = offline.glob("wandb/offline-run-*/*.wandb")
     (run, *_) = [record.run for record in recorded(path) if record.HasField("run")]
-    assert (run.run_id, run.project) == (offline.name, "spd-tms")
+    kept = json.loads((offline / "meta.json").read_text())["wandb_id"]
+    assert (run.run_id, run.project) == (kept, "spd-tms") and kept.startswith(f"{offline.name}-")
     assert run.display_name == f"tms_5-2-seed0-{offline.name}"
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["steps"] == 6 and config["sites"] == {"linear1": 6, "linear2": 6}
@@ -115,6 +116,24 @@ def test_signals_are_heard_beside_wandb(command: Command, signum: int, status: i
     (path,) = run.glob("wandb/offline-run-*/*.wandb")
     exits = [record.exit.exit_code for record in recorded(path) if record.HasField("exit")]
     assert exits == [1]
+
+
+def test_the_newest_folder_of_a_resumed_offline_run_holds_all_of_it(command: Command):
+    stop = Stop(signal.SIGKILL, "open *.00000004.partial")
+    command.tms("figures={mean_activity: {}}", "figures_every=1", env=OFFLINE, stop=stop)
+    run = command.only_run()
+    done = command.resume(run, env=OFFLINE)
+    assert done.status == 0, done.err
+    folders = sorted(run.glob("wandb/offline-run-*"))
+    names = {folder.name.partition("-run-")[2].partition("-")[2] for folder in folders}
+    assert len(folders) == 2 and names == {json.loads((run / "meta.json").read_text())["wandb_id"]}
+    newest = json.loads((run / "meta.json").read_text())["tracker"]
+    assert f"W&B: {newest} (offline; `wandb sync {newest}` sends all of it)" in done.err
+    rows = history(run)
+    assert [row for row in rows if "mean_activity/_type" not in row] == log_lines(run)
+    drawn = [row["step"] for row in rows if "mean_activity/_type" in row]
+    files = {int(path.stem) for path in run.glob("figures/mean_activity/*.png")}
+    assert sorted(drawn) == sorted(files) and len(drawn) > 1
 
 
 def test_a_server_that_does_not_answer_does_not_stop_the_run(command: Command):

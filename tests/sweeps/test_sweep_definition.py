@@ -131,6 +131,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "metric": ({"metric": {"name": "eval/loss/totl"}}, "did you mean 'eval/loss/total'?"),
     "metric of no loss": ({"metric": {"name": "loss/schatten"}}, "'loss/schatten' is not logged"),
+    "metric of a figure": (
+        {"metric": {"name": "eval/errors/totl"}},
+        "'eval/errors/totl' is not logged; did you mean 'eval/errors/total'?",
+    ),
+    "metric of no site": ({"metric": {"name": "l0/linear3"}}, "did you mean 'l0/linear"),
+    "metric of no figure": (
+        {"metric": {"name": "eval/errrors/total"}},
+        "mean 'eval/errors/total'?",
+    ),
     "metric from nowhere": ({"metric": {"name": "accuracy"}}, "'accuracy' is not logged"),
     "goal": (
         {"metric": {"name": "loss/total", "goal": "less"}},
@@ -252,3 +261,15 @@ def test_the_schema_can_say_no(change: dict[str, Any]):
     jsonschema.validate(good, SCHEMA)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**good, **change}, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("loss/total", "eval/loss/faithfulness", "l0/linear1", "eval/l0/linear2", "eval/solved"),
+        *("eval/mmcs/linear1", "eval/mmcs_sd/linear1", "eval/errors/total", "eval/alive/linear2"),
+    ],
+)
+def test_every_figure_of_a_run_can_be_the_metric(tmp_path: Path, name: str):
+    definition = read_definition(written(tmp_path, {**GRID, "metric": {"name": name}}))
+    check(definition, "tms_5-2", [], "here")

@@ -82,6 +82,28 @@ def test_a_trial_whose_agent_is_gone_is_taken_over(tmp_path: Path):
     assert third is not None and third.number == 2
 
 
+def test_a_journal_that_lost_half_a_line_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    study = make_study(tmp_path, {**GRID, "parameters": {"seed": {"values": [0, 1]}}})
+    first = local_study.claim(study, "agent0")
+    assert first is not None
+    local_study.tell(study, first, ended(first))
+    first.lock.release()
+    journal = study.directory / "journal.log"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    assert local_study.n_waiting(study) == 2  # how the first ended is lost
+    claims = [local_study.claim(study, "agent0") for _ in range(2)]
+    assert [claim and claim.number for claim in claims] == [0, 1]
+    assert "its last line was cut short and is left out" in capsys.readouterr().err
+    for claim in claims:
+        assert claim is not None
+        local_study.tell(study, claim, ended(claim))
+        claim.lock.release()
+    assert local_study.n_waiting(study) == 0 and local_study.claim(study, "agent0") is None
+    assert [json.loads(line) for line in journal.read_text().splitlines()]
+
+
 def test_a_failed_point_is_not_run_again(tmp_path: Path):
     study = make_study(tmp_path, {**GRID, "parameters": {"seed": {"values": [0]}}})
     claim = local_study.claim(study, "agent0")

@@ -3,14 +3,17 @@
 python spd/experiments/lm/lm_decomposition.py spd/experiments/lm/pydoc_mlp_config.yaml [key=value ...]
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Self
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from spd.config import (
@@ -26,6 +29,7 @@ from spd.experiments.lm.data.batches import (
     write_held_out,
 )
 from spd.experiments.lm.data.text import TextConfig
+from spd.experiments.lm.data.tokens import token_id
 from spd.experiments.lm.loading import (
     Dtype,
     LoadedTarget,
@@ -34,7 +38,7 @@ from spd.experiments.lm.loading import (
     save_copy,
 )
 from spd.experiments.lm.metrics import CrossEntropyMetric
-from spd.experiments.lm.problem import LMProblem
+from spd.experiments.lm.problem import LMProblem, weights_without
 from spd.experiments.lm.train_lm import LMTrainConfig, is_trained_here
 from spd.experiments.targets import CONFIG_FILE
 from spd.metrics import GeneralMetric
@@ -106,17 +110,39 @@ def build(config: LMConfig, device: torch.device) -> LMProblem:
         device=device,
     )
     batches = open_batches(settings, loaded.origin.directory)
+    excluded = _excluded(settings, batches.held_out)
     return LMProblem(
         target=loaded.model,
         train_batches=batches.train,
         eval_batches=iter(batches.held_out.split(config.eval_batch_size)),
         recon=config.recon,
+        position_weights=partial(weights_without, excluded=excluded) if excluded else None,
         device=device,
         tokenizer=loaded.tokenizer,
         unembed=loaded.unembed,
         n_report_batches=config.n_report_batches,
         write_target=lambda directory: _write(directory, config, loaded, batches, settings),
     )
+
+
+def _excluded(settings: BatchSettings, held_out: Tensor) -> tuple[int, ...]:
+    """The ids of the tokens that do not count, after checking that there are others."""
+    named, tokenizer = settings.text.exclude_tokens, settings.tokenizer
+    ids = []
+    for token in named:
+        if isinstance(token, str):
+            if tokenizer is None:
+                raise UserError(f"data.exclude_tokens: {token!r} needs a tokenizer; give its id")
+            token = token_id(token, tokenizer, "data.exclude_tokens")
+        if not 0 <= token < settings.n_vocab:
+            last = settings.n_vocab - 1
+            raise UserError(f"data.exclude_tokens: {token}: the target knows 0 to {last}")
+        ids.append(token)
+    if ids and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("data.exclude_tokens: a run of several processes counts every token")
+    if ids and not weights_without(held_out, ids).any():
+        raise UserError("data.exclude_tokens: nothing is left of the held-out text")
+    return tuple(ids)
 
 
 def _text(config: LMConfig, loaded: LoadedTarget) -> TextConfig:

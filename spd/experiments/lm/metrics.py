@@ -82,7 +82,8 @@ class CrossEntropyMetric(MetricSpec):
     `ce/…` of the target and with the masks `unmasked` (all subcomponents on), `masked` (g itself),
     `stochastic`, `rounded` (g > 0.5) and `zero` (every site ablated); `ce/unigram` is the entropy of the
     predicted tokens by their frequency in the held-out text. `kl/…` is KL(target ‖ masked). `recovered/…`
-    is the share of what zero ablation costs that is avoided; left out where that costs nothing.
+    is the share of what zero ablation costs that is avoided; left out where that costs nothing. Where
+    tokens are excluded, neither their positions count nor the predictions of them.
     """
 
     quantities = {
@@ -129,13 +130,20 @@ class _CrossEntropy:
         self.n_positions = 0
 
     def update(self, ctx: StepContext) -> None:
-        tokens = ctx.batch
-        self._count(tokens, n_vocab=ctx.target_out.shape[-1])
-        self._add(self.ce, "target", next_token_cross_entropy(ctx.target_out, tokens).sum())
+        tokens, weights = ctx.batch, ctx.row_weights
+        kept = torch.ones_like(tokens, dtype=torch.bool) if weights is None else weights > 0
+        n_kept, predicted = int(kept.sum()), kept[:, :-1] & kept[:, 1:]
+        self._count(tokens[:, 1:][predicted], n_vocab=ctx.target_out.shape[-1])
+        self.n_positions += n_kept
+
+        def cross_entropy(logits: Tensor) -> Tensor:
+            return next_token_cross_entropy(logits, tokens)[predicted].sum()
+
+        self._add(self.ce, "target", cross_entropy(ctx.target_out))
         for kind in ("unmasked", "masked", "stochastic", "rounded", "zero"):
             logits = self.model(tokens, masks_of(kind, ctx.ci.lower, self._uniform))
-            self._add(self.ce, kind, next_token_cross_entropy(logits, tokens).sum())
-            self._add(self.kl, kind, kl_divergence(logits, ctx.target_out) * tokens.numel())
+            self._add(self.ce, kind, cross_entropy(logits))
+            self._add(self.kl, kind, kl_divergence(logits, ctx.target_out, weights) * n_kept)
 
     def compute(self) -> dict[str, float]:
         assert self.counts is not None, "no batch was seen"
@@ -149,10 +157,9 @@ class _CrossEntropy:
                 values[f"recovered/{kind}"] = share
         return values
 
-    def _count(self, tokens: Tensor, *, n_vocab: int) -> None:
-        counts = torch.bincount(tokens[:, 1:].flatten(), minlength=n_vocab)
+    def _count(self, predicted: Int[Tensor, " n"], *, n_vocab: int) -> None:
+        counts = torch.bincount(predicted, minlength=n_vocab)
         self.counts = counts if self.counts is None else self.counts + counts
-        self.n_positions += tokens.numel()
 
     def _uniform(self, like: Tensor) -> Tensor:
         """The same draws in every evaluation, whatever the losses of the run."""

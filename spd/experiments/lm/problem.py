@@ -1,9 +1,12 @@
 """A language model as a problem: its target, its text, and how to read both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spd.config import UserError
@@ -43,6 +46,16 @@ class LMProblem(Problem):
             n_batches=n_batches or self.n_report_batches,
             at_least=n_batches or 1,
         )
+
+
+def weights_without(
+    tokens: Int[Tensor, "batch position"], excluded: Sequence[int]
+) -> Float[Tensor, "batch position"]:
+    """0 where one of the `excluded` stands, else one number, so that the mean is 1 (0 if none is left)."""
+    kept = torch.ones_like(tokens, dtype=torch.bool)
+    for token in excluded:
+        kept = kept & (tokens != token)
+    return kept * (kept.numel() / kept.sum().clamp(min=1))
 
 
 def need_lm(problem: Problem, place: str) -> LMProblem:

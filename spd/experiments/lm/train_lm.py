@@ -87,6 +87,8 @@ class LMTrainConfig(BaseConfig):
     def _text(self) -> Self:
         if self.data.tokenized or self.data.streaming:
             raise ValueError("data: a tokenizer is trained on text that is at hand, not streamed")
+        if self.data.exclude_tokens:
+            raise ValueError("data.exclude_tokens: a target is trained on every token")
         return self
 
 
@@ -95,7 +97,7 @@ def train(config: LMTrainConfig, device: torch.device) -> TrainedTarget:
     start = time.perf_counter()
     text = load_text(config.data)
     assert isinstance(text.train, datasets.Dataset), "validated: the text is not streamed"
-    tokenizer = train_tokenizer(text.train[config.data.column], config)
+    tokenizer = train_tokenizer([row for row in text.train[config.data.column] if row], config)
     encode = make_encode(config.data, tokenizer)
     train_ids, held_out = (
         packed_sequences(documents, encode, config.data, tokenizer=tokenizer, label=label)

@@ -319,6 +319,50 @@ def test_sequences_that_the_target_cannot_read_are_refused(little: LMConfig):
         start(changed(little, data=text), build)
 
 
+def without(config: LMConfig, *tokens: str | int, **text: Any) -> LMConfig:
+    raw = config.model_dump(mode="json")
+    return parse(LMConfig, {**raw, "data": {**raw["data"], "exclude_tokens": tokens, **text}}, "x")
+
+
+def test_excluded_tokens_are_found_by_name_or_id(little: LMConfig):
+    ends = make_tokenizer(lowercase=False).eos_token_id
+    problem = build(without(little, "[EOS]", 2), torch.device("cpu"))
+    batch = next(problem.train_batches)
+    assert problem.position_weights is not None and (batch == 2).any()
+    assert torch.equal(problem.position_weights(batch) == 0, (batch == ends) | (batch == 2))
+    assert build(little, torch.device("cpu")).position_weights is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (["[EOZ]"], r"exclude_tokens: .* has no token '\[EOZ\]'; did you mean '\[EOS\]'"),
+        ([200], "exclude_tokens: 200: the target knows 0 to 199"),
+        ([-1], "exclude_tokens: -1"),
+        (list(range(200)), "exclude_tokens: nothing is left"),
+        ([True], "exclude_tokens.*number is needed, got True"),
+    ],
+)
+def test_tokens_that_cannot_be_excluded(little: LMConfig, tokens: list[Any], said: str):
+    with pytest.raises(UserError, match=said):
+        build(without(little, *tokens), torch.device("cpu"))
+
+
+def test_several_processes_count_every_token(little: LMConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="exclude_tokens: a run of several processes"):
+        build(without(little, 5), torch.device("cpu"))
+
+
+def test_what_a_sequence_begins_with_is_said_in_one_line(
+    little: LMConfig, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", logger="spd")
+    build(little, torch.device("cpu"))
+    said = [line for line in caplog.messages if "before a sequence" in line]
+    assert said == ["data: no token is put before a sequence (bos: auto)"]
+
+
 def test_tokens_of_another_tokenizer_are_refused(little: LMConfig, tmp_path: Path):
     small = save_model(tmp_path / "small", little_llama(vocab_size=20), make_tokenizer())
     with pytest.raises(UserError, match="the target knows 0 to 19; is this its tokenizer"):

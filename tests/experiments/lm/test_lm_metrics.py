@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spd.config import UserError
-from spd.engine.prepare import eval_contexts, prepare
+from spd.engine.prepare import eval_contexts, evaluate, prepare
 from spd.experiments.lm.metrics import (
     CrossEntropyMetric,
     MaskKind,
@@ -19,7 +20,7 @@ from spd.experiments.lm.metrics import (
     next_token_cross_entropy,
     share_recovered,
 )
-from spd.experiments.lm.problem import LMProblem
+from spd.experiments.lm.problem import LMProblem, weights_without
 from spd.metrics import Metric
 from spd.objective import Objective
 from spd.problem import Problem
@@ -110,7 +111,9 @@ def test_masks_by_kind():
 # --- over held-out batches -------------------------------------------------------------------------
 
 
-def by_hand(objective: Objective, batches: list[Tensor], mask_of: Any) -> tuple[float, float]:
+def by_hand(
+    objective: Objective, batches: list[Tensor], mask_of: Any, excluded: tuple[int, ...] = ()
+) -> tuple[float, float]:
     """Cross-entropy and KL, one position after another; `mask_of` is given g."""
     model = objective.model
     ce, kl = [], []
@@ -120,11 +123,13 @@ def by_hand(objective: Objective, batches: list[Tensor], mask_of: Any) -> tuple[
         log_q, log_p = model(tokens, masks).log_softmax(-1), out.log_softmax(-1)
         for row in range(len(tokens)):
             for position in range(4):
+                if int(tokens[row, position]) in excluded:
+                    continue
                 q, p = log_q[row, position], log_p[row, position]
                 kl.append(
                     sum(math.exp(b) * (b - a) for a, b in zip(q.tolist(), p.tolist(), strict=True))
                 )
-                if position < 3:
+                if position < 3 and int(tokens[row, position + 1]) not in excluded:
                     ce.append(-q[int(tokens[row, position + 1])].item())
     return sum(ce) / len(ce), sum(kl) / len(kl)
 
@@ -147,6 +152,53 @@ def test_every_kind_of_mask_over_batches_of_unequal_size():
     predicted = torch.cat([batch[:, 1:].flatten() for batch in held_out]).tolist()
     shares = [predicted.count(token) / len(predicted) for token in set(predicted)]
     assert values["ce/unigram"] == pytest.approx(-sum(p * math.log(p) for p in shares))
+
+
+EXCLUDED = (3, 7)
+
+
+@torch.no_grad()
+def test_excluded_tokens_are_neither_scored_nor_predicted():
+    weights = partial(weights_without, excluded=EXCLUDED)
+    objective, held_out, values = measured(language_problem(position_weights=weights))
+    assert any(int(token) in EXCLUDED for batch in held_out for token in batch.flatten())
+    ce, kl = by_hand(objective, held_out, torch.zeros_like, EXCLUDED)
+    assert values["ce/zero"] == pytest.approx(ce, rel=1e-5)
+    assert values["kl/zero"] == pytest.approx(kl, rel=1e-4)
+
+
+def test_excluded_tokens_count_in_no_loss_gradient_or_sparsity():
+    """The target works on every token by itself: without them is as if they had never been there."""
+    losses = {
+        **{"recon": {"coeff": 1.0}, "recon_layerwise": {"coeff": 1.0}},
+        **{"importance_minimality": {"coeff": 0.1, "pnorm": 1.0}, "schatten": {"coeff": 0.1}},
+    }
+    losses["schatten"]["pnorm"] = 1.0
+    batch = next(batches(1))
+    left = torch.tensor([[token] for token in batch.flatten().tolist() if token not in EXCLUDED])
+    assert 0 < len(left) < batch.numel()
+    found = []
+    for tokens, excluded in ((batch, EXCLUDED), (left, ())):
+        problem = language_problem(
+            eval_batches=iter([tokens]),
+            position_weights=partial(weights_without, excluded=excluded) if excluded else None,
+        )
+        config = make_config(losses, sites=SITES, n_eval_batches=1, metrics={"sparsity": {}})
+        prepared = prepare(problem, config)
+        total, logged, *_ = prepared.objective(tokens, torch.tensor(0.0), {})
+        total.backward()
+        grads = {n: p.grad for n, p in prepared.objective.named_parameters() if p.requires_grad}
+        found.append((logged, grads, {k: torch.tensor(v) for k, v in evaluate(prepared).items()}))
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys() and len(one) > 1
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-7)
+
+
+def test_weights_without_tokens_have_mean_1():
+    weights = weights_without(torch.tensor([[1, 2, 3, 2]]), (2,))
+    assert weights.tolist() == [[2.0, 0.0, 2.0, 0.0]]
+    assert weights_without(torch.tensor([[2, 2]]), (2,)).tolist() == [[0.0, 0.0]]
 
 
 @torch.no_grad()

@@ -94,6 +94,27 @@ def test_contexts_against_a_loop():
             assert importances == pytest.approx([g for _, g in window])
 
 
+def test_what_is_not_kept_counts_nowhere():
+    """As if its importances were 0 for the contexts, and as if it were not there for the rest."""
+    batches = made_up_batches()
+    made = SubcomponentStatistics(C_OF, n_contexts=K, left=LEFT, right=RIGHT)
+    zeroed = SubcomponentStatistics(C_OF, n_contexts=K, left=LEFT, right=RIGHT)
+    alone = SubcomponentStatistics(C_OF, n_contexts=K, left=LEFT, right=RIGHT)
+    for tokens, upper, acts in batches:
+        kept = tokens != 3
+        made.update(tokens, split(upper), split(acts), kept)
+        zeroed.update(tokens, split(upper * kept[..., None]), split(acts))
+        alone.update(tokens[kept][None], split(upper[kept][None]), split(acts[kept][None]))
+    found, contexts, rest = made.compute(), zeroed.compute().contexts, alone.compute()
+    assert found.n_positions == rest.n_positions < 150
+    for name in ("mean", "highest", "n_active", "positive"):
+        assert torch.equal(getattr(found, name), getattr(rest, name))
+    assert sorted(found.tokens.ids) == sorted(rest.tokens.ids) and 3 not in found.tokens.ids
+    assert torch.equal(found.pairs.with_all(0)[1], rest.pairs.with_all(0)[1])
+    for one, other in zip(found.contexts, contexts, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_peaks_are_far_apart_and_a_plateau_has_one():
     g = torch.tensor([0.2, 0.9, 0.9, 0.9, 0.3, 0.5, 0.1, 0.7])[None, :, None]
     assert peaks(g, 2).flatten().nonzero().flatten().tolist() == [1, 7]

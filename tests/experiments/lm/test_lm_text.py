@@ -1,5 +1,6 @@
 """Documents from every source, what is held out of them, and what is wrong with them in words."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -121,10 +122,14 @@ def test_a_missing_subset_is_named_with_those_there_are(tmp_path: Path):
 
 def test_a_column_of_another_sort_is_refused(tmp_path: Path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": [1, 2]}, {"text": [3]}])
-    with pytest.raises(UserError, match=r"holds list, but text is needed \(tokenized: true"):
+    with pytest.raises(
+        UserError, match=r"holds list '\[1, 2\]', but text is needed \(tokenized: true"
+    ):
         load_text(config(path))
     path = write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"text": "b"}])
-    with pytest.raises(UserError, match="holds str, but tokenized: true needs lists of token ids"):
+    with pytest.raises(
+        UserError, match="holds str 'a', but tokenized: true needs lists of token ids"
+    ):
         load_text(config(path, tokenized=True))
 
 
@@ -164,7 +169,8 @@ def test_a_hub_that_does_not_answer_is_said_to_be_out_of_reach(monkeypatch: pyte
         ({"eval_split": "train"}, "held-out text differs"),
         ({"streaming": True}, "a stream needs an eval_split"),
         ({"tokenized": True, "lowercase": True}, "lowercase has no effect on token ids"),
-        ({"separator": "<end>"}, "separator goes with .txt files"),
+        ({"source": "a.json", "separator": "<end>"}, "separator goes with text files"),
+        ({"tokenized": True, "end_token": "x"}, "end_token has no effect on token ids"),
         ({"source": "pydoc", "eval_split": "test"}, "has no splits"),
         ({"source": "a.jsonl", "subset": "small"}, "no subset or revision"),
         ({"source": "a.txt", "column": "story"}, "one column, text"),
@@ -174,3 +180,43 @@ def test_a_hub_that_does_not_answer_is_said_to_be_out_of_reach(monkeypatch: pyte
 def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         config(**{"source": "some/data", **changes})
+
+
+@pytest.mark.parametrize(
+    "name", ["data [v2].txt", "corpus", "notes.md", "all.txt.gz", "a [1].jsonl", "all.jsonl.gz"]
+)
+def test_a_file_that_exists_is_read_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
+    data = (rows if ".jsonl" in name else "<end>".join(DOCUMENTS)).encode()
+    Path(name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    changes = {} if ".jsonl" in name else {"separator": "<end>"}
+    train, held_out = load_text(config(name, **changes))
+    assert sorted(texts(train) + texts(held_out)) == DOCUMENTS
+
+
+@pytest.mark.parametrize("name", ["all.txt.gz", "all.jsonl.gz", "corpus"])
+def test_what_is_wrong_with_a_file_is_said_of_the_file(tmp_path: Path, name: str):
+    path = tmp_path / name
+    path.write_bytes(b"\xff\xfe no text, and not packed")
+    with pytest.raises(UserError, match=f"{re.escape(name)}'?: cannot be read"):
+        load_text(config(path))
+
+
+def test_a_file_of_no_known_name_has_no_splits_either(tmp_path: Path):
+    path = tmp_path / "corpus"
+    path.write_text("text")
+    with pytest.raises(UserError, match="has no splits; give eval_frac"):
+        load_text(config(path, eval_split="test"))
+    with pytest.raises(UserError, match="separator: goes with text files, and .* is none"):
+        load_text(config(tmp_path, separator="<end>"))
+
+
+def test_nulls_do_not_tell_what_a_column_holds(tmp_path: Path):
+    rows: list[dict[str, Any]] = [{"text": None}, *({"text": text} for text in DOCUMENTS)]
+    train, held_out = load_text(config(write_jsonl(tmp_path / "a.jsonl", rows)))
+    assert len(texts(train)) + len(texts(held_out)) == 11
+    with pytest.raises(UserError, match="has only nulls in its first 4 rows"):
+        load_text(config(write_jsonl(tmp_path / "b.jsonl", [{"text": None}] * 4)))

@@ -9,7 +9,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from spd.config import RunError, UserError, parse
 from spd.experiments.lm.data import tokens
@@ -17,6 +19,7 @@ from spd.experiments.lm.data.streaming import StreamedBatches
 from spd.experiments.lm.data.text import TextConfig
 from spd.experiments.lm.data.tokens import (
     PackedBatches,
+    begin_token,
     check_ids,
     copied_to,
     end_token_id,
@@ -68,6 +71,82 @@ def test_every_document_is_tokenised_alone_and_ends_with_the_end_token():
     words = [[tokenizer.get_vocab()[word] for word in text.split()] for text in texts]
     joined = [*words[0], end, *words[2], end]
     assert pack(documents, config(), tokenizer).tolist() == [joined[:4], joined[4:8]]
+
+
+def test_nulls_are_left_out_wherever_they_stand(caplog: pytest.LogCaptureFixture):
+    tokenizer, texts = make_tokenizer(), ["the cat sat", "a big dog ran"]
+    expected = pack(datasets.Dataset.from_dict({"text": texts}), config(), tokenizer)
+    with_nulls = datasets.Dataset.from_dict({"text": [None, texts[0], None, texts[1], None]})
+    with caplog.at_level("INFO", logger="spd"):
+        assert np.array_equal(pack(with_nulls, config(), tokenizer), expected)
+    assert "3 rows of some/text hold nothing and are left out" in caplog.text
+    ids = datasets.Dataset.from_dict({"text": [None, [0, 1, 2], None, [3, 4]]})
+    assert pack(ids, config(tokenized=True)).tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("tokenized", "row", "said"),
+    [
+        (False, 3, "holds int '3', but text is needed"),
+        (False, [1], r"holds list '\[1\]', but text is needed"),
+        (True, "word", "holds str 'word', but tokenized: true needs lists of token ids"),
+        (True, [1, None], r"holds list '\[1, None\]', but tokenized: true needs"),
+        (True, [True], r"holds list '\[True\]', but tokenized: true needs"),
+        (True, [1, 2**31], "holds 2147483648, which is no token id"),
+        (True, [-1], "holds -1, which is no token id"),
+    ],
+)
+def test_a_row_of_another_sort_is_refused_by_its_value(tokenized: bool, row: Any, said: str):
+    encode = make_encode(config(tokenized=tokenized), make_tokenizer())
+    good: Any = [1] if tokenized else "the cat"
+    with pytest.raises(UserError, match=f"data.column: 'text' of 'some/text' {said}"):
+        encode([good, None, row])
+
+
+def beginning(tokenizer: PreTrainedTokenizerFast, token: str = "the") -> PreTrainedTokenizerFast:
+    """The tokenizer with a BOS that it puts first itself."""
+    number = tokenizer.get_vocab()[token]
+    tokenizer.add_special_tokens({"bos_token": token})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, number)]
+    )
+    return tokenizer
+
+
+def test_every_sequence_begins_with_what_the_tokenizer_adds():
+    plain, tokenizer = make_tokenizer(), beginning(make_tokenizer())
+    bos = tokenizer.get_vocab()["the"]
+    documents = datasets.Dataset.from_dict({"text": ["a big dog ran", "the cat sat"]})
+    without = pack(documents, config(bos=False), tokenizer)
+    assert np.array_equal(without, pack(documents, config(), plain))
+    assert begin_token(config(), plain) is None and begin_token(config(), tokenizer) == bos
+    joined = np.concatenate(make_encode(config(), tokenizer)(documents["text"]))
+    for setting in ("auto", True):
+        packed = pack(documents, config(bos=setting), tokenizer)
+        assert packed.shape == (3, LENGTH) and (packed[:, 0] == bos).all()
+        assert np.array_equal(packed[:, 1:].flatten(), joined[:9])
+    with pytest.raises(UserError, match="bos: true, but .* has no such token"):
+        begin_token(config(bos=True), plain)
+    with pytest.raises(UserError, match="bos: true needs a tokenizer"):
+        begin_token(config(bos=True, tokenized=True), None)
+    assert begin_token(config(tokenized=True), tokenizer) is None
+
+
+def test_documents_end_with_the_token_that_is_named():
+    tokenizer = make_tokenizer()
+    (words,) = make_encode(config(end_token=""), tokenizer)(["the cat"])
+    assert words == [tokenizer.get_vocab()[word] for word in ("the", "cat")]
+    named = make_encode(config(end_token="dog"), tokenizer)(["the cat"])
+    assert named == [[*words, tokenizer.get_vocab()["dog"]]]
+    with pytest.raises(
+        UserError, match="data.end_token: .* has no token 'dogg'; did you mean 'dog'"
+    ):
+        make_encode(config(end_token="dogg"), tokenizer)
+    endless = make_tokenizer()
+    endless.eos_token = endless.sep_token = None
+    with pytest.raises(UserError, match="has no end token .*; name one .* data.end_token"):
+        make_encode(config(), endless)
+    assert make_encode(config(end_token=""), endless)(["the cat"]) == [words]
 
 
 def test_lower_casing_comes_before_the_tokenizer():

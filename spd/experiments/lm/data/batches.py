@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from spd.experiments.lm.data.text import (
 )
 from spd.experiments.lm.data.tokens import (
     PackedBatches,
+    begin_token,
     check_ids,
     make_encode,
     packed_sequences,
@@ -33,6 +35,8 @@ from spd.experiments.lm.data.tokens import (
     tokenizer_hash,
 )
 from spd.problem import Resumable
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT_FILE = "held_out.safetensors"
 
@@ -75,6 +79,7 @@ def open_batches(settings: BatchSettings, kept: Path | None) -> TokenBatches:
     Where it does, the source of the training text is opened only when it is asked for: whoever looks
     into a run needs no data set.
     """
+    _say_begin(settings)
     held_out = read_held_out(kept, settings) if kept is not None else None
     if held_out is not None:
         return TokenBatches(
@@ -131,6 +136,18 @@ def read_held_out(directory: Path, settings: BatchSettings) -> Int[Tensor, "n le
         if (file.metadata() or {}).get("key") != _key(settings):
             return None
         return file.get_tensor("ids").long().to(settings.device)
+
+
+def _say_begin(settings: BatchSettings) -> None:
+    text, tokenizer = settings.text, settings.tokenizer
+    begin = begin_token(text, tokenizer)
+    if begin is not None:
+        assert tokenizer is not None, "what a sequence begins with is a token of its"
+        name, why = tokenizer.convert_ids_to_tokens(begin), "as the tokenizer has it"
+        why = why if text.bos == "auto" else "as bos: true says"
+        logger.info("data: every sequence begins with %r, %s", name, why)
+    elif not text.tokenized:
+        logger.info("data: no token is put before a sequence (bos: %s)", str(text.bos).lower())
 
 
 def _train_batches(documents: Documents, settings: BatchSettings) -> Iterator[Tensor]:
@@ -192,6 +209,7 @@ def _stream(
         stream="train" if training else "eval",
         device=settings.device,
         epochs=epochs,
+        begin=begin_token(text, settings.tokenizer),
     )
 
 
@@ -201,6 +219,7 @@ def _key(settings: BatchSettings) -> str:
     parts = {
         "text": settings.text.model_dump(mode="json"),
         "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
+        "begin": begin_token(settings.text, tokenizer),
         "n": [settings.n_held_out, settings.n_wanted],
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any, Self
 
 import datasets
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -13,6 +14,7 @@ from spd.config import RunError
 from spd.experiments.lm.data.tokens import (
     DOCUMENTS_AT_ONCE,
     Encode,
+    begun,
     check_ids,
     copied_to,
     permutation,
@@ -40,12 +42,13 @@ class StreamedBatches:
         stream: str,
         device: torch.device | str = "cpu",
         epochs: int | None = None,
+        begin: int | None = None,
     ) -> None:
         self.documents, self.encode, self.column = documents, encode, column
         self.length, self.n_vocab = length, n_vocab
         self.batch_size, self.buffer_size = batch_size, max(buffer_size, batch_size)
         self.seed, self.stream, self.device = seed, stream, device
-        self.epochs = epochs
+        self.epochs, self.begin = epochs, begin
         self.position, self.epoch, self.n_in_epoch = 0, 0, 0
         self.shard_index = 0
         self.shard_state: dict[str, Any] | None = None
@@ -91,12 +94,13 @@ class StreamedBatches:
 
     def _fill(self) -> None:
         missing = self.buffer_size - len(self.buffer)
-        while len(self.pending) < missing * self.length and self._read():
+        length = self.length - (self.begin is not None)
+        while len(self.pending) < missing * length and self._read():
             pass
-        n = min(missing, len(self.pending) // self.length)
-        ids = torch.tensor(self.pending[: n * self.length], dtype=torch.int32)
-        self.pending = self.pending[n * self.length :]
-        self.buffer = torch.cat([self.buffer, ids.reshape(n, self.length)])
+        n = min(missing, len(self.pending) // length)
+        ids = np.array(self.pending[: n * length], dtype=np.int32).reshape(n, length)
+        self.pending = self.pending[n * length :]
+        self.buffer = torch.cat([self.buffer, torch.from_numpy(begun(ids, self.begin))])
 
     def _read(self) -> bool:
         """Read some documents, or go on to the next shard or epoch; False where there are no more."""

@@ -3,11 +3,16 @@
 Knows no tokenizer and no model.
 """
 
+import glob
+import gzip
 import importlib
 import logging
 import re
+import zlib
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import datasets
 import torch
@@ -21,8 +26,10 @@ from spd.noise import derive_seed
 logger = logging.getLogger(__name__)
 
 PYDOC = "pydoc"
-LOADER_OF = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-FILE_SUFFIXES = (".txt", *LOADER_OF)
+LOADER_OF = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+"""how a file is read, by its suffix; `.gz` may follow"""
+MAX_NULLS = 10_000
+"""rows at the beginning of a column that may hold nothing"""
 
 Documents = datasets.Dataset | datasets.IterableDataset
 """the second where `streaming` is set"""
@@ -32,7 +39,8 @@ class TextConfig(BaseConfig):
     """Where text comes from, what is held out, and how it is cut into sequences."""
 
     source: str
-    """`pydoc`, a data set on the hub, a directory laid out like one, or .txt, .json(l), .parquet files"""
+    """`pydoc`, a file, or a pattern of .txt, .json(l) (both also .gz) or .parquet files; else a directory
+    laid out like a data set of the hub, or one on the hub. A file of another name is read as text."""
     subset: str | None = None
     revision: str | None = None
     """branch, tag or commit of a data set on the hub"""
@@ -47,7 +55,14 @@ class TextConfig(BaseConfig):
     """the column holds token ids; rows are joined as they are"""
     lowercase: bool = False
     separator: str | None = None
-    """what stands between the documents of a .txt file; None: a file is one document"""
+    """what stands between the documents of a text file; None: a file is one document"""
+    bos: Literal["auto"] | bool = "auto"
+    """whether every sequence begins with the tokenizer's BOS; auto: where the tokenizer adds it itself"""
+    exclude_tokens: tuple[int | str, ...] = ()
+    """tokens, as pads or BOS, whose positions count neither in losses nor in figures and contexts; the
+    target reads them all the same"""
+    end_token: str | None = None
+    """the token that ends a document; None: the tokenizer's own (eos, or an encoder's sep); "": none"""
     context_length: int = Field(ge=2)
     streaming: bool = False
     """read while training, without a copy on disk"""
@@ -64,20 +79,35 @@ class TextConfig(BaseConfig):
             raise ValueError("a stream needs an eval_split: its documents are not counted")
         if self.tokenized and self.lowercase:
             raise ValueError("lowercase has no effect on token ids (tokenized: true)")
-        suffix = Path(self.source).suffix
-        if self.separator is not None and suffix != ".txt":
-            raise ValueError(f"separator goes with .txt files, not with {self.source!r}")
-        if self.source == PYDOC or suffix in FILE_SUFFIXES:
-            if self.eval_split is not None or self.split != "train":
-                raise ValueError(f"{self.source!r} has no splits; give eval_frac")
-            if (self.subset, self.revision) != (None, None):
-                raise ValueError(f"{self.source!r} has no subset or revision")
-        if (self.source == PYDOC or suffix == ".txt") and (self.column, self.tokenized) != (
-            "text",
-            False,
-        ):
-            raise ValueError(f"{self.source!r} has one column, text, and no token ids")
+        if self.tokenized and self.end_token is not None:
+            raise ValueError("end_token has no effect on token ids (tokenized: true)")
+        kind = self.kind
+        if self.separator is not None and kind not in ("text", None):
+            raise ValueError(f"separator goes with text files, not with {self.source!r}")
+        if kind is not None:
+            self.check_is_whole()
+        if kind in (PYDOC, "text"):
+            self.check_is_text()
         return self
+
+    @property
+    def kind(self) -> str | None:
+        """`pydoc`, or how files of that name are read; None where its name does not tell."""
+        path = Path(self.source)
+        suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+        return PYDOC if self.source == PYDOC else LOADER_OF.get(suffix)
+
+    def check_is_whole(self) -> None:
+        """`ValueError` where parts are asked for of what has none."""
+        if self.eval_split is not None or self.split != "train":
+            raise ValueError(f"{self.source!r} has no splits; give eval_frac")
+        if (self.subset, self.revision) != (None, None):
+            raise ValueError(f"{self.source!r} has no subset or revision")
+
+    def check_is_text(self) -> None:
+        """`ValueError` where columns or token ids are asked for of plain text."""
+        if (self.column, self.tokenized) != ("text", False):
+            raise ValueError(f"{self.source!r} has one column, text, and no token ids")
 
 
 class Text(NamedTuple):
@@ -132,38 +162,52 @@ def pydoc_documents() -> list[str]:
 
 
 def _load(config: TextConfig, split: str) -> Documents:
-    if config.source == PYDOC:
+    path = Path(config.source).expanduser()
+    if config.kind == PYDOC:
         found = datasets.Dataset.from_dict({"text": pydoc_documents()})
-    elif Path(config.source).suffix in FILE_SUFFIXES:
-        found = _load_files(config)
+    elif config.kind is not None or path.is_file():
+        found = _load_files(config, path)
+    elif config.separator is not None:
+        raise UserError(f"data.separator: goes with text files, and {config.source!r} is none")
     else:
         return _load_dataset(config, split)
     return found.to_iterable_dataset() if config.streaming else found
 
 
-def _load_files(config: TextConfig) -> datasets.Dataset:
-    pattern = Path(config.source).expanduser()
-    files = sorted(path for path in pattern.parent.glob(pattern.name) if path.is_file())
+def _load_files(config: TextConfig, path: Path) -> datasets.Dataset:
+    """Of one file, whatever is in its name, or of all that a pattern fits."""
+    files = [path] if path.is_file() else sorted(path.parent.glob(path.name))
+    files = [file for file in files if file.is_file()]
     if not files:
         raise UserError(f"data.source: {config.source!r} matches no file")
-    if pattern.suffix == ".txt":
-        documents = []
-        for path in files:
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"data.source: {path}: cannot be read: {error}") from None
-            documents += [text] if config.separator is None else text.split(config.separator)
-        return datasets.Dataset.from_dict({"text": [text for text in documents if text.strip()]})
+    if config.kind in ("text", None):
+        try:
+            config.check_is_whole()
+            config.check_is_text()
+        except ValueError as error:
+            raise UserError(f"data: {error}") from None
+        texts = map(_read_text, files)
+        documents = (text.split(config.separator) if config.separator else [text] for text in texts)
+        whole = [text for some in documents for text in some if text.strip()]
+        return datasets.Dataset.from_dict({"text": whole})
     try:
         loaded = datasets.load_dataset(
-            LOADER_OF[pattern.suffix], data_files=[str(path) for path in files], split="train"
+            config.kind, data_files=[glob.escape(str(file)) for file in files], split="train"
         )
-    except (DatasetGenerationError, ValueError, TypeError) as error:
+    except (DatasetGenerationError, ValueError, TypeError, OSError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"data.source: {config.source!r}: cannot be read: {reason}") from None
     assert isinstance(loaded, datasets.Dataset)
     return loaded
+
+
+def _read_text(path: Path) -> str:
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            return str(file.read())
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"data.source: {path}: cannot be read as text: {error}") from None
 
 
 def _load_dataset(config: TextConfig, split: str) -> Documents:
@@ -190,23 +234,38 @@ def _load_dataset(config: TextConfig, split: str) -> Documents:
 
 
 def _check_column(documents: Documents, config: TextConfig) -> None:
-    try:
-        first: dict[str, Any] = next(iter(documents))
-    except StopIteration:
-        raise UserError(f"data.source: {config.source!r} has no documents") from None
-    if config.column not in first:
-        raise UserError(
-            f"data.column: {config.source!r} has no column {config.column!r}"
-            f" (columns: {', '.join(first)})"
-        )
-    value = first[config.column]
+    """`UserError` unless there is such a column, and the first thing in it is what is needed."""
+    rows: Iterator[dict[str, Any]] = iter(documents)
+    n_nulls = 0
+    for first in islice(rows, MAX_NULLS):
+        if config.column not in first:
+            raise UserError(
+                f"data.column: {config.source!r} has no column {config.column!r}"
+                f" (columns: {', '.join(first)})"
+            )
+        if first[config.column] is not None:
+            check_value(first[config.column], config)
+            return
+        n_nulls += 1
+    found = f"only nulls in its first {n_nulls} rows" if n_nulls else "no documents"
+    raise UserError(f"data.source: {config.source!r} has {found}")
+
+
+def check_value(value: Any, config: TextConfig) -> None:
+    """`UserError` unless that is a document as the configuration says."""
+    shown = f"{type(value).__name__} {str(value)[:40]!r}"
     if config.tokenized and not (isinstance(value, list) and all(type(i) is int for i in value)):
         raise UserError(
-            f"data.column: {config.column!r} of {config.source!r} holds {type(value).__name__}, but"
-            " tokenized: true needs lists of token ids"
+            f"data.column: {config.column!r} of {config.source!r} holds {shown}, but tokenized: true"
+            " needs lists of token ids"
+        )
+    if config.tokenized and value and not 0 <= min(value) <= max(value) < 2**31:
+        wrong = next(i for i in value if not 0 <= i < 2**31)
+        raise UserError(
+            f"data.column: {config.column!r} of {config.source!r} holds {wrong}, which is no token id"
         )
     if not config.tokenized and not isinstance(value, str):
         raise UserError(
-            f"data.column: {config.column!r} of {config.source!r} holds {type(value).__name__}, but"
-            " text is needed (tokenized: true for lists of token ids)"
+            f"data.column: {config.column!r} of {config.source!r} holds {shown}, but text is needed"
+            " (tokenized: true for lists of token ids)"
         )

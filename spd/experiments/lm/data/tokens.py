@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spd import settings
-from spd.config import UserError
-from spd.experiments.lm.data.text import Documents, TextConfig
+from spd.config import UserError, nearest
+from spd.experiments.lm.data.text import Documents, TextConfig, check_value
 from spd.noise import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -37,32 +37,82 @@ Encode = Callable[[Sequence[Any]], list[list[int]]]
 def make_encode(config: TextConfig, tokenizer: PreTrainedTokenizerBase | None) -> Encode:
     """How documents become token ids: each alone, without special tokens, then the end token.
 
-    Token ids are taken as they are. An empty document gives nothing.
+    Token ids are taken as they are. An empty document, and a null, gives nothing.
     """
-    if config.tokenized:
-        return lambda rows: [list(row) for row in rows]
-    if tokenizer is None:
+    if not config.tokenized and tokenizer is None:
         raise UserError("tokenizer: text needs one, and the target has none; name one")
-    end = end_token_id(tokenizer)
+    end = [] if config.tokenized or tokenizer is None else end_tokens(config, tokenizer)
 
-    def encode(texts: Sequence[Any]) -> list[list[int]]:
-        whole = [text.lower() if config.lowercase else text for text in texts if text]
-        if not whole:
-            return []
-        ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
-        return [[*document, end] for document in ids]
+    def encode(documents: Sequence[Any]) -> list[list[int]]:
+        for document in documents:
+            if document is not None:
+                check_value(document, config)
+        whole = [document for document in documents if document]
+        if config.tokenized or tokenizer is None or not whole:
+            return [list(row) for row in whole]
+        texts = [text.lower() for text in whole] if config.lowercase else whole
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [[*document, *end] for document in ids]
 
     return encode
 
 
+def end_tokens(config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a document: the token that the configuration names, else eos, or an encoder's sep."""
+    if config.end_token is not None:
+        return [token_id(config.end_token, tokenizer, "data.end_token")] if config.end_token else []
+    return [end_token_id(tokenizer)]
+
+
 def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a document: eos, or an encoder's sep."""
+    """The token that ends a document of itself: eos, or an encoder's sep."""
     for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if isinstance(token, int):
             return token
     raise UserError(
-        f"tokenizer: {tokenizer.name_or_path!r} has no end token (eos_token, sep_token)"
+        f"tokenizer: {tokenizer.name_or_path!r} has no end token (eos_token, sep_token); name one of its"
+        ' tokens with data.end_token, or join documents without one by data.end_token: ""'
     )
+
+
+def token_id(token: str, tokenizer: PreTrainedTokenizerBase, place: str) -> int:
+    """The number of a token, or a `UserError` that begins with `place`."""
+    known = tokenizer.get_vocab()
+    if token not in known:
+        special = ", ".join(map(repr, tokenizer.all_special_tokens))
+        raise UserError(
+            f"{place}: {tokenizer.name_or_path!r} has no token {token!r}{nearest(token, known)}"
+            f" (its special tokens: {special or 'none'})"
+        )
+    return known[token]
+
+
+def begin_token(config: TextConfig, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """What every sequence begins with: BOS, or an encoder's cls; None: nothing.
+
+    `auto` asks the tokenizer for what it adds itself; token ids are taken as they are.
+    """
+    if config.bos is False or (config.bos == "auto" and (config.tokenized or tokenizer is None)):
+        return None
+    if tokenizer is None:
+        raise UserError("data.bos: true needs a tokenizer, and the target has none; name one")
+    known = [tokenizer.bos_token_id, tokenizer.cls_token_id]
+    if config.bos == "auto":
+        added = tokenizer("", verbose=False)["input_ids"]
+        return int(added[0]) if added and added[0] in known else None
+    found = [token for token in known if isinstance(token, int)]
+    if not found:
+        raise UserError(
+            f"data.bos: true, but {tokenizer.name_or_path!r} has no such token (bos_token, cls_token)"
+        )
+    return found[0]
+
+
+def begun(rows: Int[np.ndarray, "n rest"], begin: int | None) -> Int[np.ndarray, "n length"]:
+    """Sequences with the token that they begin with, if there is one."""
+    if begin is None:
+        return rows
+    return np.concatenate([np.full((len(rows), 1), begin, dtype=rows.dtype), rows], axis=1)
 
 
 def packed_sequences(
@@ -78,19 +128,21 @@ def packed_sequences(
     The cache stands below the output root, under a hash of documents, tokenizer and length.
     """
     assert isinstance(documents, datasets.Dataset), "a stream is not kept"
+    begin = begin_token(config, tokenizer)
     key = _hash(
         documents._fingerprint,
         tokenizer_hash(tokenizer) if tokenizer is not None and not config.tokenized else None,
         [config.column, config.tokenized, config.lowercase, config.context_length],
+        [begin, config.end_token],
     )
     stem = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(config.source).name)
     directory = settings.output_root().absolute() / "data" / f"{stem}-{label}-{key}"
     with _once(directory) as partial:
         if partial is not None:
             logger.info("data: tokenising %d documents to %s", len(documents), directory)
-            _write_tokens(partial, documents, encode, config)
+            _write_tokens(partial, documents, encode, config, begin)
     info = json.loads((directory / INFO_FILE).read_text(encoding="utf-8"))
-    length, n = config.context_length, info["n_tokens"] // config.context_length
+    length, n = config.context_length, info["n_sequences"]
     if n == 0:
         raise UserError(
             f"data: {config.source!r} ({label}) has {info['n_tokens']} tokens, which is less than one"
@@ -174,16 +226,29 @@ def permutation(n: int, *parts: object) -> Int[np.ndarray, " n"]:
 
 
 def _write_tokens(
-    directory: Path, documents: datasets.Dataset, encode: Encode, config: TextConfig
+    directory: Path,
+    documents: datasets.Dataset,
+    encode: Encode,
+    config: TextConfig,
+    begin: int | None,
 ) -> None:
-    n_tokens = 0
+    n_tokens = n_sequences = n_nulls = 0
+    length = config.context_length - (begin is not None)
+    rest = np.empty(0, dtype=np.int32)
     values = iter(documents[config.column])
     with (directory / TOKENS_FILE).open("wb") as file:
         while some := list(islice(values, DOCUMENTS_AT_ONCE)):
+            n_nulls += sum(value is None for value in some)
             ids = np.fromiter((i for document in encode(some) for i in document), dtype=np.int32)
-            ids.tofile(file)
             n_tokens += len(ids)
-    info = json.dumps({"n_tokens": n_tokens, "data": config.model_dump(mode="json")}, indent=2)
+            rest = np.concatenate([rest, ids])
+            n = len(rest) // length
+            begun(rest[: n * length].reshape(n, length), begin).tofile(file)
+            rest, n_sequences = rest[n * length :], n_sequences + n
+    if n_nulls:
+        logger.info("data: %d rows of %s hold nothing and are left out", n_nulls, config.source)
+    found = {"n_tokens": n_tokens, "n_sequences": n_sequences}
+    info = json.dumps({**found, "data": config.model_dump(mode="json")}, indent=2)
     (directory / INFO_FILE).write_text(info + "\n", encoding="utf-8")
 
 

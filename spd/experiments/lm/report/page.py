@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +75,8 @@ def write_lm_report(
             f"--batches: {at_least} are wanted, but {run_dir} keeps {len(batches)} of held-out text"
             " (its n_report_batches, or what there was)"
         )
-    gathered = gather(prepared.objective.model, batches, unembed)
+    weights = prepared.problem.position_weights
+    gathered = gather(prepared.objective.model, batches, unembed, weights)
     if gathered is None:
         logger.warning("report: no site is applied at every position; subcomponents are not shown")
         return write_report(run_dir, prepared.config.metrics)
@@ -102,7 +103,10 @@ def write_subcomponents(
 
 @torch.no_grad()
 def gather(
-    model: ComponentModel, batches: Iterable[Int[Tensor, "batch position"]], unembed: str | None
+    model: ComponentModel,
+    batches: Iterable[Int[Tensor, "batch position"]],
+    unembed: str | None,
+    position_weights: Callable[[Tensor], Tensor] | None = None,
 ) -> Gathered | None:
     """Statistics of every site that is applied at every position, in one pass; None if there is none."""
     statistics, around, C_of = None, None, {}
@@ -120,6 +124,7 @@ def gather(
             batch,
             {path: _at_positions(upper[path], batch) for path in C_of},
             {path: _at_positions(acts[path], batch) for path in C_of},
+            None if position_weights is None else position_weights(batch) > 0,
         )
     assert statistics is not None, "no batch to look at"
     left_out = [path for path in model.sites if path not in C_of]
