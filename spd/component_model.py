@@ -1,7 +1,7 @@
 """A frozen target whose chosen matrices can be replaced, call by call, by masked subcomponents."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from spd.components import (
     SiteMask,
     TiedSubcomponents,
     as_site_mask,
+    check_nothing_is_attached,
     init_subcomponents_,
     input_output_weight,
     resolve_sites,
@@ -64,6 +65,10 @@ class Pass:
         """of the sites that are replaced"""
         self.inputs: dict[str, list[Tensor]] | None = {} if keep_inputs else None
         """what each site has read, call by call, if that is kept"""
+        self.versions: dict[str, int] = {}
+        """how often torch had changed the last of them in place when it was read"""
+        self.copied: Set[str] = frozenset()
+        """sites that read a copy, since the target overwrites what it feeds to them"""
 
     def key(self, place: Place) -> str:
         """Under which name this pass knows a site."""
@@ -73,10 +78,23 @@ class Pass:
         """None: the site runs as in the target."""
         return self.masks.get(self.key(place))
 
-    def reads(self, place: Place, x: Tensor) -> None:
-        """A site is called with `x`."""
+    def read(self, place: Place, x: Tensor) -> Tensor:
+        """What a site that is called with `x` is to read."""
+        key = self.key(place)
+        if key in self.copied:
+            x = x.clone()
         if self.inputs is not None:
-            self.inputs.setdefault(self.key(place), []).append(x)
+            self.inputs.setdefault(key, []).append(x)
+            if not torch.compiler.is_compiling() and not x.is_inference():
+                self.versions[key] = x._version
+        return x
+
+    def overwritten(self) -> set[str]:
+        """The sites whose kept inputs have been changed in place since they were read."""
+        inputs = self.inputs or {}
+        return {
+            key for key, version in self.versions.items() if inputs[key][-1]._version != version
+        }
 
 
 class Running:
@@ -149,7 +167,7 @@ class Site(nn.Module):
         current = self.running.current
         if current is None:
             return self.original(x)
-        current.reads(self.place, x)
+        x = current.read(self.place, x)
         mask = current.mask_of(self.place)
         if mask is None:
             return self.original(x)
@@ -205,11 +223,14 @@ class ComponentModel(nn.Module):
         self.target = target
         self.lower_leak: LowerLeak = lower_leak
         self.running = Running()
+        self.overwritten: frozenset[str] = frozenset()
+        """sites whose input the target changes in place later on, as far as a pass has shown it"""
         source_of = _check_ties(target, C_of, tied_sites)
-        places = _places(target, C_of)
+        places, paths_of = _places(target, C_of), _paths_of_modules(target)
         self.sites: dict[str, Site] = {}
         for path in sorted(C_of, key=lambda path: path in source_of):  # sources before their ties
             original = target.get_submodule(path)
+            check_nothing_is_attached(path, original)
             generator = torch.Generator().manual_seed(derive_seed("init", seed, path))
             tie = self.sites[source_of[path]] if path in source_of else None
             subcomponents = _make_subcomponents(original, C_of[path], tie, generator)
@@ -218,7 +239,8 @@ class ComponentModel(nn.Module):
             function = make_importance(importance, C_of[path], d_in, generator=generator)
             function = function.to(weight.device)
             site = Site(original, subcomponents, function, places[path], self.running)
-            target.set_submodule(path, site)
+            for name in paths_of[original]:  # one module may have several
+                target.set_submodule(name, site)
             self.sites[path] = site
         self.sites = {path: self.sites[path] for path in C_of}
 
@@ -251,21 +273,30 @@ class ComponentModel(nn.Module):
 
     def target_forward(self, batch: Tensor) -> TargetOutput:
         """Run the unchanged target, without gradient, and keep what it feeds to each site."""
-        return self.target_output(batch, Pass({}, keep_inputs=True))
+        return self.target_output(batch, lambda: Pass({}, keep_inputs=True))
 
-    def target_output(self, batch: Tensor, target_pass: Pass) -> TargetOutput:
-        """The same as a pass that the caller has made, which keeps the inputs of sites."""
+    def target_output(self, batch: Tensor, begin: Callable[[], Pass]) -> TargetOutput:
+        """The same in a pass that the caller makes, and that keeps the inputs of sites.
+
+        The first time that an input turns out to be overwritten later on, there is a second pass.
+        """
+        target_pass = begin()
         with torch.no_grad():
             output = self.run(batch, target_pass)
         kept = target_pass.inputs
         assert kept is not None, "such a pass keeps what the sites read"
-        for path in self.sites:
+        for path, site in self.sites.items():
             n_calls = len(kept.get(path, ()))
             if n_calls != 1:
+                names = " = ".join(map(repr, _paths_of_modules(self.target)[site]))
                 raise UserError(
-                    f"sites: the target calls {path!r} {n_calls} times in one pass; a site must"
-                    " be called once"
+                    f"sites: the target calls {names} {n_calls} times in one pass; a site must be called"
+                    " once"
                 )
+        overwritten = target_pass.overwritten()
+        if overwritten:
+            self.overwritten |= overwritten
+            return self.target_output(batch, begin)
         return TargetOutput(output, {path: kept[path][0] for path in self.sites})
 
     def forward(self, batch: Tensor, masks: Mapping[str, Mask | None] | None = None) -> Tensor:
@@ -284,6 +315,7 @@ class ComponentModel(nn.Module):
 
     def run(self, batch: Tensor, this: Pass) -> Tensor:
         """Run the target as the pass says."""
+        this.copied = self.overwritten
         before, self.running.current = self.running.current, this
         try:
             return self._run_target(batch)
@@ -353,6 +385,13 @@ def layers_of(target: nn.Module) -> list[nn.Module]:
             outermost.append(module)
             inner |= set(module.modules())
     return outermost
+
+
+def _paths_of_modules(target: nn.Module) -> dict[nn.Module, list[str]]:
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in target.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    return paths
 
 
 def _places(target: nn.Module, paths: Iterable[str]) -> dict[str, Place]:

@@ -64,6 +64,30 @@ def _is_conv1d(module: nn.Module) -> bool:
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
+HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+
+
+def check_nothing_is_attached(path: str, module: nn.Module) -> None:
+    """`UserError` if something is attached to a module that its subcomponents would do without."""
+    attached = [
+        f"the {kind} {getattr(hook, '__qualname__', type(hook).__name__)}"
+        for name, kind in HOOKS.items()
+        for hook in getattr(module, name).values()
+    ]
+    if "forward" in vars(module):
+        attached.append("a forward of its own")
+    if attached:
+        raise UserError(
+            f"sites: {path!r} has {', '.join(attached)}, which would not act on its subcomponents; remove"
+            " it before decomposing (hooks added afterwards act in every pass)"
+        )
+
+
 def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, int]:
     """Module path → C for every pattern (`fnmatch`), in the order in which the target holds them.
 

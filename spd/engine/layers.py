@@ -105,6 +105,7 @@ class LayerPass(Pass):
         masks = {place.in_layer: whole.mask_of(place) for place in places}
         replaced = {name: mask for name, mask in masks.items() if mask is not None}
         super().__init__(replaced, keep_inputs=whole.inputs is not None)
+        self.copied = {place.in_layer for place in places if place.path in whole.copied}
 
     def key(self, place: Place) -> str:
         return place.in_layer
@@ -131,9 +132,9 @@ class LayeredPass(Pass):
         """how many layers had been run when a site was called"""
         self.compiler = compiler
 
-    def reads(self, place: Place, x: Tensor) -> None:
+    def read(self, place: Place, x: Tensor) -> Tensor:
         self.n_before.setdefault(place.path, len(self.outputs))
-        super().reads(place, x)
+        return super().read(place, x)
 
     def run_layer(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.known:
@@ -159,7 +160,7 @@ class LayeredPass(Pass):
             output = compiled(layer, *args, **kwargs)
         for place in layer.places:
             for x in (part.inputs or {}).get(place.in_layer, ()):
-                self.reads(place, x)
+                self.read(place, x)
         return output
 
 
@@ -185,9 +186,8 @@ class SharedPrefix:
     @contextmanager
     def kept(self, batch: Tensor) -> Iterator[TargetOutput]:
         """Run the target; passes over this batch within are shortened."""
-        self.recorded = LayeredPass({}, record=True, compiler=self._compiler())
         try:
-            yield self.model.target_output(batch, self.recorded)
+            yield self.model.target_output(batch, self._record)
         finally:
             self.recorded = None
 
@@ -199,6 +199,10 @@ class SharedPrefix:
         n_known = min((self.recorded.n_before[path] for path in replaced), default=0)
         known = self.recorded.outputs[:n_known]
         return self.model.run(batch, LayeredPass(replaced, known=known, compiler=self._compiler()))
+
+    def _record(self) -> LayeredPass:
+        self.recorded = LayeredPass({}, record=True, compiler=self._compiler())
+        return self.recorded
 
     def _compiler(self) -> Callable[[Layer], Callable[..., Any]] | None:
         return self._compiled_forward if self.compiled else None
