@@ -131,7 +131,7 @@ def test_what_is_attached_to_a_module_is_never_silently_lost(kind: str):
     elif kind == "backward":
         target[0].register_full_backward_hook(lambda *_: None)
     else:
-        target[0].forward = patched
+        vars(target[0])["forward"] = patched
     with pytest.raises(UserError, match=message):
         decompose(target, {"0": 8, "2": 3})
     decompose(target, {"2": 3})
