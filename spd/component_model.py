@@ -30,7 +30,6 @@ from spd.importance import (
     ImportanceConfig,
     InputImportance,
     LowerLeak,
-    make_importance,
 )
 from spd.noise import derive_seed
 
@@ -236,8 +235,7 @@ class ComponentModel(nn.Module):
             subcomponents = _make_subcomponents(original, C_of[path], tie, generator)
             weight = input_output_weight(original)
             d_in = weight.shape[1 if isinstance(original, nn.Embedding) else 0]
-            function = make_importance(importance, C_of[path], d_in, generator=generator)
-            function = function.to(weight.device)
+            function = importance.build(C_of[path], d_in, generator=generator).to(weight.device)
             site = Site(original, subcomponents, function, places[path], self.running)
             for name in paths_of[original]:  # one module may have several
                 target.set_submodule(name, site)

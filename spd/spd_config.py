@@ -1,8 +1,8 @@
 """Every knob of a decomposition that does not depend on what is decomposed."""
 
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from spd.config import BaseConfig
 from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
@@ -13,18 +13,25 @@ from spd.schedule import ScheduleConfig
 Passes = Literal["auto", "together", "one_by_one"]
 
 
-class SPDConfig(BaseConfig):
-    """Everything about a decomposition that does not depend on what is decomposed."""
+class GroupConfig(BaseConfig):
+    """What is special about one group of parameters; null: as all parameters have it."""
 
-    sites: dict[str, int]
-    """module pattern (`fnmatch`) → number of subcomponents C"""
-    losses: Losses
-    importance: ImportanceConfig = MLPImportanceConfig()
-    lower_leak: LowerLeak = "both"
+    lr: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    lr_schedule: ScheduleConfig | None = None
+    grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """largest norm of the gradient of this group"""
+
+
+class WarmupConfig(BaseConfig):
+    """A phase before the first step: AdamW on V and U alone against the faithfulness term."""
+
     steps: int = Field(ge=1)
     lr: float = Field(gt=0.0, allow_inf_nan=False)
-    lr_schedule: ScheduleConfig = ScheduleConfig()
-    seed: int = Field(default=0, ge=0)
+
+
+class Execution(BaseConfig):
+    """How a step is executed: changes no number beyond rounding; `tf32` and `autocast` round more."""
+
     compile: Literal["auto"] | bool = "auto"
     cuda_graphs: bool = True
     """on a GPU, launch a compiled step whose passes go together as a whole, with no gaps between kernels"""
@@ -37,14 +44,46 @@ class SPDConfig(BaseConfig):
     """run the target and its replaced sites in mixed precision; importances and losses stay float32"""
     activation_checkpointing: bool = False
     """recompute the layers of a Hugging Face target in the backward pass; nothing is compiled then"""
+
+
+class SPDConfig(BaseConfig):
+    """Everything about a decomposition that does not depend on what is decomposed."""
+
+    open_group: ClassVar = "execution"
+
+    sites: dict[str, int]
+    """module pattern (`fnmatch`) → number of subcomponents C"""
+    losses: Losses
+    importance: ImportanceConfig = MLPImportanceConfig()
+    lower_leak: LowerLeak = "both"
+    steps: int = Field(ge=1)
+    lr: float = Field(gt=0.0, allow_inf_nan=False)
+    lr_schedule: ScheduleConfig = ScheduleConfig()
+    seed: int = Field(default=0, ge=0)
+    execution: Execution = Execution()
     grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """largest norm of the gradient of all parameters together"""
+    components: GroupConfig = GroupConfig()
+    """V and U"""
+    importances: GroupConfig = GroupConfig()
+    """the causal importance functions"""
+    faithfulness_warmup: WarmupConfig | None = None
     metrics: Metrics = {}
     n_eval_batches: int = Field(default=4, ge=1)
     log_every: int = Field(default=100, ge=1)
     eval_every: int = Field(default=1000, ge=1)
     save_every: int = Field(default=5000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _one_way_to_clip(self) -> Self:
+        own = [name for name in ("components", "importances") if getattr(self, name).grad_clip]
+        if self.grad_clip is not None and own:
+            raise ValueError(
+                f"grad_clip clips all parameters together, {own[0]}.grad_clip a group: one of them"
+                " must be null"
+            )
+        return self
 
     @field_validator("losses")
     @classmethod
