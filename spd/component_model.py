@@ -1,6 +1,9 @@
 """A frozen target whose chosen matrices can be replaced, call by call, by masked subcomponents."""
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,12 +12,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spd.components import (
-    EmbeddingSubcomponents,
     LinearSubcomponents,
+    Mask,
+    SiteMask,
     TiedSubcomponents,
+    as_site_mask,
+    check_nothing_is_attached,
     init_subcomponents_,
     input_output_weight,
     resolve_sites,
+    subcomponents_of,
 )
 from spd.config import UserError
 from spd.importance import (
@@ -26,9 +33,6 @@ from spd.importance import (
 )
 from spd.noise import derive_seed
 
-Mask = Tensor | Callable[[], Tensor]
-"""`[..., C]`, or a function that makes it, and makes it anew in the backward pass: less is stored"""
-
 
 class TargetOutput(NamedTuple):
     """What the unchanged target computes on a batch."""
@@ -39,26 +43,96 @@ class TargetOutput(NamedTuple):
     """what it feeds to each site: `[..., d_in]`, or token ids for an embedding"""
 
 
+@dataclass
+class Place:
+    """Where a site stands in the target."""
+
+    path: str
+    in_layer: str
+    """its path within its layer, the same in layers that are alike; outside of layers, the whole path"""
+
+
+class Pass:
+    """One run of the target: which sites are replaced in it, and what is kept of it.
+
+    It lives as long as something runs that reads it: the pass itself, and what its backward pass computes
+    again.
+    """
+
+    def __init__(self, masks: Mapping[str, Mask], *, keep_inputs: bool = False) -> None:
+        self.masks = masks
+        """of the sites that are replaced"""
+        self.inputs: dict[str, list[Tensor]] | None = {} if keep_inputs else None
+        """what each site has read, call by call, if that is kept"""
+        self.versions: dict[str, int] = {}
+        """how often torch had changed the last of them in place when it was read"""
+        self.copied: Set[str] = frozenset()
+        """sites that read a copy, since the target overwrites what it feeds to them"""
+
+    def key(self, place: Place) -> str:
+        """Under which name this pass knows a site."""
+        return place.path
+
+    def mask_of(self, place: Place) -> Mask | None:
+        """None: the site runs as in the target."""
+        return self.masks.get(self.key(place))
+
+    def read(self, place: Place, x: Tensor) -> Tensor:
+        """What a site that is called with `x` is to read."""
+        key = self.key(place)
+        if key in self.copied:
+            x = x.clone()
+        if self.inputs is not None:
+            self.inputs.setdefault(key, []).append(x)
+            if not torch.compiler.is_compiling() and not x.is_inference():
+                self.versions[key] = x._version
+        return x
+
+    def overwritten(self) -> set[str]:
+        """The sites whose kept inputs have been changed in place since they were read."""
+        inputs = self.inputs or {}
+        return {
+            key for key, version in self.versions.items() if inputs[key][-1]._version != version
+        }
+
+
+class Running:
+    """The pass that a model is in: what its sites read. Between passes there is none."""
+
+    def __init__(self) -> None:
+        self.current: Pass | None = None
+
+    @contextmanager
+    def within(self, this: Pass) -> Iterator[None]:
+        """Whatever is called in the meantime belongs to this pass."""
+        before, self.current = self.current, this
+        try:
+            yield
+        finally:
+            self.current = before
+
+
 class Site(nn.Module):
     """Stands in the target in place of one module, for good; computes exactly what that module did.
 
-    Within `ComponentModel.forward` it may instead use its subcomponents under a mask. `weight` and
-    `bias` are the original's, for target code that reads them directly.
+    In a pass that has a mask for it, it uses its subcomponents instead. `weight` and `bias` are the
+    original's, for target code that reads them directly.
     """
 
     def __init__(
         self,
         original: nn.Module,
-        subcomponents: LinearSubcomponents | EmbeddingSubcomponents | TiedSubcomponents,
+        subcomponents: LinearSubcomponents,
         importance: Importance,
+        place: Place,
+        running: Running,
     ) -> None:
         super().__init__()
         self.original = original
         self.subcomponents = subcomponents
         self.importance = importance
-        self.replaced = False
-        self.mask: Mask | None = None
-        self.kept_inputs: list[Tensor] | None = None
+        self.place = place
+        self.running = running
 
     @property
     def C(self) -> int:
@@ -82,29 +156,44 @@ class Site(nn.Module):
 
         The input vector of a token id is the row that the target's embedding has for it.
         """
-        if x.is_floating_point():
+        if not self.subcomponents.reads_ids:
             x = x.to(self.subcomponents.V.dtype)  # from lower precision, where the target ran in it
         if not isinstance(self.importance, InputImportance):
             return self.importance(self.subcomponents.acts(x))
-        return self.importance(x if x.is_floating_point() else self.original(x))
+        return self.importance(self.original(x) if self.subcomponents.reads_ids else x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kept_inputs is not None:
-            self.kept_inputs.append(x)
-        if not self.replaced:
+        current = self.running.current
+        if current is None:
             return self.original(x)
-        out = self._masked(x)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
-
-    def _masked(self, x: Tensor) -> Tensor:
-        if self.mask is None or isinstance(self.mask, Tensor):
-            return self.subcomponents(x, self.mask)
-        make_mask = self.mask  # since by the backward pass the site has another
+        x = current.read(self.place, x)
+        mask = current.mask_of(self.place)
+        if mask is None:
+            return self.original(x)
+        if isinstance(mask, SiteMask | Tensor):
+            return self.masked(x, as_site_mask(mask))
+        make_mask = mask
 
         def run(x: Tensor) -> Tensor:
-            return self.subcomponents(x, make_mask())
+            return self.masked(x, as_site_mask(make_mask()))
 
         return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+
+    def masked(self, x: Tensor, mask: SiteMask) -> Tensor:
+        """What the site gives out where it is replaced."""
+        h = self.subcomponents.acts(x)
+        out = self.subcomponents.write(h, mask.components)
+        if mask.delta is not None:
+            remainder = self._original_without_bias(x) - self.subcomponents.write(h, None)
+            out = out + mask.delta.to(out.dtype)[..., None] * remainder
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)
+        if mask.routed is None:
+            return out
+        return torch.where(mask.routed[..., None], out, self.original(x))
+
+    def _original_without_bias(self, x: Tensor) -> Tensor:
+        return self.original(x) if self.subcomponents.reads_ids else x @ self.target_weight
 
 
 class ComponentModel(nn.Module):
@@ -132,18 +221,24 @@ class ComponentModel(nn.Module):
         target.requires_grad_(False).eval()
         self.target = target
         self.lower_leak: LowerLeak = lower_leak
+        self.running = Running()
+        self.overwritten: frozenset[str] = frozenset()
+        """sites whose input the target changes in place later on, as far as a pass has shown it"""
         source_of = _check_ties(target, C_of, tied_sites)
+        places, paths_of = _places(target, C_of), _paths_of_modules(target)
         self.sites: dict[str, Site] = {}
         for path in sorted(C_of, key=lambda path: path in source_of):  # sources before their ties
             original = target.get_submodule(path)
+            check_nothing_is_attached(path, original)
             generator = torch.Generator().manual_seed(derive_seed("init", seed, path))
             tie = self.sites[source_of[path]] if path in source_of else None
             subcomponents = _make_subcomponents(original, C_of[path], tie, generator)
             weight = input_output_weight(original)
             d_in = weight.shape[1 if isinstance(original, nn.Embedding) else 0]
-            function = importance.build(C_of[path], d_in, generator=generator)
-            site = Site(original, subcomponents, function.to(weight.device))
-            target.set_submodule(path, site)
+            function = importance.build(C_of[path], d_in, generator=generator).to(weight.device)
+            site = Site(original, subcomponents, function, places[path], self.running)
+            for name in paths_of[original]:  # one module may have several
+                target.set_submodule(name, site)
             self.sites[path] = site
         self.sites = {path: self.sites[path] for path in C_of}
 
@@ -169,42 +264,61 @@ class ComponentModel(nn.Module):
                     )
                 parameter.copy_(tensors[name])
 
+    @torch.no_grad()
+    def importances(self, batch: Tensor) -> CausalImportances:
+        """g_c(x) of every site on a batch, without gradients."""
+        return self.causal_importances(self.target_forward(batch).site_inputs)
+
     def target_forward(self, batch: Tensor) -> TargetOutput:
         """Run the unchanged target, without gradient, and keep what it feeds to each site."""
-        kept: dict[str, list[Tensor]] = {path: [] for path in self.sites}
+        return self.target_output(batch, lambda: Pass({}, keep_inputs=True))
+
+    def target_output(self, batch: Tensor, begin: Callable[[], Pass]) -> TargetOutput:
+        """The same in a pass that the caller makes, and that keeps the inputs of sites.
+
+        The first time that an input turns out to be overwritten later on, there is a second pass.
+        """
+        target_pass = begin()
+        with torch.no_grad():
+            output = self.run(batch, target_pass)
+        kept = target_pass.inputs
+        assert kept is not None, "such a pass keeps what the sites read"
         for path, site in self.sites.items():
-            site.kept_inputs = kept[path]
-        try:
-            with torch.no_grad():
-                output = self._run_target(batch)
-        finally:
-            for site in self.sites.values():
-                site.kept_inputs = None
-        for path, inputs in kept.items():
-            if len(inputs) != 1:
+            n_calls = len(kept.get(path, ()))
+            if n_calls != 1:
+                names = " = ".join(map(repr, _paths_of_modules(self.target)[site]))
                 raise UserError(
-                    f"sites: the target calls {path!r} {len(inputs)} times in one pass; a site must"
-                    " be called once"
+                    f"sites: the target calls {names} {n_calls} times in one pass; a site must be called"
+                    " once"
                 )
-        return TargetOutput(output, {path: inputs[0] for path, inputs in kept.items()})
+        overwritten = target_pass.overwritten()
+        if overwritten:
+            self.overwritten |= overwritten
+            return self.target_output(batch, begin)
+        return TargetOutput(output, {path: kept[path][0] for path in self.sites})
 
     def forward(self, batch: Tensor, masks: Mapping[str, Mask | None] | None = None) -> Tensor:
         """Run with the sites named in `masks` replaced by their subcomponents; `None`: all on.
 
         `masks` itself `None` replaces every site, all subcomponents on.
         """
+        return self.run(batch, Pass(self.known_masks(masks)))
+
+    def known_masks(self, masks: Mapping[str, Mask | None] | None) -> dict[str, Mask]:
+        """Those of the sites that a pass replaces: what the argument of `forward` means."""
         chosen = dict.fromkeys(self.sites) if masks is None else masks
         unknown = [path for path in chosen if path not in self.sites]
         assert not unknown, f"masks for {unknown}, which are no sites"
-        for path, mask in chosen.items():
-            self.sites[path].replaced = True
-            self.sites[path].mask = mask
+        return {path: SiteMask() if mask is None else mask for path, mask in chosen.items()}
+
+    def run(self, batch: Tensor, this: Pass) -> Tensor:
+        """Run the target as the pass says."""
+        this.copied = self.overwritten
+        before, self.running.current = self.running.current, this
         try:
             return self._run_target(batch)
         finally:
-            for path in chosen:
-                self.sites[path].replaced = False
-                self.sites[path].mask = None
+            self.running.current = before
 
     def _run_target(self, batch: Tensor) -> Tensor:
         if self.autocast is None:
@@ -256,14 +370,43 @@ def _check_ties(
     return source_of
 
 
+def layers_of(target: nn.Module) -> list[nn.Module]:
+    """The layers of a Hugging Face model, marked as such by transformers; none of anything else."""
+    modeling_layers = sys.modules.get("transformers.modeling_layers")
+    if modeling_layers is None:
+        return []
+    kind = modeling_layers.GradientCheckpointingLayer
+    outermost: list[nn.Module] = []
+    inner: set[nn.Module] = set()
+    for module in target.modules():
+        if isinstance(module, kind) and module not in inner:
+            outermost.append(module)
+            inner |= set(module.modules())
+    return outermost
+
+
+def _paths_of_modules(target: nn.Module) -> dict[nn.Module, list[str]]:
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in target.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    return paths
+
+
+def _places(target: nn.Module, paths: Iterable[str]) -> dict[str, Place]:
+    """Of the modules that sites are about to replace."""
+    in_layer: dict[nn.Module, str] = {}
+    for layer in layers_of(target):
+        in_layer |= {module: path for path, module in layer.named_modules()}
+    return {path: Place(path, in_layer.get(target.get_submodule(path), path)) for path in paths}
+
+
 def _make_subcomponents(
     original: nn.Module, C: int, tie: Site | None, generator: torch.Generator
-) -> LinearSubcomponents | EmbeddingSubcomponents | TiedSubcomponents:
+) -> LinearSubcomponents:
     if tie is not None:
         assert not isinstance(tie.subcomponents, TiedSubcomponents), "its source is no tied site"
         return TiedSubcomponents(tie.subcomponents)
     weight = input_output_weight(original)
-    kind = EmbeddingSubcomponents if isinstance(original, nn.Embedding) else LinearSubcomponents
-    subcomponents = kind(weight.shape[0], weight.shape[1], C)
+    subcomponents = subcomponents_of(original, C)
     init_subcomponents_(subcomponents.V, subcomponents.U, weight.float().cpu(), generator=generator)
     return subcomponents.to(weight.device)

@@ -2,13 +2,38 @@
 
 import fnmatch
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spd.config import UserError, nearest
+
+
+class SiteMask(NamedTuple):
+    """How one site is replaced in one pass: by y = ((x V) ⊙ m) U + δ (x W − (x V) U) + bias.
+
+    With m = 1 and δ = 1 that is the target's own output, up to rounding.
+    """
+
+    components: Float[Tensor, "*rows C"] | None = None
+    """m, of the subcomponents; None: all on"""
+    delta: Float[Tensor, "*rows"] | None = None
+    """δ, of what the subcomponents leave over of W; None: that is no part of the pass"""
+    routed: Bool[Tensor, "*rows"] | None = None
+    """where the site is replaced; elsewhere it gives the original's output itself. None: everywhere"""
+
+
+Mask = SiteMask | Tensor | Callable[[], SiteMask | Tensor]
+"""What a pass says of a site. A tensor `[..., C]` stands for `SiteMask(components=tensor)`; a function
+makes either, and makes it anew in the backward pass, so that less is stored."""
+
+
+def as_site_mask(mask: SiteMask | Tensor | None) -> SiteMask:
+    """None stands for a site whose subcomponents are all on."""
+    return mask if isinstance(mask, SiteMask) else SiteMask(components=mask)
 
 
 def input_output_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
@@ -37,6 +62,30 @@ def decomposable(module: nn.Module) -> bool:
 def _is_conv1d(module: nn.Module) -> bool:
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+
+
+def check_nothing_is_attached(path: str, module: nn.Module) -> None:
+    """`UserError` if something is attached to a module that its subcomponents would do without."""
+    attached = [
+        f"the {kind} {getattr(hook, '__qualname__', type(hook).__name__)}"
+        for name, kind in HOOKS.items()
+        for hook in getattr(module, name).values()
+    ]
+    if "forward" in vars(module):
+        attached.append("a forward of its own")
+    if attached:
+        raise UserError(
+            f"sites: {path!r} has {', '.join(attached)}, which would not act on its subcomponents; remove"
+            " it before decomposing (hooks added afterwards act in every pass)"
+        )
 
 
 def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, int]:
@@ -75,10 +124,15 @@ def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, i
 
 
 class LinearSubcomponents(nn.Module):
-    """W ≈ Σ_c U_c V_cᵀ for a matrix from `[..., d_in]` to `[..., d_out]` (paper, section 2). No bias."""
+    """W ≈ Σ_c U_c V_cᵀ for a matrix from `[..., d_in]` to `[..., d_out]` (paper, section 2). No bias.
+
+    This class, and each that extends it, is a kind of site: it declares what the axes of an input mean.
+    """
 
     V: Float[Tensor, "d_in C"]
     U: Float[Tensor, "C d_out"]
+    reads_ids: ClassVar[bool] = False
+    """whether an input holds ids, one for each row, rather than vectors along its last axis"""
 
     def __init__(self, d_in: int, d_out: int, C: int) -> None:
         super().__init__()
@@ -89,59 +143,60 @@ class LinearSubcomponents(nn.Module):
         """Inner activations h_c(x) = x · V_c."""
         return x @ self.V
 
-    def forward(
-        self, x: Float[Tensor, "*rows d_in"], mask: Float[Tensor, "*rows C"] | None
+    def write(
+        self, h: Float[Tensor, "*rows C"], mask: Float[Tensor, "*rows C"] | None
     ) -> Float[Tensor, "*rows d_out"]:
-        return _masked_sum(self.acts(x), mask, self.U)
+        """(h ⊙ m) U; without a mask every subcomponent is on."""
+        return (h if mask is None else h * mask) @ self.U
+
+    def forward(self, x: Tensor, mask: Float[Tensor, "*rows C"] | None) -> Tensor:
+        return self.write(self.acts(x), mask)
+
+    @classmethod
+    def rows(cls, x: Tensor) -> torch.Size:
+        """The shape of what a site has for each of its inputs, such as an importance, without C."""
+        return x.shape if cls.reads_ids else x.shape[:-1]
 
 
-class EmbeddingSubcomponents(nn.Module):
-    """The same for an embedding: `V` is `[vocab, C]` and the input is a token id."""
+class EmbeddingSubcomponents(LinearSubcomponents):
+    """The same for an embedding: `V` is `[vocab, C]` and the input holds token or position ids."""
 
-    V: Float[Tensor, "vocab C"]
-    U: Float[Tensor, "C d_out"]
-
-    def __init__(self, vocab: int, d_out: int, C: int) -> None:
-        super().__init__()
-        self.V = nn.Parameter(torch.empty(vocab, C))
-        self.U = nn.Parameter(torch.empty(C, d_out))
+    reads_ids = True
 
     def acts(self, x: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows C"]:
         return nn.functional.embedding(x, self.V)
 
-    def forward(
-        self, x: Int[Tensor, "*rows"], mask: Float[Tensor, "*rows C"] | None
+    def write(
+        self, h: Float[Tensor, "*rows C"], mask: Float[Tensor, "*rows C"] | None
     ) -> Float[Tensor, "*rows d_out"]:
-        out = _masked_sum(self.acts(x), mask, self.U)
-        return out.to(self.U.dtype)  # autocast leaves an embedding in its own type
+        return super().write(h, mask).to(self.U.dtype)  # autocast leaves it in its own type
 
 
-class TiedSubcomponents(nn.Module):
+class TiedSubcomponents(LinearSubcomponents):
     """Subcomponents of a matrix that is the transpose of another site's: V = U₁ᵀ, U = V₁ᵀ.
 
     Holds no parameter of its own: both sites read one `V` and one `U`, whose gradients add up. (The
     published runs alias two parameters onto one storage instead, so that Adam steps it twice.)
     """
 
-    def __init__(self, source: LinearSubcomponents | EmbeddingSubcomponents) -> None:
-        super().__init__()
+    def __init__(self, source: LinearSubcomponents) -> None:
+        nn.Module.__init__(self)
         self._source = (source,)  # in a tuple, so that the parameters are registered once
 
     @property
-    def V(self) -> Float[Tensor, "d_in C"]:
+    def V(self) -> Float[Tensor, "d_in C"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._source[0].U.mT
 
     @property
-    def U(self) -> Float[Tensor, "C d_out"]:
+    def U(self) -> Float[Tensor, "C d_out"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._source[0].V.mT
 
-    def acts(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows C"]:
-        return x @ self.V
 
-    def forward(
-        self, x: Float[Tensor, "*rows d_in"], mask: Float[Tensor, "*rows C"] | None
-    ) -> Float[Tensor, "*rows d_out"]:
-        return _masked_sum(self.acts(x), mask, self.U)
+def subcomponents_of(module: nn.Module, C: int) -> LinearSubcomponents:
+    """Of the kind that a decomposable module needs, not initialised."""
+    d_in, d_out = input_output_weight(module).shape
+    kind = EmbeddingSubcomponents if isinstance(module, nn.Embedding) else LinearSubcomponents
+    return kind(d_in, d_out, C)
 
 
 @torch.no_grad()
@@ -161,10 +216,3 @@ def init_subcomponents_(
         matrix.copy_(drawn / drawn.norm(dim=dim, keepdim=True))
     overlap = ((weight.mT @ V) * U.mT).sum(dim=0)  # two products: the three-operand einsum is huge
     U.mul_(overlap[:, None])
-
-
-def _masked_sum(
-    h: Float[Tensor, "*rows C"], mask: Float[Tensor, "*rows C"] | None, U: Float[Tensor, "C d_out"]
-) -> Float[Tensor, "*rows d_out"]:
-    """(h ⊙ m) U; without a mask every subcomponent is on."""
-    return (h if mask is None else h * mask) @ U

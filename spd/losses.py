@@ -13,7 +13,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from spd.component_model import ComponentModel, Mask, Site
+from spd.component_model import ComponentModel, Site
+from spd.components import Mask
 from spd.config import (
     BY_TYPE,
     NAME_IS_TYPE,

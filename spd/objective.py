@@ -33,7 +33,7 @@ class Objective(nn.Module):
         self.losses = {name: spec for name, spec in losses.items() if spec.coeff > 0}
         self.recon: ReconKind = recon
         self.position_weights = position_weights
-        self._leading_shapes: dict[torch.Size, dict[str, tuple[torch.Size, bool]]] = {}
+        self._rows_of_shape: dict[torch.Size, dict[str, torch.Size]] = {}
 
     def context(
         self,
@@ -125,12 +125,13 @@ class Objective(nn.Module):
         """
         shapes: dict[str, torch.Size] = {}
         own: dict[str, slice] = {}
-        for path, (rows, per_example) in self._rows(batch).items():
+        shared = self._shared_by_examples(batch) if share.of > 1 else set()
+        for path, rows in self._rows(batch).items():
             for term, spec in self.losses.items():
                 for sample in range(spec.n_noise_samples):
                     key = noise_key(term, sample, path)
                     shapes[key] = torch.Size((*rows, self.model.sites[path].C))
-                    if share.of > 1 and per_example:
+                    if share.of > 1 and path not in shared:
                         own[key] = share.rows(rows[0])
         return StepNoise(shapes, batch.device, stream=stream, seed=seed, step=step, rows=own)
 
@@ -138,24 +139,17 @@ class Objective(nn.Module):
         """The same, all at once."""
         return dict(self.noise(batch, stream=stream, seed=seed, step=step))
 
-    def _rows(self, batch: Tensor) -> dict[str, tuple[torch.Size, bool]]:
-        """The shape of each site's importances without C, and whether every example has its own.
-
-        Found once per batch shape, by running the target on two examples.
-        """
-        if batch.shape not in self._leading_shapes:
-            two = batch[:2] if len(batch) > 1 else torch.cat([batch, batch])
-            inputs = self.model.target_forward(two).site_inputs
-            self._leading_shapes[batch.shape] = {
-                path: _scaled(x.shape[:-1] if x.is_floating_point() else x.shape, len(batch))
-                for path, x in inputs.items()
+    def _rows(self, batch: Tensor) -> dict[str, torch.Size]:
+        """The shape of each site's importances without C, as the target's pass over such a batch has it."""
+        if batch.shape not in self._rows_of_shape:
+            inputs = self.model.target_forward(batch).site_inputs
+            self._rows_of_shape[batch.shape] = {
+                path: self.model.sites[path].subcomponents.rows(x) for path, x in inputs.items()
             }
-        return self._leading_shapes[batch.shape]
+        return self._rows_of_shape[batch.shape]
 
-
-def _scaled(rows_of_two: torch.Size, n_examples: int) -> tuple[torch.Size, bool]:
-    """From what two examples give; one row for all of them, as of positions, stays one."""
-    first, *rest = rows_of_two
-    if first % 2:
-        return rows_of_two, False
-    return torch.Size((first // 2 * n_examples, *rest)), True
+    def _shared_by_examples(self, batch: Tensor) -> set[str]:
+        """The sites that have the same rows whatever the number of examples, as of positions."""
+        other = batch[:1] if len(batch) > 1 else torch.cat([batch, batch])
+        rows_of_other = self._rows(other)
+        return {path for path, rows in self._rows(batch).items() if rows == rows_of_other[path]}

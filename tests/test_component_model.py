@@ -68,7 +68,7 @@ def test_what_the_target_feeds_to_each_site(model: ComponentModel):
     torch.testing.assert_close(inputs["deep.mid"], original(first, x).relu())
     torch.testing.assert_close(inputs["last"], original(mid, inputs["deep.mid"]).relu())
     assert not output.requires_grad and not inputs["last"].requires_grad
-    assert all(site.kept_inputs is None for site in model.sites.values()), "memory is let go"
+    assert model.running.current is None, "memory is let go"
 
 
 def test_code_that_reads_weight_and_bias_directly():
@@ -141,9 +141,7 @@ def test_masks_do_not_outlive_a_call_that_fails():
         model.target_forward(x)
     target.broken = False
     assert torch.equal(target(x), expected)
-    for site in model.sites.values():
-        assert not site.replaced and site.mask is None
-        assert site.kept_inputs is None
+    assert model.running.current is None
 
 
 def test_a_mask_for_an_unknown_site_is_refused_and_leaves_nothing_behind(model: ComponentModel):

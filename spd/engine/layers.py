@@ -5,27 +5,163 @@ Which modules are layers is what transformers itself marks for checkpointing. It
 it is off in evaluation mode, in which a target always is.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spd.component_model import ComponentModel, Mask, Site, TargetOutput
+from spd.component_model import ComponentModel, Pass, Place, Running, Site, TargetOutput, layers_of
+from spd.components import Mask
 from spd.config import UserError
 
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+"""what layers are given to append to; a second time would be one too many"""
 
-def layers_of(target: nn.Module) -> list[nn.Module]:
-    """The layers of a Hugging Face model, marked as such by transformers; none of anything else."""
-    modeling_layers = sys.modules.get("transformers.modeling_layers")
-    if modeling_layers is None:
-        return []
-    kind = modeling_layers.GradientCheckpointingLayer
-    return [module for module in target.modules() if isinstance(module, kind)]
+
+class Layer(nn.Module):
+    """What a layer of the target becomes, for good: it asks the pass that it is part of how to run.
+
+    Its class becomes one that extends both this class and its own, as torch's `fully_shard` does it:
+    paths, names of parameters, `isinstance` and hooks stay what they were, which a module around the
+    layer (torch's `checkpoint_wrapper`) would change.
+    """
+
+    running: Running
+    places: tuple[Place, ...]
+    """of the sites that are part of it"""
+    recomputed: bool
+    own_forward: Callable[..., Any]
+    """the original's"""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        current = self.running.current
+        if isinstance(current, LayeredPass):
+            return current.run_layer(self, args, kwargs)
+        return self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the layer has always computed, once more in the backward pass if it is `recomputed`."""
+        current = self.running.current
+        if not self.recomputed or current is None or not torch.is_grad_enabled():
+            return self.own_forward(*args, **kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.running.within(
+                current
+            ):  # by the backward pass, the model is in another, or none
+                return self.own_forward(*args, **kwargs)
+
+        kwargs |= {name: None for name in CACHES if name in kwargs}
+        kwargs |= {"use_cache": False} if "use_cache" in kwargs else {}
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """For `copy` and `pickle`, to which the class, made while the program runs, has no name."""
+        return _empty_layer, (type(self).__bases__[1],), self.__dict__
+
+
+@cache
+def _layer_class(original: type[nn.Module]) -> type[Layer]:
+    body = {"own_forward": original.forward}
+    return cast(type[Layer], type(f"Layer{original.__name__}", (Layer, original), body))
+
+
+def _empty_layer(original: type[nn.Module]) -> Layer:
+    return object.__new__(_layer_class(original))
+
+
+def install_layers_(model: ComponentModel) -> list[Layer]:
+    """Make every layer of the target a `Layer`, unless it is one already."""
+    for module in layers_of(model.target):
+        if not isinstance(module, Layer):
+            sites = [part for part in module.modules() if isinstance(part, Site)]
+            module.__class__ = _layer_class(type(module))
+            assert isinstance(module, Layer)
+            module.running, module.recomputed = model.running, False
+            module.places = tuple(site.place for site in sites)
+    return [layer for layer in layers_of(model.target) if isinstance(layer, Layer)]
+
+
+def checkpoint_layers_(model: ComponentModel) -> None:
+    """From now on, passes with gradients store the inputs of the target's layers only, for good."""
+    layers = install_layers_(model)
+    if not layers:
+        raise UserError(
+            "activation_checkpointing: true needs a target whose layers transformers knows how to"
+            f" checkpoint; {type(model.target).__name__} has none"
+        )
+    for layer in layers:
+        layer.recomputed = True
+
+
+class LayerPass(Pass):
+    """The part of a pass that lies in one layer: the same for layers that are alike."""
+
+    def __init__(self, whole: Pass, places: Sequence[Place]) -> None:
+        masks = {place.in_layer: whole.mask_of(place) for place in places}
+        replaced = {name: mask for name, mask in masks.items() if mask is not None}
+        super().__init__(replaced, keep_inputs=whole.inputs is not None)
+        self.copied = {place.in_layer for place in places if place.path in whole.copied}
+
+    def key(self, place: Place) -> str:
+        return place.in_layer
+
+
+class LayeredPass(Pass):
+    """A pass that runs layer by layer, as `SharedPrefix` wants it."""
+
+    def __init__(
+        self,
+        masks: Mapping[str, Mask],
+        *,
+        known: Sequence[Any] = (),
+        record: bool = False,
+        compiler: Callable[[Layer], Callable[..., Any]] | None = None,
+    ) -> None:
+        super().__init__(masks, keep_inputs=record)
+        self.known = list(known)
+        """what the first layers give out, which are not run"""
+        self.record = record
+        self.outputs: list[Any] = []
+        """of the layers, in the order of their calls, if they are recorded"""
+        self.n_before: dict[str, int] = {}
+        """how many layers had been run when a site was called"""
+        self.compiler = compiler
+
+    def read(self, place: Place, x: Tensor) -> Tensor:
+        self.n_before.setdefault(place.path, len(self.outputs))
+        return super().read(place, x)
+
+    def run_layer(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.known:
+            return self.known.pop(0)
+        output = (
+            layer.run(args, kwargs)
+            if self.compiler is None
+            else self._run_compiled(layer, self.compiler(layer), args, kwargs)
+        )
+        if self.record:
+            self.outputs.append(output)
+        return output
+
+    def _run_compiled(
+        self,
+        layer: Layer,
+        compiled: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        part = LayerPass(self, layer.places)
+        with layer.running.within(part):
+            output = compiled(layer, *args, **kwargs)
+        for place in layer.places:
+            for x in (part.inputs or {}).get(place.in_layer, ()):
+                self.read(place, x)
+        return output
 
 
 class SharedPrefix:
@@ -42,129 +178,37 @@ class SharedPrefix:
     def __init__(self, model: ComponentModel) -> None:
         self.model = model
         self.compiled = False
-        self.outputs: list[Any] = []
-        """of the layers, in the order of their calls"""
-        self.n_before: dict[str, int] = {}
-        """how many layers have been run when a site is called"""
-        self._keeping = self._recording = False
-        self._known: list[Any] = []
-        path_of: dict[nn.Module, str] = {site: path for path, site in model.sites.items()}
-        inner: set[nn.Module] = set()
-        for layer in layers_of(model.target):
-            if layer not in inner:
-                inner |= set(layer.modules())
-                sites = [path_of[module] for module in layer.modules() if module in path_of]
-                layer.forward = self._starting_late(layer.forward, sites)
-        if inner:
-            for site, path in path_of.items():
-                if site not in inner:
-                    site.register_forward_pre_hook(partial(self._note, path))
+        self.recorded: LayeredPass | None = None
+        """the target's pass over the batch that is kept"""
+        self._forwards: dict[Callable[..., Any], Callable[..., Any]] = {}
+        install_layers_(model)
 
     @contextmanager
     def kept(self, batch: Tensor) -> Iterator[TargetOutput]:
         """Run the target; passes over this batch within are shortened."""
-        self._keeping = True
         try:
-            yield self._target_forward(batch)
+            yield self.model.target_output(batch, self._record)
         finally:
-            self._keeping = False
-            self.outputs.clear()
-            self.n_before.clear()
-
-    def _target_forward(self, batch: Tensor) -> TargetOutput:
-        self._recording = True
-        try:
-            return self.model.target_forward(batch)
-        finally:
-            self._recording = False
+            self.recorded = None
 
     def forward(self, batch: Tensor, masks: Mapping[str, Mask | None] | None) -> Tensor:
         """What `ComponentModel.forward` gives, for the batch that is `kept`."""
-        paths = self.model.sites if masks is None else masks
-        n_known = min((self.n_before.get(path, 0) for path in paths), default=0)
-        self._known = self.outputs[:n_known]
-        try:
+        if self.recorded is None:
             return self.model(batch, masks)
-        finally:
-            self._known = []
+        replaced = self.model.known_masks(masks)
+        n_known = min((self.recorded.n_before[path] for path in replaced), default=0)
+        known = self.recorded.outputs[:n_known]
+        return self.model.run(batch, LayeredPass(replaced, known=known, compiler=self._compiler()))
 
-    def _starting_late(
-        self, forward: Callable[..., Any], sites: Sequence[str]
-    ) -> Callable[..., Any]:
-        @cache
-        def compiled() -> Callable[..., Any]:
-            return torch.compile(forward, dynamic=False)
+    def _record(self) -> LayeredPass:
+        self.recorded = LayeredPass({}, record=True, compiler=self._compiler())
+        return self.recorded
 
-        def layer(*args: Any, **kwargs: Any) -> Any:
-            if self._known:
-                return self._known.pop(0)
-            for path in sites:
-                self._note(path)
-            run = compiled() if self.compiled and self._keeping else forward
-            output = run(*args, **kwargs)
-            if self._recording:
-                self.outputs.append(output)
-            return output
+    def _compiler(self) -> Callable[[Layer], Callable[..., Any]] | None:
+        return self._compiled_forward if self.compiled else None
 
-        return layer
-
-    def _note(self, path: str, *_: Any) -> None:
-        if self._recording:
-            self.n_before[path] = len(self.outputs)
-
-
-CACHES = ("past_key_values", "past_key_value", "layer_past")
-"""what layers are given to append to; a second time would be one too many"""
-
-State = tuple[bool, Mask | None]
-"""whether a site is replaced, and its mask"""
-
-
-def checkpoint_layers_(model: ComponentModel) -> None:
-    """From now on, passes with gradients store the inputs of the target's layers only, for good."""
-    layers = layers_of(model.target)
-    if not layers:
-        raise UserError(
-            "activation_checkpointing: true needs a target whose layers transformers knows how to"
-            f" checkpoint; {type(model.target).__name__} has none"
-        )
-    for layer in layers:
-        sites = [module for module in layer.modules() if isinstance(module, Site)]
-        layer.forward = _recomputed(layer.forward, sites)
-
-
-def _recomputed(forward: Callable[..., Any], sites: Sequence[Site]) -> Callable[..., Any]:
-    """`forward`, run a second time in the backward pass with the masks that it had in the first.
-
-    By then `ComponentModel.forward` has long cleared them.
-    """
-
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        states = [(site.replaced, site.mask) for site in sites]
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with _in_states(sites, states):
-                return forward(*args, **kwargs)
-
-        kwargs |= {name: None for name in CACHES if name in kwargs}
-        kwargs |= {"use_cache": False} if "use_cache" in kwargs else {}
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return recomputed
-
-
-@contextmanager
-def _in_states(sites: Sequence[Site], states: Sequence[State]) -> Iterator[None]:
-    before = [(site.replaced, site.mask) for site in sites]
-    _set_states(sites, states)
-    try:
-        yield
-    finally:
-        _set_states(sites, before)
-
-
-def _set_states(sites: Sequence[Site], states: Sequence[State]) -> None:
-    for site, (replaced, mask) in zip(sites, states, strict=True):
-        site.replaced, site.mask = replaced, mask
+    def _compiled_forward(self, layer: Layer) -> Callable[..., Any]:
+        forward = type(layer).own_forward
+        if forward not in self._forwards:
+            self._forwards[forward] = torch.compile(forward, dynamic=False)
+        return self._forwards[forward]
