@@ -81,8 +81,8 @@ def measure(n_layers: int, sites: str, variant: str, steps: int) -> Measured:
     passes, _, compiled = variant.partition(",")
     losses = EMBEDDING_LOSSES if sites == "embedding" else LOSSES
     raw: dict[str, Any] = {"sites": {PATTERNS[sites]: C}, "losses": losses}
-    raw |= {"importance": {"type": "affine"}, "compile": bool(compiled), "n_eval_batches": 1}
-    raw |= {"steps": steps, "lr": 1e-4, "passes": passes}
+    raw |= {"importance": {"type": "affine"}, "n_eval_batches": 1, "steps": steps, "lr": 1e-4}
+    raw["execution"] = {"compile": bool(compiled), "passes": passes}
     config = parse(SPDConfig, raw, "benchmark")
     problem = Problem(TokenModel(llama, "logits"), _tokens(), _tokens(), recon="kl")
     objective = prepare(problem, config).objective
@@ -91,7 +91,7 @@ def measure(n_layers: int, sites: str, variant: str, steps: int) -> Measured:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     together = passes == "together"
     kind = CompiledStep if together else CompiledPasses
-    step_fn = kind(objective, config.compile, steps)
+    step_fn = kind(objective, config.execution.compile, steps)
     seconds = []
     for step in range(steps):
         started = time.perf_counter()

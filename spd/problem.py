@@ -34,7 +34,7 @@ Pattern = Identity | Dense
 
 @runtime_checkable
 class Resumable(Protocol):
-    """Batches whose position can be saved; what `optimize` needs for resuming."""
+    """Batches whose position can be saved; what resuming needs."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -44,7 +44,7 @@ class Resumable(Protocol):
 class Problem:
     """A frozen target, its data, and what is known about the answer.
 
-    `target` maps one batch Tensor to one output Tensor; `optimize` decomposes it in place. Held-out
+    `target` maps one batch Tensor to one output Tensor; it is decomposed in place. Held-out
     data must come from another seed than `train_batches`.
     """
 

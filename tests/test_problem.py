@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spd.config import RunError, UserError
 from spd.engine.prepare import prepare
 from spd.metrics import column_match
-from spd.optimize import optimize
+from spd.optimize import decompose
 from spd.problem import Problem
 from spd.spd_config import SPDConfig
 
@@ -31,12 +31,12 @@ def problem(*, n_train: int = 5, n_eval: int = 2) -> Problem:
 
 
 def test_just_enough_data_will_do() -> None:
-    optimize(problem(), CONFIG)
+    decompose(problem(), CONFIG, quiet=True)
 
 
 def test_training_data_that_ends_early() -> None:
     with pytest.raises(RunError, match="ended before step 3 of 5"):
-        optimize(problem(n_train=3), CONFIG)
+        decompose(problem(n_train=3), CONFIG, quiet=True)
 
 
 @pytest.mark.parametrize("n_eval", [0, 1])

@@ -120,7 +120,8 @@ def _new(words: Sequence[str], options: SweepOptions) -> int:
     if len(words) < 2:
         raise UserError("spd-sweep: EXPERIMENT and N_AGENTS are needed; see --help")
     experiment, n_agents = words[0], _n_agents(words[1])
-    get_experiment(experiment)
+    found = get_experiment(experiment)
+    experiment = experiment if found.registered else found.config  # by its full path
     overrides = [*words[2:], *(["device=cpu"] if options.cpu else [])]
     definition = read_definition(options.params)
     check(definition, experiment, overrides, str(options.params))
