@@ -68,7 +68,7 @@ class Naive:
         with torch.no_grad():
             expected = forward(self.target, batch, original)
         logits = {path: importance(inputs[path], self.parts(path)) for path in self.paths}
-        lower = {path: torch.where(x < 0, 0.01 * x, x.clamp(max=1)) for path, x in logits.items()}
+        lower = {path: torch.where(x <= 0, 0.01 * x, x.clamp(max=1)) for path, x in logits.items()}
 
         faithfulness = self.faithfulness()
         masks = {path: g + (1 - g) * next(noise) for path, g in lower.items()}
@@ -78,7 +78,7 @@ class Naive:
             layerwise.append(self.error(batch, {path: g + (1 - g) * next(noise)}, expected))
         minimality = []
         for x in logits.values():
-            upper = torch.where(x > 1, 1 + 0.01 * (x - 1), x.clamp(min=0))
+            upper = torch.where(x > 1, 1 + 0.01 * (x - 1), x.relu())
             minimality.append((upper**self.pnorm).sum(dim=-1).mean())
         return (
             self.coeffs["faithfulness"] * faithfulness
