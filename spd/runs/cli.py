@@ -122,12 +122,12 @@ def parts_of(name: str) -> tuple[type[ExperimentConfig], Build]:
         and issubclass(value, ExperimentConfig)
         and value.__module__ == module.__name__
     ]
-    build = getattr(module, "build", None)
-    if len(classes) != 1 or not callable(build):
+    build: Build | None = getattr(module, "build", None)
+    if len(classes) != 1 or build is None:
         found = ", ".join(found.__name__ for found in classes) or "none"
         raise UserError(
             f"{name}: an experiment is one subclass of ExperimentConfig (found: {found}) and a function"
-            f" build(config, device) ({'found' if callable(build) else 'none found'})"
+            f" build(config, device) ({'none found' if build is None else 'found'})"
         )
     return classes[0], build
 

@@ -38,9 +38,9 @@ def summary(folder: Path, seeds: dict[str, list[Any]]):
     return write_summary(study, jobs, statuses, record)
 
 
-def good(ml2r: float = 0.99, solved: bool = True, **values: float) -> dict[str, Any]:
-    figures = {"ml2r/linear1": ml2r, **values}
-    return result(solved=solved, errors=0 if solved else 3, **figures)
+def good(ml2r: float = 0.99, solved: bool = True) -> dict[str, Any]:
+    errors = 0 if solved else 3
+    return result(solved=solved, errors=errors, **{"ml2r/linear1": ml2r})
 
 
 def test_figures_are_means_over_seeds_beside_the_published_ones(tmp_path: Path):
@@ -96,9 +96,8 @@ def test_a_figure_that_a_run_lacks_is_missed(tmp_path: Path):
 
 
 def test_a_figure_that_nobody_declared_is_in_the_table_and_on_the_page(tmp_path: Path):
-    found = summary(
-        tmp_path, {"tms_5-2": [good(**{"gini/here": 0.25}), good(**{"gini/here": 0.75})]}
-    )
+    low, high = (result(solved=True, errors=0, **{"gini/here": value}) for value in (0.25, 0.75))
+    found = summary(tmp_path, {"tms_5-2": [low, high]})
     assert re.search(r"gini here +0\.500 ± 0\.354 +–$", found.text, re.MULTILINE)
     html = found.page.read_text(encoding="utf-8")
     assert html.count("0.500 ± 0.354") == 2 and "eval/gini/here" in html

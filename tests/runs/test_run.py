@@ -92,7 +92,7 @@ def test_a_run_without_a_checkpoint_or_with_a_damaged_one_is_refused(run_copy: P
 
 @pytest.mark.parametrize(
     ("entry", "said"),
-    [("spd.experiments.gone", "the module that made"), ("/x/gone.py", "the script that made")],
+    [("spd.experiments.gone", "the module of this experiment"), ("/x/gone.py", "the file of this")],
 )
 def test_a_run_whose_experiment_is_gone_is_refused(run_copy: Path, entry: str, said: str):
     meta = json.loads((run_copy / "meta.json").read_text())
