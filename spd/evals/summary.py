@@ -125,7 +125,7 @@ def write_summary(
     good = not any(row.misses for row in rows)
     good = good and all(state in ("finished", "skipped") for state in states)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([PACKAGE_DIR / "evals", PACKAGE_DIR]),
+        loader=jinja2.FileSystemLoader([PACKAGE_DIR / "evals", PACKAGE_DIR / "reports"]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

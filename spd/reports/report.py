@@ -32,8 +32,8 @@ from spd.run_files import (
     read_json,
     read_metrics,
 )
-from spd.settings import PACKAGE_DIR
 
+HERE = Path(__file__).parent
 TEMPLATE = "report.html.j2"
 REPORT_FILE = "report.html"
 CURVES = "loss_curves"
@@ -69,11 +69,11 @@ def write_report(run_dir: Path) -> Path:
 
 
 def write_page(
-    run_dir: Path, template: str, contents: Mapping[str, Any], *, folder: Path = PACKAGE_DIR
+    run_dir: Path, template: str, contents: Mapping[str, Any], *, folder: Path = HERE
 ) -> Path:
     """Write `report.html` from a template in `folder`, which may extend `TEMPLATE`."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([folder, PACKAGE_DIR]),
+        loader=jinja2.FileSystemLoader([folder, HERE]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

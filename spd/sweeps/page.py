@@ -37,7 +37,7 @@ def write_page(
     keys = keys or list(definition.parameters)
     counts = _counts(trials, n_waiting)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([PACKAGE_DIR / "sweeps", PACKAGE_DIR]),
+        loader=jinja2.FileSystemLoader([PACKAGE_DIR / "sweeps", PACKAGE_DIR / "reports"]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
