@@ -61,7 +61,7 @@ def test_the_added_experiment_is_solved(extended: Path) -> None:
 
 
 def test_the_library_example_of_the_readme(tmp_path: Path) -> None:
-    (example,) = [code for code in blocks(REPO / "README.md", "python") if "optimize(" in code]
+    (example,) = [code for code in blocks(REPO / "README.md", "python") if "decompose(" in code]
     assert len(example.splitlines()) <= 20
     (tmp_path / "example.py").write_text(example)
     out = run_python(tmp_path, "example.py")
