@@ -4,7 +4,8 @@
 
 The commands run one after another in a folder of their own, where the runs that the documents name are made
 first. A rule says how a command is shortened, or why something else is run in its place. A command without
-a rule is an error. `docs/extending.md` is left out: tests/test_docs.py applies its diffs and runs what they add.
+a rule is an error. `docs/extending.md` is left out: tests/test_docs.py applies its diffs and runs what they
+add.
 """
 
 import argparse
