@@ -77,7 +77,7 @@ class _KLPerRow(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # or zeros as large as the logits would be made
+        ctx.set_materialize_grads(False)  # otherwise autograd makes zeros as large as the logits
         ctx.save_for_backward(output[1])
         ctx.used_up = False
 
@@ -130,7 +130,7 @@ class _ScalarMLPs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h, w1, b1, w2, slope_in_h = ctx.saved_tensors
-        # the batch last: reductions over it then run along memory
+        # the batch stands last, so that reductions over it run along memory
         h_t, grad_t = h.mT.contiguous(), grads[0].mT.contiguous()
         blocks = _blocks(h, w1.shape[1])
         parts = [_weight_gradients(h_t[c], grad_t[c], w1[c], b1[c], w2[c]) for c in blocks]
@@ -161,7 +161,7 @@ def _values_and_slopes(
     z = h[..., None] * w1 + b1
     cdf, gelu_slope = normal_cdf_and_gelu_slope(z)
     slope = (gelu_slope * (w1 * w2)).sum(dim=-1)
-    # the empty summand has the compiler compute both sums in one loop, in the forward pass
+    # the empty summand makes the compiler compute both sums in one loop, in the forward pass
     return (z * cdf * w2).sum(dim=-1) + 0.0 * slope, slope
 
 

@@ -53,7 +53,7 @@ class Problem:
     eval_batches: Iterator[Tensor]
     recon: ReconKind = "mse"
     independent_rows: bool = False
-    """the target maps every row of a batch by itself; rows without any input then cost nothing"""
+    """the target maps every row of a batch by itself; zero rows then cost nothing"""
     tied_sites: tuple[tuple[str, str], ...] = ()
     """(source, tied): the target's matrix of `tied` is the transpose of that of `source`"""
     probes: Tensor | None = None

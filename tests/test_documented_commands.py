@@ -122,6 +122,15 @@ def test_files_that_are_named_exist(document: str) -> None:
         assert (REPO / name).exists(), f"{document}: {name}"
 
 
+def test_what_is_said_to_be_in_a_file_is_there() -> None:
+    text = (REPO / "docs" / "architecture.md").read_text(encoding="utf-8")
+    places = re.findall(r"`(\w+)` in `(spd/[\w/]+\.py)`", text)
+    assert len(places) >= 5
+    for name, file in places:
+        code = (REPO / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(def|class) {name}\b", code, re.MULTILINE), f"{file}: no {name}"
+
+
 def test_files_of_the_project_name_no_document_that_it_lacks() -> None:
     own = {path.name for path in REPO.glob("*.md")} | {"README.md", "SKILL.md"}
     own |= {path.name for path in (REPO / "docs").glob("*.md")}
