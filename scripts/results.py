@@ -29,7 +29,10 @@ RECORDS, EARLIER = "results", "earlier.json"
 LARGEST_RECORD = 20_000
 """bytes"""
 BEGIN, END = "<!-- results: made by scripts/results.py -->", "<!-- end of results -->"
-NOT_A_SETTING = ("seed", "target", "device", "wandb_project")
+NOT_A_SETTING = (
+    *("seed", "target", "device", "wandb_project", "metrics", "figures", "figures_every"),
+    *("log_every", "eval_every", "save_every", "keep_checkpoints"),
+)
 """keys in which the configuration of a run may differ from the registered one, with the same result"""
 HEADLINES = ("mmcs/", "ml2r/", "correlation/", "recovered/rounded", "l0/total", "alive/total")
 
