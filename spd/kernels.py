@@ -54,7 +54,7 @@ def kl_and_gradient(
 
 
 class _KLPerRow(torch.autograd.Function):
-    """`kl_and_gradient`, the latter kept for the backward pass."""
+    """`kl_and_gradient`, whose gradient is kept for the backward pass."""
 
     generate_vmap_rule = True
 
@@ -139,7 +139,7 @@ class _ScalarMLPs(torch.autograd.Function):
 
 
 def _blocks(h: Float[Tensor, "B C"], n_hidden: int) -> list[slice]:
-    """Of subcomponents; all at once where the compiler or a GPU's memory makes that cheap."""
+    """Blocks of subcomponents to compute at a time; one where the compiler or a GPU makes that cheap."""
     B, C = h.shape
     whole = torch.compiler.is_compiling() or h.device.type != "cpu"
     size = C if whole else max(1, BLOCK_ELEMENTS // (B * n_hidden))
@@ -172,7 +172,7 @@ def _weight_gradients(
     b1: Float[Tensor, "C n_hidden"],
     w2: Float[Tensor, "C n_hidden"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of w1, b1 and w2, from what arrives at the output."""
+    """Gradients of w1, b1 and w2 from the gradient of the output."""
     h_t, grad_t = h_t[:, None], grad_t[:, None]
     z = h_t * w1[..., None] + b1[..., None]
     cdf, slope = normal_cdf_and_gelu_slope(z)

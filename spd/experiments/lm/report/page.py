@@ -259,7 +259,7 @@ def _signed(extremes: Extremes, place: int, texts: TokenTexts) -> list[list[list
 
 
 def _companions(statistics: Statistics, c: int, row_of: Mapping[int, int]) -> list[list[float]]:
-    """Row of the page, positions shared over positions of either (Jaccard), share of c's positions."""
+    """Each companion's row of the page, its Jaccard index with c, and its share of c's positions."""
     start, joint = statistics.pairs.with_all(c)
     n_active = statistics.n_active
     own = int(n_active[c])
