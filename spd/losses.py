@@ -27,6 +27,7 @@ from spd.masks import stochastic_mask
 from spd.problem import ReconKind
 
 Noise = Mapping[str, Tensor]
+State = Mapping[str, Tensor]
 
 
 class StepContext(NamedTuple):
@@ -46,6 +47,8 @@ class StepContext(NamedTuple):
     """fraction of the run that is over, a 0-d tensor"""
     row_weights: Tensor | None = None
     """one for each row of `batch`, with mean 1: how many rows of the data it stands for; None: one each"""
+    state: State = {}
+    """what terms carry from step to step, under `state_key(term, name)`"""
     term: str = ""
     """name of the loss that is being computed"""
     run: Callable[[Tensor, Mapping[str, Mask | None] | None], Tensor] | None = None
@@ -58,6 +61,10 @@ class StepContext(NamedTuple):
     def uniform(self, sample: int, site: str) -> Tensor:
         """This term's noise for one mask sample and site."""
         return self.noise[noise_key(self.term, sample, site)]
+
+    def carried(self, name: str) -> Tensor:
+        """What this term has kept under `name` since the step before."""
+        return self.state[state_key(self.term, name)]
 
     def masks(self, make: Callable[[str], Tensor]) -> Mapping[str, Mask]:
         """`make(site)` for every site."""
@@ -81,6 +88,11 @@ class StepContext(NamedTuple):
     def mean(self, values: Float[Tensor, "*rows"]) -> Float[Tensor, ""]:
         """Mean over batch and positions; what every term that is a mean over the data must use."""
         return mean_over_rows(values, self.row_weights)
+
+
+def state_key(term: str, name: str) -> str:
+    """Where the state of a step has what a term keeps under `name`."""
+    return f"{term}.{name}"
 
 
 def noise_key(term: str, sample: int, site: str) -> str:
@@ -190,6 +202,17 @@ class LossSpec(BaseConfig):
 
     def check(self, model: ComponentModel) -> None:
         """Raise `UserError` where the term makes no sense for the model's sites."""
+
+    def initial_state(self, model: ComponentModel) -> dict[str, Tensor]:
+        """What the term carries from step to step, before the first: floating-point tensors by name.
+
+        Checkpoints save it, runs side by side have one each, and several processes go on with its mean.
+        """
+        return {}
+
+    def next_state(self, ctx: StepContext) -> dict[str, Tensor]:
+        """What the next step finds, under the names of `initial_state`; computed without gradient."""
+        return {}
 
 
 class Faithfulness(LossSpec):

@@ -1,4 +1,4 @@
-"""The step as a pure callable: batch, progress and noise in, total and terms out."""
+"""The step as a pure callable: batch, progress, noise and state in; total, terms and new state out."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, TargetOutput
 from spd.importance import CausalImportances
-from spd.losses import Loss, Noise, StepContext, loss_terms, noise_key
+from spd.losses import Loss, Noise, State, StepContext, loss_terms, noise_key, state_key
 from spd.metrics import L0_THRESHOLD
 from spd.noise import Share, StepNoise
 from spd.problem import ReconKind
@@ -16,7 +16,10 @@ ALL_ROWS = Share()
 
 
 class Objective(nn.Module):
-    """The step as a pure callable: (batch, progress, noise) → (total, terms). This is what is compiled."""
+    """The step as a pure callable. This is what is compiled, or mapped over many seeds.
+
+    Nothing outlives the call: what terms carry from step to step is an argument and a result.
+    """
 
     def __init__(self, model: ComponentModel, losses: Mapping[str, Loss], recon: ReconKind) -> None:
         super().__init__()
@@ -26,12 +29,17 @@ class Objective(nn.Module):
         self._leading_shapes: dict[torch.Size, dict[str, tuple[torch.Size, bool]]] = {}
 
     def context(
-        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
+        self,
+        batch: Tensor,
+        progress: Tensor,
+        noise: Noise,
+        row_weights: Tensor | None = None,
+        state: State | None = None,
     ) -> StepContext:
         """What the losses are computed from, the target's pass and the importances included."""
         target = self.model.target_forward(batch)
         ci = self.model.causal_importances(target.site_inputs)
-        return self.context_of(target, ci, batch, progress, noise, row_weights)
+        return self.context_of(target, ci, batch, progress, noise, row_weights, state)
 
     def context_of(
         self,
@@ -41,6 +49,7 @@ class Objective(nn.Module):
         progress: Tensor,
         noise: Noise,
         row_weights: Tensor | None = None,
+        state: State | None = None,
     ) -> StepContext:
         """The same, of a pass and importances that are there already."""
         return StepContext(
@@ -54,16 +63,39 @@ class Objective(nn.Module):
             noise=noise,
             progress=progress,
             row_weights=row_weights,
+            state=state or {},
         )
 
     def forward(
-        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Σ coefficient × term, and what is worth logging (detached)."""
-        ctx = self.context(batch, progress, noise, row_weights)
+        self,
+        batch: Tensor,
+        progress: Tensor,
+        noise: Noise,
+        row_weights: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Σ coefficient × term, what is worth logging (detached), and the state for the next step."""
+        ctx = self.context(batch, progress, noise, row_weights, state)
         terms = loss_terms(self.losses, ctx)
         total = torch.stack([self.losses[name].coeff * term for name, term in terms.items()]).sum()
-        return total, self.logged(ctx, total, terms)
+        return total, self.logged(ctx, total, terms), self.next_state(ctx)
+
+    def initial_state(self) -> dict[str, Tensor]:
+        """What all terms carry from step to step, before the first."""
+        return {
+            state_key(term, name): value
+            for term, spec in self.losses.items()
+            for name, value in spec.initial_state(self.model).items()
+        }
+
+    @torch.no_grad()
+    def next_state(self, ctx: StepContext) -> dict[str, Tensor]:
+        """The same after the step that `ctx` belongs to."""
+        return {
+            state_key(term, name): value
+            for term, spec in self.losses.items()
+            for name, value in spec.next_state(ctx._replace(term=term)).items()
+        }
 
     def logged(
         self, ctx: StepContext, total: Tensor, terms: Mapping[str, Tensor]

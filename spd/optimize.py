@@ -1,27 +1,22 @@
 """The optimisation loop and its checkpoints, for one run or several side by side. Read this file first."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.config import RunError, UserError
-from spd.engine import checkpoint
-from spd.engine.compilation import CompiledStep, tf32_matmuls
-from spd.engine.distributed import agreed_maximum, average_, is_leader, own_share
-from spd.engine.ensemble import Alone, Ensemble, StepInputs
+from spd.engine.distributed import agreed_maximum, average_, is_leader
+from spd.engine.ensemble import train_together
+from spd.engine.members import NonFiniteError, restore, save, shared, step_inputs, warm_up
 from spd.engine.prepare import Prepared, check_side_by_side, evaluate, prepare
-from spd.engine.sequential import CompiledPasses
-from spd.engine.silent_rows import Rows
-from spd.engine.step import may_compile, passes_of
-from spd.problem import Problem, Resumable
-from spd.schedule import schedule_factor
+from spd.engine.step import execution_record, make_step
+from spd.engine.update import Update
+from spd.problem import Problem
 from spd.spd_config import SPDConfig
 
 
@@ -60,10 +55,6 @@ class Silent:
 
     def ended(self) -> None:
         pass
-
-
-class NonFiniteError(RunError):
-    """A term became NaN or infinite."""
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
@@ -116,63 +107,45 @@ def run_side_by_side(
     terms become non-finite is left behind with its `failure`, and the others go on. Of several processes
     (`spd.engine.distributed`) each works on its rows of every batch; the leader alone evaluates and writes.
     """
-    check_side_by_side([member.prepared for member in members])
-    config, batch = members[0].prepared.config, members[0].prepared.eval_batches[0]
-    objectives = [member.prepared.objective for member in members]
-    trained = Alone(objectives[0]) if len(objectives) == 1 else Ensemble(objectives)
-    optimizer = torch.optim.AdamW(trained.parameters, lr=config.lr, weight_decay=0.0, fused=True)
-    state = _restore(members, trained, optimizer) if resume else {}
-    start = state.get("step", 0)
-    together = passes_of(config.passes, batch) == "together"
-    may = may_compile(config, batch, objectives[0].model)
-    setting, n_steps = state.get("compiled", config.compile) if may else False, config.steps - start
-    if together:
-        step_fn = CompiledStep(
-            trained.function,
-            setting,
-            n_steps,
-            opaque=trained.opaque,
-            n_members=trained.n_members,
-            cuda_graphs=batch.is_cuda and config.cuda_graphs,
-        )
-    else:
-        step_fn = CompiledPasses(objectives[0], setting, n_steps)
+    runs = [member.prepared for member in members]
+    check_side_by_side(runs)
+    config = runs[0].config
+    trained = train_together([run.objective for run in runs])
+    update = Update(trained, config)
+    earlier = restore(members, update) if resume else []
+    take_step = make_step(trained, config, runs[0].eval_batches[0], earlier[0] if earlier else {})
+    states = [run.objective.initial_state() for run in runs]
+    if earlier:
+        states = [own["carried"] for own in earlier]
+    elif config.faithfulness_warmup is not None:
+        for run in runs:
+            warm_up(run, config.faithfulness_warmup)
+    start = earlier[0]["step"] if earlier else 0
     for member in members:
         member.observer.started(start, config.steps)
 
-    for step in range(start, config.steps + 1):
+    for step in range(start, config.steps + 1):  # one extra lap: the last evaluation and checkpoint
         last, stopping = step == config.steps, agreed_maximum(int(stop_requested()))
         saving = stopping or (due(step, config.save_every, last) and step > start)
         if saving and is_leader():
-            _save(members, trained, optimizer, step, step_fn.compiled)
+            save(members, states, update, step, execution_record(take_step))
         if stopping:
             raise Interrupted(f"stopped before step {step} of {config.steps}", stopping)
-        _look(members, step, last)
+        if due(step, config.eval_every, last):
+            _evaluate(members, step)
         if last or not _going(members):
             break
-        lr = config.lr * schedule_factor(config.lr_schedule, step, config.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        inputs = trained.inputs([step_inputs(member.prepared, step) for member in members])
-        batch, progress, noise, row_weights = inputs
-
-        # ---- the training step
-        with step_fn.explained(), tf32_matmuls(config.tf32 and batch.is_cuda):
-            if together:
-                total, terms = step_fn(batch, progress, dict(noise), row_weights)
-                total.backward()
-            else:
-                terms = step_fn(batch, progress, noise, row_weights)
+        inputs = zip(runs, states, strict=True)
+        joint = trained.inputs([step_inputs(run, step, state) for run, state in inputs])
+        terms, new_state = take_step(joint)  # gradients are set
         average_(p.grad for p in trained.parameters if p.grad is not None)
-        if config.grad_clip is not None:
-            trained.clip_gradients_(config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        # ----
-
+        rates = update(step)
+        states = trained.taken_apart(shared(new_state))
         if due(step, config.log_every, step + 1 == config.steps):
             average_(terms.values())
-            _log(members, terms, step, lr)
+            _log(members, terms, step, rates)
+    for member in members:
+        member.observer.ended()
 
 
 def due(step: int, every: int, last: bool) -> bool:
@@ -184,21 +157,20 @@ def _going(members: Sequence[Member]) -> list[Member]:
     return [member for member in members if member.failure is None]
 
 
-def _look(members: Sequence[Member], step: int, last: bool) -> None:
-    """Evaluate, where it is time for that; a member that is not finite ends here."""
-    config = members[0].prepared.config
-    evaluating = due(step, config.eval_every, last)
-    for member in _going(members) if evaluating else ():
+def _evaluate(members: Sequence[Member], step: int) -> None:
+    """Tell the observers the metrics on held-out data; a member that is not finite ends here."""
+    for member in _going(members):
         parameters = member.prepared.objective.model.subcomponent_parameters()
         bad = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
         if bad:
             member.failure = NonFiniteError(f"step {step}: {', '.join(bad)} not finite")
-            continue
-        if is_leader():
+        elif is_leader():
             member.observer.evaluated(step, evaluate(member.prepared))
 
 
-def _log(members: Sequence[Member], terms: Mapping[str, Tensor], step: int, lr: float) -> None:
+def _log(
+    members: Sequence[Member], terms: Mapping[str, Tensor], step: int, rates: Mapping[str, float]
+) -> None:
     """Hand the terms of a step to the observers; a member with one that is not finite ends here."""
     table = torch.stack(list(terms.values())).reshape(len(terms), len(members))
     rows = table.T.tolist()  # the only host sync
@@ -208,7 +180,7 @@ def _log(members: Sequence[Member], terms: Mapping[str, Tensor], step: int, lr: 
             continue
         try:
             check_finite(values, step)
-            member.observer.stepped(step, {**values, "lr": lr})
+            member.observer.stepped(step, {**values, **rates})
         except NonFiniteError as error:
             member.failure = error
 
@@ -217,91 +189,3 @@ def check_finite(values: Mapping[str, float], step: int) -> None:
     bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(f"step {step}: {', '.join(bad)}; the run stops here")
-
-
-def step_inputs(prepared: Prepared, step: int) -> StepInputs:
-    """What one run computes a step from; of several processes, this one's rows of it."""
-    problem, config, objective, *_ = prepared
-    batch = _next_batch(problem.train_batches, step, config.steps)
-    share = own_share()
-    merged = prepared.silent_rows.merge(batch)
-    batch, row_weights = merged if len(merged.batch) % share.of == 0 else Rows(batch)
-    noise = objective.noise(batch, stream="train", seed=config.seed, step=step, share=share)
-    # filled in on the device: a copy from the host would wait for it
-    progress = torch.full((), step / config.steps, device=batch.device)
-    own = share.rows(len(batch))
-    return StepInputs(
-        batch[own], progress, noise, None if row_weights is None else row_weights[own]
-    )
-
-
-def _next_batch(batches: Iterator[Tensor], step: int, steps: int) -> Tensor:
-    try:
-        return next(batches)
-    except StopIteration:
-        raise RunError(f"the training data ended before step {step} of {steps}") from None
-
-
-def _save(
-    members: Sequence[Member],
-    trained: Alone | Ensemble,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    compiled: bool | None,
-) -> None:
-    """A checkpoint of every run, as if it were alone."""
-    own_states = trained.optimizer_states(optimizer.state_dict())
-    for member, own_state in zip(members, own_states, strict=True):
-        if member.checkpoints is None or member.failure is not None:
-            continue
-        batches = member.prepared.problem.train_batches
-        state: dict[str, Any] = {
-            "optimizer": own_state,
-            "data": batches.state_dict() if isinstance(batches, Resumable) else None,
-            "rng": torch.get_rng_state(),
-            "num_threads": torch.get_num_threads(),
-        }
-        if compiled is not None:
-            state["compiled"] = compiled
-        parameters = dict(member.prepared.objective.model.subcomponent_parameters())
-        keep = member.prepared.config.keep_checkpoints
-        checkpoint.save(member.checkpoints, step, parameters=parameters, state=state, keep=keep)
-
-
-def _restore(
-    members: Sequence[Member], trained: Alone | Ensemble, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Bring everything back to the newest checkpoints; an empty state where there are none yet."""
-    found = [checkpoint.latest(m.checkpoints) for m in members if m.checkpoints is not None]
-    newest = [path for path in found if path is not None]
-    if not newest:
-        return {}
-    states = [checkpoint.load_state(path) for path in newest]
-    assert len(newest) == len(members) and len({state["step"] for state in states}) == 1, (
-        f"runs that are not at the same step cannot go on together: {newest}"
-    )
-    for member, path, state in zip(members, newest, states, strict=True):
-        batches = member.prepared.problem.train_batches
-        if not isinstance(batches, Resumable):
-            raise UserError("resume: the training batches have no state_dict and load_state_dict")
-        with _fits(path):
-            member.prepared.objective.model.load_subcomponents(checkpoint.load_parameters(path))
-            batches.load_state_dict(state["data"])
-            torch.set_rng_state(state["rng"])
-            torch.set_num_threads(state["num_threads"])
-    with _fits(newest[0]):
-        optimizer.load_state_dict(trained.common_state([state["optimizer"] for state in states]))
-    return states[0]
-
-
-@contextmanager
-def _fits(newest: Path) -> Iterator[None]:
-    """Turn what a checkpoint of something else raises into a `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{newest}: the checkpoint does not fit this configuration: {error}"
-        ) from None

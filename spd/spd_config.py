@@ -1,8 +1,8 @@
 """Every knob of a decomposition that does not depend on what is decomposed."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from spd.config import BaseConfig
 from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
@@ -11,6 +11,22 @@ from spd.metrics import Metrics
 from spd.schedule import ScheduleConfig
 
 Passes = Literal["auto", "together", "one_by_one"]
+
+
+class GroupConfig(BaseConfig):
+    """What is special about one group of parameters; null: as all parameters have it."""
+
+    lr: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    lr_schedule: ScheduleConfig | None = None
+    grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """largest norm of the gradient of this group"""
+
+
+class WarmupConfig(BaseConfig):
+    """A phase before the first step: AdamW on V and U alone against the faithfulness term."""
+
+    steps: int = Field(ge=1)
+    lr: float = Field(gt=0.0, allow_inf_nan=False)
 
 
 class SPDConfig(BaseConfig):
@@ -39,12 +55,27 @@ class SPDConfig(BaseConfig):
     """recompute the layers of a Hugging Face target in the backward pass; nothing is compiled then"""
     grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """largest norm of the gradient of all parameters together"""
+    components: GroupConfig = GroupConfig()
+    """V and U"""
+    importances: GroupConfig = GroupConfig()
+    """the causal importance functions"""
+    faithfulness_warmup: WarmupConfig | None = None
     metrics: Metrics = {}
     n_eval_batches: int = Field(default=4, ge=1)
     log_every: int = Field(default=100, ge=1)
     eval_every: int = Field(default=1000, ge=1)
     save_every: int = Field(default=5000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _one_way_to_clip(self) -> Self:
+        own = [name for name in ("components", "importances") if getattr(self, name).grad_clip]
+        if self.grad_clip is not None and own:
+            raise ValueError(
+                f"grad_clip clips all parameters together, {own[0]}.grad_clip a group: one of them"
+                " must be null"
+            )
+        return self
 
     @field_validator("losses")
     @classmethod

@@ -33,10 +33,10 @@ def gradients(*, together: bool) -> dict[str, Tensor]:
     noise = objective.noise(batch, stream="train", seed=0, step=0, share=share)
     batch = batch[share.rows(len(batch))]
     if together:
-        total, terms = objective(batch, progress, dict(noise))
+        total, terms, _ = objective(batch, progress, dict(noise))
         total.backward()
     else:
-        terms = Sequential(objective)(batch, progress, noise)
+        terms, _ = Sequential(objective)(batch, progress, noise)
     grads = {n: p.grad for n, p in objective.model.subcomponent_parameters().items()}
     found = {**terms, **{name: grad for name, grad in grads.items() if grad is not None}}
     average_(found.values())

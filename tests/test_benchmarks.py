@@ -35,7 +35,7 @@ def test_naive_and_package_agree(case: Case, tmp_path: Path):
 
     batch = next(problem.train_batches)
     noise = objective.draw_noise(batch, stream="train", seed=0, step=0)
-    total, _ = objective(batch, torch.tensor(0.0), noise)
+    total, _, _ = objective(batch, torch.tensor(0.0), noise)
     total.backward()
     terms = ("stochastic_recon", "stochastic_recon_layerwise")
     own = naive.total(

@@ -52,7 +52,7 @@ def test_training_steps_leave_the_target_bitwise_alone(model: ComponentModel):
     optimizer = torch.optim.AdamW(model.subcomponent_parameters().values(), lr=0.1)
     for step in range(3):
         noise = objective.draw_noise(x, stream="train", seed=0, step=step)
-        total, _ = objective(x, torch.tensor(0.0), noise)
+        total, _, _ = objective(x, torch.tensor(0.0), noise)
         total.backward()
         optimizer.step()
     assert torch.equal(model.target_forward(x).output, before)

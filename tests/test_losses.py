@@ -108,7 +108,7 @@ def test_terms_and_gradients_equal_plain_loops(
     parameters = model.subcomponent_parameters()
 
     expected = naive_terms(model, batch, noise, recon)
-    total, logged = objective(batch, torch.tensor(0.0), noise)
+    total, logged, _ = objective(batch, torch.tensor(0.0), noise)
     for name, value in expected.items():
         torch.testing.assert_close(logged[f"loss/{name}"], value.detach(), msg=name)
     weighted = torch.stack(
@@ -162,7 +162,7 @@ def test_a_loss_with_coefficient_zero_costs_nothing():
         objective = make_objective(model, losses)
         noise = objective.draw_noise(batch, stream="train", seed=0, step=0)
         before = target.n_calls
-        _, logged = objective(batch, torch.tensor(0.0), noise)
+        _, logged, _ = objective(batch, torch.tensor(0.0), noise)
         terms = {key for key in logged if key.startswith("loss/")}
         return target.n_calls - before, terms, len(noise)
 

@@ -111,7 +111,7 @@ def test_noise_follows_the_rows_that_each_site_sees():
 def run_step(objective: Objective, step: Any, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Logged values with the total in front, and all gradients."""
     noise = objective.draw_noise(batch, stream="train", seed=0, step=0)
-    total, logged = step(batch, PROGRESS, noise)
+    total, logged, _ = step(batch, PROGRESS, noise)
     parameters = objective.model.subcomponent_parameters()
     grads = torch.autograd.grad(total, list(parameters.values()))
     return torch.stack([total.detach(), *logged.values()]), dict(
@@ -135,7 +135,7 @@ def test_what_a_step_logs():
     objective = objective_of()
     batch = torch.randn(6, 4)
     noise = objective.draw_noise(batch, stream="train", seed=0, step=0)
-    total, logged = objective(batch, PROGRESS, noise)
+    total, logged, _ = objective(batch, PROGRESS, noise)
     assert set(logged) == {
         "loss/total",
         *(f"loss/{name}" for name in ALL_LOSSES),
@@ -156,7 +156,7 @@ def test_the_step_never_asks_for_a_value():
     noise = objective.draw_noise(batch, stream="train", seed=0, step=0)
     objective.to("meta")
     meta = {key: value.to("meta") for key, value in noise.items()}
-    total, _ = objective(batch.to("meta"), PROGRESS.to("meta"), meta)
+    total, _, _ = objective(batch.to("meta"), PROGRESS.to("meta"), meta)
     total.backward()
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         total.item()

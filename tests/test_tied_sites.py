@@ -65,7 +65,7 @@ def test_the_gradients_of_tied_sites_add_up():
     for model in (tied, free):
         objective = make_objective(model, losses)
         noise = objective.draw_noise(batch, stream="train", seed=0, step=0)
-        total, _ = objective(batch, torch.tensor(0.0), noise)
+        total, _, _ = objective(batch, torch.tensor(0.0), noise)
         total.backward()
         totals.append(total)
     torch.testing.assert_close(*totals)

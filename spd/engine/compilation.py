@@ -20,6 +20,8 @@ from spd.engine import reassociation
 
 logger = logging.getLogger(__name__)
 
+MAX_SHAPES = 4
+"""of batches for which a graph is compiled; torch gives up at eight"""
 WORTHWHILE_SECONDS = 30.0
 """Of eager steps. Compiling takes 10 to 30 s, a few from the cache, and a step then about a quarter."""
 
@@ -33,6 +35,9 @@ class CompiledStep:
     into, only the operations they do are recorded; `n_members` is the length of the axis over which a
     step is mapped. With `cuda_graphs` what is compiled is recorded, there and back, and launched as a
     whole; its results and gradients are overwritten from the next call on.
+
+    A graph belongs to one shape of batch. The first `MAX_SHAPES` that come are compiled, others run
+    eagerly; `shapes` lists the former, so that a run that is resumed goes on with the same ones.
     """
 
     def __init__(
@@ -51,6 +56,8 @@ class CompiledStep:
         self.opaque, self.n_members = opaque, n_members
         self.cuda_graphs = cuda_graphs
         self.compiled: bool | None = None
+        self.shapes: list[list[list[int]]] = []
+        self._passed_over = False
         if setting is True:
             require_compiler()
 
@@ -78,7 +85,26 @@ class CompiledStep:
             torch.compiler.cudagraph_mark_step_begin()
         if self.compiled is None:
             return self._first_call(*args)
-        return self.function(*args)
+        return self._chosen(_shapes(*args))(*args)
+
+    def _chosen(self, shape: list[list[int]]) -> Callable[..., Any]:
+        """What runs a batch of this shape."""
+        if not self.compiled or shape in self.shapes:
+            return self.function
+        if len(self.shapes) < MAX_SHAPES:
+            self.shapes.append(shape)
+            return self.function
+        if not self._passed_over:
+            self._passed_over = True
+            logger.info(
+                "batches come in more than %d shapes: others are not compiled, which is slower",
+                MAX_SHAPES,
+            )
+        return self.run_eagerly
+
+    def run_eagerly(self, *args: Any) -> Any:
+        """The step without what is compiled."""
+        return self.eager(*args)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -96,6 +122,8 @@ class CompiledStep:
         self.compiled = self._wanted(*args)
         if not self.compiled:
             return self.eager(*args)
+        if not self.shapes:
+            self.shapes.append(_shapes(*args))
         try:
             return self._compile(*args)
         except _compiler_errors() as error:
@@ -126,6 +154,11 @@ class CompiledStep:
         notes += ", without CUDA graphs" if found["skipped"] else ""
         logger.info("compiled the training step in %.0f s%s", time.perf_counter() - started, notes)
         return result
+
+
+def _shapes(*args: Any) -> list[list[int]]:
+    """What decides whether a graph fits: the shapes of the tensors among the arguments."""
+    return [list(arg.shape) for arg in args if isinstance(arg, torch.Tensor)]
 
 
 def _forward_seconds(function: Callable[..., Any], *args: Any) -> float:

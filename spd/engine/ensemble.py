@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 
 from spd.config import UserError
 from spd.kernels import WITH_OWN_GRADIENT
-from spd.losses import Noise
+from spd.losses import Noise, State
 from spd.objective import Objective
 
 
@@ -27,6 +27,7 @@ class StepInputs(NamedTuple):
     progress: Tensor
     noise: Noise
     row_weights: Tensor | None = None
+    state: State = {}
 
 
 class Alone:
@@ -36,15 +37,26 @@ class Alone:
     n_members = 1
 
     def __init__(self, objective: Objective) -> None:
-        self.function = objective
-        self.parameters = list(objective.model.subcomponent_parameters().values())
+        self.function = self.objective = objective
+        own = objective.model.subcomponent_parameters()
+        self.parameters, self.groups = list(own.values()), parameter_groups(own)
 
     def inputs(self, inputs: Sequence[StepInputs]) -> StepInputs:
         (own,) = inputs
         return own
 
-    def clip_gradients_(self, max_norm: float) -> None:
-        nn.utils.clip_grad_norm_(self.parameters, max_norm)
+    def clip_gradients_(self, parameters: Sequence[nn.Parameter], max_norm: float) -> None:
+        """Scale down the gradients of these parameters where their norm together is above `max_norm`."""
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def stacked(self, states: Sequence[State]) -> State:
+        """What all runs carry from step to step, as the step takes it."""
+        (own,) = states
+        return own
+
+    def taken_apart(self, state: State) -> list[State]:
+        """The inverse of `stacked`."""
+        return [state]
 
     def optimizer_states(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """What each run's own optimizer would hold, from what the common one holds."""
@@ -71,24 +83,33 @@ class Ensemble:
         names = {parameter: name for name, parameter in self.objective.named_parameters()}
         own = [objective.model.subcomponent_parameters().values() for objective in objectives]
         self.stacks = {names[group[0]]: _stack_and_view_(group) for group in zip(*own, strict=True)}
+        short = self.objective.model.subcomponent_parameters()
         self.parameters = list(self.stacks.values())
+        self.groups = parameter_groups(dict(zip(short, self.stacks.values(), strict=True)))
 
     def function(
-        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the members' totals, and what is worth logging: `[members]` each.
+        self,
+        batch: Tensor,
+        progress: Tensor,
+        noise: Noise,
+        row_weights: Tensor | None,
+        state: State,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Sum of the members' totals, what is worth logging, and the new state: `[members]` each.
 
         All arguments but `progress` have a leading axis of members.
         """
 
-        def of_one(stacks: Mapping[str, Tensor], *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        def of_one(
+            stacks: Mapping[str, Tensor], *inputs: Any
+        ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
             return functional_call(self.objective, stacks, inputs)  # pyright: ignore
 
         weights_axis = None if row_weights is None else 0
-        totals, terms = vmap(of_one, in_dims=(0, 0, None, 0, weights_axis))(
-            self.stacks, batch, progress, noise, row_weights
+        totals, terms, new_state = vmap(of_one, in_dims=(0, 0, None, 0, weights_axis, 0))(
+            self.stacks, batch, progress, noise, row_weights, state
         )
-        return totals.sum(), terms
+        return totals.sum(), terms, new_state
 
     def inputs(self, inputs: Sequence[StepInputs]) -> StepInputs:
         """Those of all members, stacked; shorter batches are filled up with rows of weight 0."""
@@ -102,15 +123,25 @@ class Ensemble:
             for key in inputs[0].noise
         }
         batch = torch.stack([_filled(own.batch, n_rows) for own in inputs])
-        return StepInputs(batch, inputs[0].progress, noise, row_weights)
+        state = self.stacked([own.state for own in inputs])
+        return StepInputs(batch, inputs[0].progress, noise, row_weights, state)
 
-    def clip_gradients_(self, max_norm: float) -> None:
+    def clip_gradients_(self, parameters: Sequence[nn.Parameter], max_norm: float) -> None:
         """What `nn.utils.clip_grad_norm_` does, for each member by itself."""
-        grads = [stack.grad for stack in self.parameters if stack.grad is not None]
+        grads = [stack.grad for stack in parameters if stack.grad is not None]
         norms = torch.stack([grad.flatten(start_dim=1).norm(dim=1) for grad in grads]).norm(dim=0)
         factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(factors.reshape(-1, *[1] * (grad.dim() - 1)))
+
+    def stacked(self, states: Sequence[State]) -> State:
+        return {key: torch.stack([state[key] for state in states]) for key in states[0]}
+
+    def taken_apart(self, state: State) -> list[State]:
+        return [
+            {key: value[index].clone() for key, value in state.items()}
+            for index in range(self.n_members)
+        ]
 
     def optimizer_states(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         def of_member(index: int) -> dict[int, dict[str, Tensor]]:
@@ -123,6 +154,20 @@ class Ensemble:
             lambda *values: torch.stack(values), *(state["state"] for state in states)
         )
         return {**states[0], "state": inner}
+
+
+def train_together(objectives: Sequence[Objective]) -> Alone | Ensemble:
+    """One run, or several of one kind as one computation."""
+    return Alone(objectives[0]) if len(objectives) == 1 else Ensemble(objectives)
+
+
+def parameter_groups(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+    """`components` (V and U) and `importances`, of parameters by their names in a `ComponentModel`."""
+    groups: dict[str, list[nn.Parameter]] = {"components": [], "importances": []}
+    for name, parameter in parameters.items():
+        own = name.rpartition(".")[2] in ("V", "U") and ".subcomponents." in f".{name}"
+        groups["components" if own else "importances"].append(parameter)
+    return groups
 
 
 def check_one_target(objectives: Sequence[Objective]) -> None:

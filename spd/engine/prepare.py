@@ -54,11 +54,11 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
             f" {len(eval_batches)}"
         )
-    if config.compile is True and not may_compile(config, eval_batches[0], model):
+    if config.compile is True and not may_compile(config, model):
         raise UserError(
             "compile: true compiles all passes of a step together, or the layers of a Hugging Face"
             f" target: it needs passes: together (passes is {config.passes!r}, here"
-            f" {passes_of(config.passes, eval_batches[0])}) or such layers"
+            f" {passes_of(config.passes, model)}) or such layers"
             f" ({type(problem.target).__name__} has {len(layers_of(problem.target))}), and"
             " activation_checkpointing: false (it is"
             f" {str(config.activation_checkpointing).lower()})"
@@ -73,18 +73,18 @@ def check_side_by_side(runs: Sequence[Prepared]) -> None:
     """`UserError` unless the runs, which differ in their seed alone, can be one computation."""
     if len(runs) == 1:
         return
-    config, batch = runs[0].config, runs[0].eval_batches[0]
+    config, model = runs[0].config, runs[0].objective.model
     n_processes = os.environ.get("WORLD_SIZE", "1")
     if n_processes != "1":
         raise UserError(
             f"seeds: runs side by side share one process, here are {n_processes} (torchrun); run one"
             " seed at a time"
         )
-    together = passes_of(config.passes, batch) == "together" and not config.activation_checkpointing
-    if not together or not batch.is_floating_point():
+    together = passes_of(config.passes, model) == "together" and not config.activation_checkpointing
+    if not together or layers_of(model.target):
         raise UserError(
-            "seeds: runs side by side are one graph of all passes on batches of numbers, as toy models"
-            f" have them: not for language models, passes: one_by_one (it is {config.passes}) or"
+            "seeds: runs side by side are one graph of all passes, as toy models have them:"
+            f" not for language models, passes: one_by_one (it is {config.passes}) or"
             f" activation_checkpointing (it is {str(config.activation_checkpointing).lower()}); run one"
             " seed at a time"
         )

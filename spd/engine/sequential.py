@@ -14,7 +14,7 @@ from spd.engine.compilation import CompiledStep
 from spd.engine.layers import SharedPrefix
 from spd.importance import CausalImportances
 from spd.kernels import KLKernel, kl_and_gradient
-from spd.losses import Loss, Noise, StepContext
+from spd.losses import Loss, Noise, State, StepContext
 from spd.objective import Objective
 
 
@@ -29,16 +29,21 @@ class Sequential:
         self.kl_kernel: KLKernel | None = None
 
     def __call__(
-        self, batch: Tensor, progress: Tensor, noise: Noise, row_weights: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Add the gradient of the total to the parameters; what is worth logging."""
+        self,
+        batch: Tensor,
+        progress: Tensor,
+        noise: Noise,
+        row_weights: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add the gradient of the total to the parameters; what is worth logging, and the new state."""
         model = self.objective.model
         with self.prefix.kept(batch) as target:
             with torch.no_grad():
                 logits = model.importance_logits(target.site_inputs)
             leaves = {path: x.requires_grad_() for path, x in logits.items()}
             ci = CausalImportances.of_logits(leaves, model.lower_leak, lazy=True)
-            ctx = self.objective.context_of(target, ci, batch, progress, noise, row_weights)
+            ctx = self.objective.context_of(target, ci, batch, progress, noise, row_weights, state)
             ctx = ctx._replace(
                 run=self.prefix.forward,
                 recompute_masks=not self.prefix.compiled,
@@ -48,7 +53,8 @@ class Sequential:
             losses = self.objective.losses
             terms = backward_one_by_one(losses, ctx, leaves)
             weighted = [losses[name].coeff * term for name, term in terms.items()]
-            return self.objective.logged(ctx, torch.stack(weighted).sum(), terms)
+            logged = self.objective.logged(ctx, torch.stack(weighted).sum(), terms)
+            return logged, self.objective.next_state(ctx)
 
     def compile_passes(self, compiled: bool) -> None:
         """Whether layers and divergence run compiled, from now on."""
@@ -80,6 +86,13 @@ class CompiledPasses(CompiledStep):
     def make_compiled(self) -> Callable[..., Any]:
         self.sequential.compile_passes(True)
         return self.eager
+
+    def run_eagerly(self, *args: Any) -> Any:
+        self.sequential.compile_passes(False)
+        try:
+            return self.eager(*args)
+        finally:
+            self.sequential.compile_passes(True)
 
     def go_back(self) -> None:
         self.sequential.compile_passes(False)

@@ -1,22 +1,98 @@
-"""How a step is executed, chosen in one place."""
+"""One step of training: batches in, gradients set. How it is executed is chosen here, in one place."""
 
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from spd.component_model import ComponentModel
+from spd.engine.compilation import CompiledStep, tf32_matmuls
+from spd.engine.ensemble import Alone, Ensemble, StepInputs
 from spd.engine.layers import layers_of
+from spd.engine.sequential import CompiledPasses
+from spd.losses import State
 from spd.spd_config import Passes, SPDConfig
 
 
-def passes_of(setting: Passes, batch: Tensor) -> Literal["together", "one_by_one"]:
-    """`auto` is `one_by_one` for token ids, whose passes are large, and `together` for anything else."""
+@runtime_checkable
+class Step(Protocol):
+    """Adds the gradient of the total to the parameters; what is worth logging, and the new state."""
+
+    @property
+    def execution(self) -> CompiledStep:
+        """Whether and for which shapes of batches it is compiled."""
+        ...
+
+    def __call__(self, inputs: StepInputs) -> tuple[dict[str, Tensor], State]: ...
+
+
+class JointStep:
+    """All passes of a step in one graph, which goes back as a whole."""
+
+    def __init__(self, trained: Alone | Ensemble, execution: CompiledStep, *, tf32: bool) -> None:
+        self.trained, self.execution, self.tf32 = trained, execution, tf32
+
+    def __call__(self, inputs: StepInputs) -> tuple[dict[str, Tensor], State]:
+        batch, progress, noise, row_weights, state = inputs
+        with self.execution.explained(), tf32_matmuls(self.tf32):
+            total, terms, state = self.execution(batch, progress, dict(noise), row_weights, state)
+            total.backward()
+        return terms, state
+
+
+class SequentialStep:
+    """One pass after another, each in a graph of its own: the same gradients, the memory of one pass."""
+
+    def __init__(self, execution: CompiledPasses, *, tf32: bool) -> None:
+        self.execution, self.tf32 = execution, tf32
+
+    def __call__(self, inputs: StepInputs) -> tuple[dict[str, Tensor], State]:
+        with tf32_matmuls(self.tf32):
+            return self.execution(*inputs)
+
+
+def make_step(
+    trained: Alone | Ensemble, config: SPDConfig, batch: Tensor, earlier: dict[str, Any]
+) -> Step:
+    """The step of a run, or of several side by side, on batches like this one.
+
+    `earlier` is what a checkpoint kept of `execution_record`: a run keeps what was decided for it.
+    """
+    objective, n_steps = trained.objective, config.steps - earlier.get("step", 0)
+    may = may_compile(config, objective.model)
+    setting = earlier.get("compiled", config.compile) if may else False
+    tf32 = config.tf32 and batch.is_cuda
+    step: Step
+    if passes_of(config.passes, objective.model) == "together":
+        execution = CompiledStep(
+            trained.function,
+            setting,
+            n_steps,
+            opaque=trained.opaque,
+            n_members=trained.n_members,
+            cuda_graphs=batch.is_cuda and config.cuda_graphs,
+        )
+        step = JointStep(trained, execution, tf32=tf32)
+    else:
+        step = SequentialStep(CompiledPasses(objective, setting, n_steps), tf32=tf32)
+    step.execution.shapes = [*earlier.get("compiled_shapes", [])]
+    return step
+
+
+def execution_record(step: Step) -> dict[str, Any]:
+    """What was decided about executing a run's steps, for its checkpoints."""
+    if step.execution.compiled is None:
+        return {}
+    return {"compiled": step.execution.compiled, "compiled_shapes": step.execution.shapes}
+
+
+def passes_of(setting: Passes, model: ComponentModel) -> Literal["together", "one_by_one"]:
+    """`auto` is `one_by_one` for a Hugging Face model, whose layers passes can share, else `together`."""
     if setting == "auto":
-        return "together" if batch.is_floating_point() else "one_by_one"
+        return "one_by_one" if layers_of(model.target) else "together"
     return setting
 
 
-def may_compile(config: SPDConfig, batch: Tensor, model: ComponentModel) -> bool:
-    """Whether there is something to compile of a step on such batches, whole or layer by layer."""
-    together = passes_of(config.passes, batch) == "together"
+def may_compile(config: SPDConfig, model: ComponentModel) -> bool:
+    """Whether there is something to compile of a step, whole or layer by layer."""
+    together = passes_of(config.passes, model) == "together"
     return not config.activation_checkpointing and (together or bool(layers_of(model.target)))

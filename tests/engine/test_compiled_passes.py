@@ -64,11 +64,11 @@ def test_terms_and_gradients_are_those_of_an_eager_step(kind: str):
     objective = objective_of(kind)
     batch = torch.randint(0, 97, (2, 12))
     noise = objective.noise(batch, stream="train", seed=0, step=0)
-    expected_terms = Sequential(objective)(batch, PROGRESS, noise)
+    expected_terms, _ = Sequential(objective)(batch, PROGRESS, noise)
     expected = gradients(objective)
     step = CompiledPasses(objective, True, 10)
     for _ in range(2):
-        terms = step(batch, PROGRESS, noise, None)
+        terms, _ = step(batch, PROGRESS, noise, None)
         torch.testing.assert_close(dict(terms), dict(expected_terms), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(gradients(objective), expected, rtol=1e-4, atol=1e-5)
     assert step.compiled
@@ -90,7 +90,7 @@ def test_a_step_that_cannot_be_compiled_is_done_eagerly(
     objective = objective_of("llama")
     batch = torch.randint(0, 97, (2, 12))
     noise = objective.noise(batch, stream="train", seed=0, step=0)
-    expected_terms = Sequential(objective)(batch, PROGRESS, noise)
+    expected_terms, _ = Sequential(objective)(batch, PROGRESS, noise)
     expected = gradients(objective)
     forward = SharedPrefix.forward
     calls: list[bool] = []
@@ -109,7 +109,7 @@ def test_a_step_that_cannot_be_compiled_is_done_eagerly(
     monkeypatch.setattr("spd.engine.compilation._has_compiler", lambda: True)
     monkeypatch.setattr("spd.engine.layers.torch.compile", lambda function, **_: function)
     step = CompiledPasses(objective, "auto", 1000)
-    terms = step(batch, PROGRESS, noise, None)
+    terms, _ = step(batch, PROGRESS, noise, None)
     assert step.compiled is False and True in calls and calls[-1] is False
     assert dict(terms) == dict(expected_terms)
     torch.testing.assert_close(gradients(objective), expected)

@@ -106,14 +106,14 @@ def test_a_step_waits_for_nothing_and_copies_nothing_from_the_host(
     monkeypatch.setattr(torch, "tensor", no_copy)
     for step in range(2):
         with NothingFromTheHost():
-            inputs = trained.inputs([step_inputs(run, step) for run in runs])
+            inputs = trained.inputs([step_inputs(run, step, {}) for run in runs])
             assert inputs.progress.device == META
             noise = dict(inputs.noise)
-            total, terms = trained.function(
-                inputs.batch, inputs.progress, noise, inputs.row_weights
+            total, terms, _ = trained.function(
+                inputs.batch, inputs.progress, noise, inputs.row_weights, inputs.state
             )
             total.backward()
-            trained.clip_gradients_(1.0)
+            trained.clip_gradients_(trained.parameters, 1.0)
         assert all(p.grad is not None and p.grad.device == META for p in trained.parameters)
         assert all(term.device == META for term in terms.values())
     with pytest.raises(RuntimeError):  # the test would see it
@@ -136,7 +136,7 @@ def test_cuda_graphs_are_asked_for_by_the_configuration_and_on_a_gpu_alone(
             made.append(options["cuda_graphs"])
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(loop, "CompiledStep", Watched)
+    monkeypatch.setattr("spd.engine.step.CompiledStep", Watched)
     for on_gpu, wanted in [(False, True), (True, False), (True, True)]:
         monkeypatch.setattr(Tensor, "is_cuda", on_gpu)
         loop.run_steps(prepared_run("tms", cuda_graphs=wanted), Silent())
@@ -202,11 +202,11 @@ def test_rounding_to_tf32_keeps_ten_bits():
 def test_a_step_in_tf32_is_that_of_float32_within_its_rounding(name: str):
     """Away from an optimum: there gradients are as small as the rounding (see `spd.engine.compilation`)."""
     run = prepared_run(name)
-    inputs = step_inputs(run, 0)
+    inputs = step_inputs(run, 0, {})
     noise = dict(inputs.noise)
 
     def terms_and_gradient() -> tuple[dict[str, Tensor], Tensor]:
-        total, terms = run.objective(inputs.batch, inputs.progress, noise, inputs.row_weights)
+        total, terms, _ = run.objective(inputs.batch, inputs.progress, noise, inputs.row_weights)
         parameters = list(run.objective.model.subcomponent_parameters().values())
         return terms, torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)])
 

@@ -19,6 +19,7 @@ from spd.noise import StepNoise
 from spd.objective import Objective
 from spd.optimize import Interrupted, Silent, run_steps
 from spd.problem import Problem
+from tests.little_lm import little_model
 from tests.toy import (
     ALL_LOSSES,
     MLP,
@@ -38,8 +39,8 @@ def step(objective: Objective, batch: Tensor, *, together: bool) -> Mapping[str,
     """What is logged; gradients are left in the parameters."""
     noise = objective.noise(batch, stream="train", seed=0, step=0)
     if not together:
-        return Sequential(objective)(batch, PROGRESS, noise)
-    total, logged = objective(batch, PROGRESS, dict(noise))
+        return Sequential(objective)(batch, PROGRESS, noise)[0]
+    total, logged, _ = objective(batch, PROGRESS, dict(noise))
     total.backward()
     return logged
 
@@ -211,29 +212,35 @@ def test_a_draw_is_the_same_whenever_it_is_asked_for():
 
 
 def test_what_auto_means():
-    assert passes_of("auto", torch.zeros(2, 3)) == "together"
-    assert passes_of("auto", torch.zeros(2, 3, dtype=torch.long)) == "one_by_one"
+    """Whether there are layers that passes can share decides, not what a batch is made of."""
+    plain = decompose(MLP(), MLP_SITES)
+    layered = decompose(little_model("llama"), {"model.layers.*.mlp.*_proj": 6})
+    assert passes_of("auto", plain) == "together"
+    assert passes_of("auto", layered) == "one_by_one"
     for setting in ("together", "one_by_one"):
-        assert passes_of(setting, torch.zeros(2)) == setting
+        assert passes_of(setting, plain) == passes_of(setting, layered) == setting
 
 
-@pytest.mark.parametrize("passes", ["auto", "one_by_one"])
-def test_compiling_passes_one_by_one_is_refused(passes: str):
+def test_compiling_passes_one_by_one_is_refused():
+    """Without layers there is nothing of a pass that could be compiled by itself."""
     tokens = iter(lambda: torch.zeros(2, 3, dtype=torch.long), None)
     problem = Problem(TokenModel(), tokens, tokens, recon="kl")
-    config = make_config(ALL_LOSSES, sites={"mid": 3}, compile=True, passes=passes)
-    with pytest.raises(UserError, match=f"compile: true .*passes is '{passes}', here one_by_one"):
+    config = make_config(ALL_LOSSES, sites={"mid": 3}, compile=True, passes="one_by_one")
+    with pytest.raises(UserError, match="compile: true .*passes is 'one_by_one', here one_by_one"):
         prepare(problem, config)
 
 
 class Recorder(Silent):
-    """A tracker that remembers."""
+    """An observer that remembers."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[int, dict[str, float]]] = []
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
         self.lines.append((step, dict(values)))
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        self.stepped(step, values)
 
 
 def prepared(passes: str) -> Prepared:

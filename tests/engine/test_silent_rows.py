@@ -79,9 +79,9 @@ def test_every_term_and_gradient_is_that_of_the_whole_batch():
         whole[key] = torch.rand(len(batch), uniform.shape[1])
         whole[key][has_input] = uniform[:n]
 
-    total, logged = objective(batch, PROGRESS, whole)
+    total, logged, _ = objective(batch, PROGRESS, whole)
     expected = gradients(model, total)
-    total, merged = objective(rows.batch, PROGRESS, noise, rows.weights)
+    total, merged, _ = objective(rows.batch, PROGRESS, noise, rows.weights)
     found = gradients(model, total)
 
     assert merged.keys() == logged.keys()

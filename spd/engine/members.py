@@ -1,0 +1,137 @@
+"""Runs that are trained together: what each computes a step from, and its checkpoints."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from spd.config import RunError, UserError
+from spd.engine import checkpoint
+from spd.engine.distributed import average_, own_share
+from spd.engine.ensemble import StepInputs
+from spd.engine.prepare import Prepared
+from spd.engine.silent_rows import Rows
+from spd.engine.update import Update
+from spd.losses import State, faithfulness
+from spd.problem import Resumable
+from spd.spd_config import WarmupConfig
+
+
+class NonFiniteError(RunError):
+    """A term became NaN or infinite."""
+
+
+@runtime_checkable
+class Trainee(Protocol):
+    """One of the runs."""
+
+    prepared: Prepared
+    checkpoints: Path | None
+    failure: NonFiniteError | None
+
+
+def step_inputs(prepared: Prepared, step: int, state: State) -> StepInputs:
+    """What one run computes a step from; of several processes, this one's rows of it."""
+    problem, config, objective, *_ = prepared
+    batch = _next_batch(problem.train_batches, step, config.steps)
+    share = own_share()
+    merged = prepared.silent_rows.merge(batch)
+    batch, row_weights = merged if len(merged.batch) % share.of == 0 else Rows(batch)
+    noise = objective.noise(batch, stream="train", seed=config.seed, step=step, share=share)
+    # filled in on the device: a copy from the host would wait for it
+    progress = torch.full((), step / max(config.steps - 1, 1), device=batch.device)
+    own = share.rows(len(batch))
+    own_weights = None if row_weights is None else row_weights[own]
+    return StepInputs(batch[own], progress, noise, own_weights, state)
+
+
+def _next_batch(batches: Iterator[Tensor], step: int, steps: int) -> Tensor:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise RunError(f"the training data ended before step {step} of {steps}") from None
+
+
+def shared(state: State) -> State:
+    """What terms carry on, where several processes have computed it from their rows: the mean."""
+    average_(state.values())
+    return state
+
+
+def warm_up(prepared: Prepared, config: WarmupConfig) -> None:
+    """Bring the sums of the subcomponents to the target's weights before the first step."""
+    sites = prepared.objective.model.sites
+    parameters = [p for site in sites.values() for p in site.subcomponents.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
+    for _ in range(config.steps):
+        faithfulness(sites).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def save(
+    members: Sequence[Trainee],
+    states: Sequence[State],
+    update: Update,
+    step: int,
+    record: dict[str, Any],
+) -> None:
+    """A checkpoint of every run that has not failed."""
+    for member, state, optimizer in zip(members, states, update.states(), strict=True):
+        if member.checkpoints is None or member.failure is not None:
+            continue
+        batches = member.prepared.problem.train_batches
+        checkpoint.save(
+            member.checkpoints,
+            step,
+            parameters=dict(member.prepared.objective.model.subcomponent_parameters()),
+            state={
+                "optimizer": optimizer,
+                "data": batches.state_dict() if isinstance(batches, Resumable) else None,
+                "carried": dict(state),
+                "rng": torch.get_rng_state(),
+                "num_threads": torch.get_num_threads(),
+                **record,
+            },
+            keep=member.prepared.config.keep_checkpoints,
+        )
+
+
+def restore(members: Sequence[Trainee], update: Update) -> list[dict[str, Any]]:
+    """Bring everything back to the newest checkpoints, if there are any, and return their states."""
+    found = [checkpoint.latest(m.checkpoints) for m in members if m.checkpoints is not None]
+    newest = [path for path in found if path is not None]
+    if not newest:
+        return []
+    states = [checkpoint.load_state(path) for path in newest]
+    assert len(newest) == len(members) and len({state["step"] for state in states}) == 1, (
+        f"runs that are not at the same step cannot go on together: {newest}"
+    )
+    for member, path, state in zip(members, newest, states, strict=True):
+        batches = member.prepared.problem.train_batches
+        if not isinstance(batches, Resumable):
+            raise UserError("resume: the training batches have no state_dict and load_state_dict")
+        with _fits(path):
+            member.prepared.objective.model.load_subcomponents(checkpoint.load_parameters(path))
+            batches.load_state_dict(state["data"])
+            torch.set_rng_state(state["rng"])
+            torch.set_num_threads(state["num_threads"])
+    with _fits(newest[0]):
+        update.load_states([state["optimizer"] for state in states])
+    return states
+
+
+@contextmanager
+def _fits(newest: Path) -> Iterator[None]:
+    """Turn what a checkpoint of something else raises into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{newest}: the checkpoint does not fit this configuration: {error}"
+        ) from None
