@@ -34,7 +34,7 @@ NOT_A_SETTING = (
     *("log_every", "eval_every", "save_every", "keep_checkpoints"),
 )
 """keys in which the configuration of a run may differ from the registered one, with the same result"""
-HEADLINES = ("mmcs/", "ml2r/", "correlation/", "recovered/rounded", "l0/total", "alive/total")
+HEADLINES = ("mmcs/", "ml2r/", "correlation/", "recovered/rounded")
 
 PAGE_HEAD = """\
 # Results
@@ -239,14 +239,23 @@ def _state(record: Mapping[str, Any], present: Mapping[str, float]) -> str:
 
 
 def _headline(records: Sequence[Mapping[str, Any]], kind: str) -> str:
-    """The figures that tell most, as the mean over the seeds."""
+    """The figures that tell most, as the mean over the seeds.
+
+    What masks recover of a language model stands after how much is on: it means little by itself.
+    """
     found: dict[str, list[float]] = {}
     for record in records:
-        for row in record["result"]["rows"]:
+        rows = record["result"]["rows"]
+        if kind == "value" and any(row["key"] == "recovered/rounded" for row in rows):
+            for name, label in (("l0/", "L0"), ("alive/", "alive")):
+                on = [row["value"] for row in rows if row["key"].startswith(name)]
+                found.setdefault(label, []).append(sum(on))
+        for row in rows:
             if row["key"].startswith(HEADLINES) and row[kind] is not None:
                 found.setdefault(row["metric"], []).append(row[kind])
     means = {metric: sum(values) / len(values) for metric, values in found.items()}
-    return ", ".join(f"{metric} {mean:.3f}" for metric, mean in means.items()) or "–"
+    texts = [f"{metric} {mean:.{0 if mean > 10 else 3}f}" for metric, mean in means.items()]
+    return ", ".join(texts) or "–"
 
 
 def _ranges(seeds: Sequence[int]) -> str:

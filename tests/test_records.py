@@ -87,6 +87,17 @@ def test_a_run_that_kept_no_numbers_is_stale(docs: Path, tmp_path: Path) -> None
     assert "| record |  | stale |" in page and "| commit |  | 01234567+ |" in page
 
 
+def test_what_masks_recover_stands_after_how_much_is_on(docs: Path, tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    result = json.loads((run / "result.json").read_text())
+    empty = {"spread": None, "published": None, "published_spread": None}
+    values = {"l0/a": 60.5, "l0/b": 70.5, "alive/a": 160.0, "recovered/rounded": 0.95}
+    result["rows"] = [{"metric": key, "key": key, "value": v} | empty for key, v in values.items()]
+    (run / "result.json").write_text(json.dumps(result))
+    record(docs, run)
+    assert "| L0 131, alive 160, recovered/rounded 0.950 |" in written(docs)[1]
+
+
 def test_what_cannot_be_recorded(docs: Path, tmp_path: Path) -> None:
     run = finished_run(tmp_path, status="interrupted")
     with pytest.raises(UserError, match="no finished run"):

@@ -67,7 +67,8 @@ def _numbers(objective: Objective, batch: Tensor) -> dict[str, float]:
     model.load_subcomponents(values)
     draws = objective.draw_noise(batch, stream="train", seed=0, step=0)
     noise = {key: _fixed(key, draw.shape).abs().frac() for key, draw in draws.items()}
-    total, terms = objective(batch, torch.tensor(0.25), noise)
+    state = objective.initial_state()
+    total, terms, _ = objective(batch, torch.tensor(0.25), noise, state=state)
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     numbers = {name: float(value) for name, value in terms.items() if name.startswith("loss/")}
     for name, gradient in zip(parameters, gradients, strict=True):
