@@ -6,7 +6,6 @@ Whatever else the machine does hits all of them alike, and each has a peak of me
 import copy
 import json
 import logging
-import os
 import platform
 import resource
 import statistics
@@ -24,6 +23,7 @@ from benchmarks.cases import Case, load
 from benchmarks.naive import Naive
 from spd.component_model import ComponentModel
 from spd.engine.prepare import prepare
+from spd.launch.resources import n_usable_cores
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side
 from spd.problem import Problem
 
@@ -172,6 +172,11 @@ def run_naive(config: Any, problem: Problem) -> None:
 def peak_megabytes() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
+    return peak_resident_megabytes()
+
+
+def peak_resident_megabytes() -> float:
+    """Largest resident set of this process, in 10⁶ bytes; psutil knows only the present one."""
     per_unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * per_unit / 1e6
 
@@ -179,10 +184,8 @@ def peak_megabytes() -> float:
 def machine() -> str:
     """What the figures were measured on, in one line."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (
-        f"{name}, {cores} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    threads = torch.get_num_threads()
+    return f"{name}, {n_usable_cores()} CPU cores, {threads} threads, torch {torch.__version__}"
 
 
 def _cpu_name() -> str:

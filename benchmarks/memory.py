@@ -9,7 +9,6 @@ it has imported.
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from benchmarks.blocks import peak_resident_megabytes
 from spd.config import parse
 from spd.engine.compilation import CompiledStep
 from spd.engine.prepare import prepare
@@ -81,8 +81,8 @@ def measure(n_layers: int, sites: str, variant: str, steps: int) -> Measured:
     passes, _, compiled = variant.partition(",")
     losses = EMBEDDING_LOSSES if sites == "embedding" else LOSSES
     raw: dict[str, Any] = {"sites": {PATTERNS[sites]: C}, "losses": losses}
-    raw |= {"importance": {"type": "affine"}, "compile": bool(compiled), "n_eval_batches": 1}
-    raw |= {"steps": steps, "lr": 1e-4, "passes": passes}
+    raw |= {"importance": {"type": "affine"}, "n_eval_batches": 1, "steps": steps, "lr": 1e-4}
+    raw["execution"] = {"compile": bool(compiled), "passes": passes}
     config = parse(SPDConfig, raw, "benchmark")
     problem = Problem(TokenModel(llama, "logits"), _tokens(), _tokens(), recon="kl")
     objective = prepare(problem, config).objective
@@ -91,7 +91,7 @@ def measure(n_layers: int, sites: str, variant: str, steps: int) -> Measured:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     together = passes == "together"
     kind = CompiledStep if together else CompiledPasses
-    step_fn = kind(objective, config.compile, steps)
+    step_fn = kind(objective, config.execution.compile, steps)
     seconds = []
     for step in range(steps):
         started = time.perf_counter()
@@ -105,9 +105,8 @@ def measure(n_layers: int, sites: str, variant: str, steps: int) -> Measured:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
-    per_kib = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * per_kib / 1e6
-    return Measured(peak, BATCH * POSITIONS / statistics.median(seconds[1:]), seconds[0])
+    tokens_per_second = BATCH * POSITIONS / statistics.median(seconds[1:])
+    return Measured(peak_resident_megabytes(), tokens_per_second, seconds[0])
 
 
 def _tokens() -> Iterator[Tensor]:

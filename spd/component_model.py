@@ -23,7 +23,6 @@ from spd.importance import (
     ImportanceConfig,
     InputImportance,
     LowerLeak,
-    make_importance,
 )
 from spd.noise import derive_seed
 
@@ -142,7 +141,7 @@ class ComponentModel(nn.Module):
             subcomponents = _make_subcomponents(original, C_of[path], tie, generator)
             weight = input_output_weight(original)
             d_in = weight.shape[1 if isinstance(original, nn.Embedding) else 0]
-            function = make_importance(importance, C_of[path], d_in, generator=generator)
+            function = importance.build(C_of[path], d_in, generator=generator)
             site = Site(original, subcomponents, function.to(weight.device))
             target.set_submodule(path, site)
             self.sites[path] = site

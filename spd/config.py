@@ -5,11 +5,13 @@ value, its place and what is allowed.
 """
 
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -17,22 +19,51 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 Config = TypeVar("Config", bound="BaseConfig")
 
 
+class Exit(IntEnum):
+    """The exit statuses of all commands."""
+
+    DONE = 0
+    FAILED = 1
+    MISTAKE = 2
+    """of the user, in a configuration or on a command line"""
+    UNREACHABLE = 3
+    """data or a model cannot be had from here"""
+    INTERRUPTED = 130
+    """by Ctrl-C: 128 and the number of the signal, as of any other signal"""
+    TERMINATED = 143
+
+
 class UserError(ValueError):
-    """A mistake in what the user gave: shown as one message, without a traceback, exit status 2."""
+    """A mistake in what the user gave: shown as one message, without a traceback."""
+
+    status = Exit.MISTAKE
 
 
 class Unreachable(UserError):  # noqa: N818 - it is a condition of the surroundings
-    """Data or a model that cannot be had from here, as without a network or a key: exit status 3."""
+    """Data or a model that cannot be had from here, as without a network or a key."""
+
+    status = Exit.UNREACHABLE
 
 
 class RunError(RuntimeError):
-    """Work that was done in vain, for a reason that one message tells: exit status 1."""
+    """Work that was done in vain, for a reason that one message tells."""
+
+    status = Exit.FAILED
+
+
+def report_error(error: UserError | RunError) -> Exit:
+    """Print the message of an error on stderr; the exit status that belongs to it."""
+    print(f"error: {error}", file=sys.stderr)
+    return error.status
 
 
 class BaseConfig(BaseModel):
     """Frozen, and unknown keys are errors. Floats stay lax: YAML 1.1 reads `1e-3` as a string."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    open_group: ClassVar[str | None] = None
+    """A field that is a group of settings whose keys an override may name without it."""
 
 
 def _add_types(raw: Any) -> Any:
@@ -92,6 +123,12 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
     return result
 
 
+def full_key(cls: type[BaseConfig], key: str) -> str:
+    """The key that a setting has in a file; an override may leave out the name of `open_group`."""
+    head = key.split(".", 1)[0]
+    return f"{cls.open_group}.{key}" if head in _open_keys(cls) else key
+
+
 def parse(cls: type[Config], raw: Mapping[str, Any], source: str) -> Config:
     """Validate `raw` as a `cls`; one `UserError`, beginning with `source`, lists all problems."""
     try:
@@ -105,7 +142,7 @@ def load_config(cls: type[Config], path: Path, overrides: Iterable[str] = ()) ->
     """Read, override and validate one configuration file."""
     overrides = list(overrides)
     source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    return parse(cls, apply_overrides(read_yaml(path), overrides), source)
+    return parse(cls, apply_overrides(read_yaml(path), _in_full(cls, overrides)), source)
 
 
 def to_yaml(config: BaseConfig) -> str:
@@ -122,6 +159,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?` with the nearest known name, or nothing."""
     matches = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _open_keys(cls: type[BaseConfig]) -> list[str]:
+    """The keys of `open_group` that are no fields of `cls` itself."""
+    if cls.open_group is None:
+        return []
+    return [key for key in _fields_at(cls, [cls.open_group]) if key not in cls.model_fields]
+
+
+def _in_full(cls: type[BaseConfig], overrides: Iterable[str]) -> Iterator[str]:
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        yield f"{full_key(cls, key.strip())}{separator}{value}"
 
 
 def _differences(place: str, first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -157,7 +207,7 @@ def _set(node: dict[str, Any], path: str, value: Any, override: str) -> None:
     _set(child, path[len(head) + 1 :], value, override)
 
 
-def _describe(cls: type[BaseModel], details: Any) -> str:
+def _describe(cls: type[BaseConfig], details: Any) -> str:
     """One validation problem in words: place, value, what is allowed."""
     loc = [str(part) for part in details["loc"]]
     named_once = [part for i, part in enumerate(loc) if i == 0 or part != loc[i - 1]]
@@ -165,7 +215,10 @@ def _describe(cls: type[BaseModel], details: Any) -> str:
     match details["type"]:
         case "extra_forbidden":
             known = sorted(_fields_at(cls, loc[:-1]))
-            hint = nearest(loc[-1], known)
+            open_keys = _open_keys(cls) if len(loc) == 1 else []
+            if loc[-1] in open_keys:
+                return f"{place}: stands in the group {cls.open_group}, as {full_key(cls, place)}"
+            hint = nearest(loc[-1], [*known, *open_keys])
             return f"{place}: unknown key{hint} (allowed: {', '.join(known)})"
         case "missing":
             return f"{place}: a value is required"

@@ -53,47 +53,15 @@ class Mapped(Mapping[str, Tensor]):
         return len(self.arguments)
 
 
-class MLPImportanceConfig(BaseConfig):
-    """One small MLP per subcomponent: its inner activation → `n_hidden` GELU neurons → a scalar."""
-
-    type: Literal["mlp"] = "mlp"
-    n_hidden: int = Field(default=16, ge=1)
+class Importance(nn.Module):
+    """Base of all functions: from the inner activations h `[…, C]` to logits of the same shape."""
 
 
-class AffineImportanceConfig(BaseConfig):
-    """One affine map of the inner activation per subcomponent (the published "0 hidden neurons")."""
-
-    type: Literal["affine"] = "affine"
+class InputImportance(Importance):
+    """Base of those that see the whole input vectors of a site instead, `[…, d_in]`."""
 
 
-class SharedMLPImportanceConfig(BaseConfig):
-    """One MLP per site, shared by its subcomponents: the whole input vector → GELU layers → C scalars."""
-
-    type: Literal["shared_mlp"] = "shared_mlp"
-    hidden_widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(128,), min_length=1)
-    normalize: bool = False
-    """divide every input vector by its root mean square first, which evens out sites but hides its size"""
-
-
-class VectorMLPImportanceConfig(BaseConfig):
-    """One small MLP per subcomponent: the whole input vector → `n_hidden` GELU neurons → a scalar."""
-
-    type: Literal["vector_mlp"] = "vector_mlp"
-    n_hidden: int = Field(default=16, ge=1)
-    normalize: bool = False
-    """as in `SharedMLPImportanceConfig`"""
-
-
-ImportanceConfig = Annotated[
-    MLPImportanceConfig
-    | AffineImportanceConfig
-    | SharedMLPImportanceConfig
-    | VectorMLPImportanceConfig,
-    Field(discriminator="type"),
-]
-
-
-class MLPImportance(nn.Module):
+class MLPImportance(Importance):
     """For each subcomponent c alone: Σ_k mlp_out_ck · gelu(mlp_in_ck h_c + in_bias_ck) + out_bias_c."""
 
     def __init__(self, C: int, n_hidden: int, *, generator: torch.Generator) -> None:
@@ -110,7 +78,7 @@ class MLPImportance(nn.Module):
         return out.reshape(h.shape) + self.out_bias
 
 
-class AffineImportance(nn.Module):
+class AffineImportance(Importance):
     """weight_c · h_c + bias_c."""
 
     def __init__(self, C: int, *, generator: torch.Generator) -> None:
@@ -122,7 +90,7 @@ class AffineImportance(nn.Module):
         return h * self.weight + self.bias
 
 
-class SharedMLPImportance(nn.Module):
+class SharedMLPImportance(InputImportance):
     """All C scalars from one MLP of the site's input vector: x → gelu(x W_1 + b_1) → … → W_n + b_n.
 
     Initialised by the rule of `MLPImportance`, there with one input per neuron: hidden weights have
@@ -157,7 +125,7 @@ class SharedMLPImportance(nn.Module):
         return x @ weight + bias
 
 
-class VectorMLPImportance(nn.Module):
+class VectorMLPImportance(InputImportance):
     """For each subcomponent c alone: Σ_k mlp_out_ck · gelu(x · mlp_in_c,k + in_bias_ck) + out_bias_c.
 
     `x` is the site's input vector. Initialised by the rule of `SharedMLPImportance`.
@@ -181,30 +149,9 @@ class VectorMLPImportance(nn.Module):
         return (F.gelu(z) * self.mlp_out).sum(dim=-1) + self.out_bias
 
 
-InputImportance = SharedMLPImportance | VectorMLPImportance
-"""Importance functions of the site's whole input vector; the others see the inner activations h alone."""
-
-Importance = MLPImportance | AffineImportance | InputImportance
-
-
 def rms_normalized(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     """x over its root mean square; a vector of zeros stays one."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-12)
-
-
-def make_importance(
-    config: ImportanceConfig, C: int, d_in: int, *, generator: torch.Generator
-) -> Importance:
-    """For a site with C subcomponents whose input vectors have `d_in` entries."""
-    match config:
-        case SharedMLPImportanceConfig(hidden_widths=widths, normalize=normalize):
-            return SharedMLPImportance(C, d_in, widths, normalize=normalize, generator=generator)
-        case VectorMLPImportanceConfig(n_hidden=n_hidden, normalize=normalize):
-            return VectorMLPImportance(C, d_in, n_hidden, normalize=normalize, generator=generator)
-        case MLPImportanceConfig():
-            return MLPImportance(C, config.n_hidden, generator=generator)
-        case AffineImportanceConfig():
-            return AffineImportance(C, generator=generator)
 
 
 def lower_leaky_hard_sigmoid(
@@ -223,3 +170,70 @@ def lower_leaky_hard_sigmoid(
 def upper_leaky_hard_sigmoid(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """0 below 0, x in [0, 1], 1 + 0.01 (x − 1) above. At 0 the slope is 0."""
     return torch.where(x > 1, 1 + LEAK * (x - 1), x.relu())
+
+
+# --- the specs -------------------------------------------------------------------------------------
+
+
+class ImportanceSpec(BaseConfig):
+    """An importance function as a configuration names it, by the field `type` of its class."""
+
+    def build(self, C: int, d_in: int, *, generator: torch.Generator) -> Importance:
+        """For a site with C subcomponents whose input vectors have `d_in` entries."""
+        raise NotImplementedError
+
+
+class MLPImportanceConfig(ImportanceSpec):
+    """One small MLP per subcomponent: its inner activation → `n_hidden` GELU neurons → a scalar."""
+
+    type: Literal["mlp"] = "mlp"
+    n_hidden: int = Field(default=16, ge=1)
+
+    def build(self, C: int, d_in: int, *, generator: torch.Generator) -> Importance:
+        return MLPImportance(C, self.n_hidden, generator=generator)
+
+
+class AffineImportanceConfig(ImportanceSpec):
+    """One affine map of the inner activation per subcomponent (the published "0 hidden neurons")."""
+
+    type: Literal["affine"] = "affine"
+
+    def build(self, C: int, d_in: int, *, generator: torch.Generator) -> Importance:
+        return AffineImportance(C, generator=generator)
+
+
+class SharedMLPImportanceConfig(ImportanceSpec):
+    """One MLP per site, shared by its subcomponents: the whole input vector → GELU layers → C scalars."""
+
+    type: Literal["shared_mlp"] = "shared_mlp"
+    hidden_widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(128,), min_length=1)
+    normalize: bool = False
+    """divide every input vector by its root mean square first, which evens out sites but hides its size"""
+
+    def build(self, C: int, d_in: int, *, generator: torch.Generator) -> Importance:
+        return SharedMLPImportance(
+            C, d_in, self.hidden_widths, normalize=self.normalize, generator=generator
+        )
+
+
+class VectorMLPImportanceConfig(ImportanceSpec):
+    """One small MLP per subcomponent: the whole input vector → `n_hidden` GELU neurons → a scalar."""
+
+    type: Literal["vector_mlp"] = "vector_mlp"
+    n_hidden: int = Field(default=16, ge=1)
+    normalize: bool = False
+    """as in `SharedMLPImportanceConfig`"""
+
+    def build(self, C: int, d_in: int, *, generator: torch.Generator) -> Importance:
+        return VectorMLPImportance(
+            C, d_in, self.n_hidden, normalize=self.normalize, generator=generator
+        )
+
+
+ImportanceConfig = Annotated[
+    MLPImportanceConfig
+    | AffineImportanceConfig
+    | SharedMLPImportanceConfig
+    | VectorMLPImportanceConfig,
+    Field(discriminator="type"),
+]

@@ -40,7 +40,7 @@ def kl_per_row(
     """
     log_p = target_logits if normalized else F.log_softmax(target_logits, dim=-1)
     if target_logits.requires_grad or torch.compiler.is_compiling():
-        return (log_p.exp() * (log_p - F.log_softmax(logits, dim=-1))).sum(dim=-1)
+        return _kl_terms(log_p, F.log_softmax(logits, dim=-1), log_p.exp()).sum(dim=-1)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     return _KLPerRow.apply(logits, log_p, with_gradient, kernel)[0]
 
@@ -50,7 +50,12 @@ def kl_and_gradient(
 ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows d"]]:
     """Σ p (log p − log q) of every row, and its gradient in the logits of q, which is q − p."""
     log_q, p = F.log_softmax(logits, dim=-1), log_p.exp()
-    return (p * (log_p - log_q)).sum(dim=-1), log_q.exp() - p
+    return _kl_terms(log_p, log_q, p).sum(dim=-1), log_q.exp() - p
+
+
+def _kl_terms(log_p: Tensor, log_q: Tensor, p: Tensor) -> Tensor:
+    """p (log p − log q), and 0 where p is 0 because its logit is −inf."""
+    return (p * (log_p - log_q)).masked_fill(log_p == -torch.inf, 0.0)
 
 
 class _KLPerRow(torch.autograd.Function):
@@ -68,7 +73,7 @@ class _KLPerRow(torch.autograd.Function):
         pieces = []
         for rows, target_rows, place in _chunks(logits, log_p, gradient):
             log_q, p = F.log_softmax(rows, dim=-1), target_rows.exp()
-            pieces.append((p * (target_rows - log_q)).sum(dim=-1))
+            pieces.append(_kl_terms(target_rows, log_q, p).sum(dim=-1))
             if with_gradient:
                 place.copy_(log_q.exp_().sub_(p))
         values = torch.cat(pieces).reshape(logits.shape[:-1])

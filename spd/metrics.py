@@ -1,12 +1,21 @@
 """Figures of merit on held-out data: accumulators behind specs, and the formulas they call."""
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import (
+    Annotated,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    TypeVar,
+    runtime_checkable,
+)
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.optimize import linear_sum_assignment
+from pydantic import ConfigDict, model_validator
 from torch import Tensor
 
 from spd.component_model import ComponentModel
@@ -15,6 +24,7 @@ from spd.config import (
     NAME_IS_TYPE,
     BaseConfig,
     UserError,
+    nearest,
 )
 from spd.losses import Loss, StepContext, loss_terms
 from spd.problem import (
@@ -26,6 +36,8 @@ from spd.problem import (
 
 L0_THRESHOLD = 0.01
 ALIVE_THRESHOLD = 0.1
+ALWAYS_ON = 0.99
+"""share of the rows on which a subcomponent that is always on is active"""
 PATTERN_TOLERANCE = 0.1
 INERT_FRACTION = 0.1
 
@@ -92,7 +104,7 @@ def assignment(g: Float[Tensor, "probes C"]) -> Tensor:
 
     The rest follows by falling maximum.
     """
-    rows, columns = linear_sum_assignment(g.numpy(force=True), maximize=True)
+    rows, columns = _partners(g)
     partners = columns[np.argsort(rows)]
     rest = [c for c in g.amax(dim=0).argsort(descending=True).tolist() if c not in set(partners)]
     return torch.tensor([*partners.tolist(), *rest], dtype=torch.long)
@@ -101,12 +113,19 @@ def assignment(g: Float[Tensor, "probes C"]) -> Tensor:
 def identity_errors(g: Float[Tensor, "probes C"], n: int) -> int:
     """Wrong entries after the best permutation: a diagonal one below 0.9, any other above 0.1."""
     assert g.shape[0] == n, f"{g.shape[0]} probes for a pattern of {n}"
-    rows, columns = linear_sum_assignment(g.numpy(force=True), maximize=True)
+    rows, columns = _partners(g)
     expected = torch.zeros_like(g, dtype=torch.bool)
     expected[torch.as_tensor(rows), torch.as_tensor(columns)] = True
     missing = expected & (g < 1 - PATTERN_TOLERANCE)
     extra = ~expected & (g > PATTERN_TOLERANCE)
     return int(missing.sum() + extra.sum()) + n - len(rows)
+
+
+def _partners(g: Float[Tensor, "probes C"]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and columns of the one-to-one assignment with the largest sum."""
+    from scipy.optimize import linear_sum_assignment  # half a second that few runs need
+
+    return linear_sum_assignment(g.numpy(force=True), maximize=True)
 
 
 def columns_in_use(g: Float[Tensor, "probes C"]) -> Bool[Tensor, " C"]:
@@ -157,11 +176,114 @@ def probe_importances(model: ComponentModel, probes: Tensor) -> dict[str, Tensor
     return {path: g.clamp(0, 1) for path, g in ci.lower.items()}
 
 
+# --- what a metric says about its figures ----------------------------------------------------------
+
+
+class Quantity(BaseConfig):
+    """How the figures of one name are shown, wherever they are: `<name>/<place>`, or this name alone."""
+
+    label: str
+    meaning: str = ""
+    """for readers who do not know it: a phrase that goes on after the label and a colon"""
+    format: str = ""
+    """as Python's `format` takes it; empty: as the size of the value suggests"""
+    headline: bool = True
+    """stands where there is room for a few figures only, as in a table of many runs"""
+    spread: str | None = None
+    """the name of what stands behind its ±, in place of a line of its own"""
+    published_as: str | None = None
+    """the name whose published figure this one is compared with, too"""
+
+
+class Published(BaseConfig):
+    """A published figure and its spread over the features of one run."""
+
+    value: float
+    spread: float | None = None
+
+
+class Conclusion(BaseConfig):
+    """What a run comes to, by one of its metrics."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    headline: str
+    detail: str = ""
+    solved: bool | None = None
+    """None: there is no known solution"""
+
+
+class MetricSpec(BaseConfig):
+    """A metric as a configuration names it, by the field `type` of its class."""
+
+    quantities: ClassVar[Mapping[str, Quantity]] = {}
+    """what it computes, by name; an exact key (`errors/total`) goes before its name (`errors`)"""
+
+    published: Mapping[str, Published] = {}
+    """key → the figure to show beside this run's"""
+    expected: Mapping[str, tuple[float, float]] = {}
+    """key → lowest and highest mean over the seeds, as `spd-evals` judges it"""
+
+    @model_validator(mode="after")
+    def _computes_them(self) -> Self:
+        for field, keys in (("published", self.published), ("expected", self.expected)):
+            for key in keys if self.quantities else ():
+                if quantity_of(key, self.quantities) is None:
+                    known = ", ".join(self.quantities)
+                    hint = nearest(key.partition("/")[0], self.quantities)
+                    raise ValueError(f"{field}: {key!r} is not computed{hint} (computed: {known})")
+        for key, (low, high) in self.expected.items():
+            if not low <= high:
+                raise ValueError(f"expected: {key}: from {low} to {high} is no range")
+        return self
+
+    def build(self, model: ComponentModel, problem: Problem) -> Metric:
+        """A fresh accumulator, or a `UserError` where this metric makes no sense."""
+        raise NotImplementedError
+
+    def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
+        """What the figures of an evaluation come to; None if this metric does not say."""
+        return None
+
+
+def quantity_of(key: str, quantities: Mapping[str, Quantity]) -> Quantity | None:
+    """What a figure is: what its key itself is declared as, else what its name is."""
+    return quantities.get(key) or quantities.get(key.partition("/")[0])
+
+
 # --- the specs -------------------------------------------------------------------------------------
 
 
-class ColumnMatchMetric(BaseConfig):
+class ColumnMatchMetric(MetricSpec):
     """MMCS and ML2R of one site, by the paper's definition and with inert subcomponents left out."""
+
+    quantities = {
+        "mmcs": Quantity(
+            label="MMCS",
+            meaning="how well the direction of each column of the target's matrix is met by a single"
+            " subcomponent (cosine; 1 is perfect), mean over the input features ± their standard"
+            " deviation; subcomponents shorter than a tenth of the column do not compete",
+            spread="mmcs_sd",
+        ),
+        "ml2r": Quantity(
+            label="ML2R",
+            meaning="the length of that subcomponent over the column's (1 is perfect)",
+            spread="ml2r_sd",
+        ),
+        "mmcs_paper": Quantity(
+            label="MMCS (paper's definition)",
+            meaning="the same if subcomponents of any length compete",
+            headline=False,
+            spread="mmcs_paper_sd",
+            published_as="mmcs",
+        ),
+        "ml2r_paper": Quantity(
+            label="ML2R (paper's definition)",
+            headline=False,
+            spread="ml2r_paper_sd",
+            published_as="ml2r",
+        ),
+    }
 
     type: Literal["column_match"] = "column_match"
     site: str
@@ -195,8 +317,18 @@ class _ColumnMatch:
         return values
 
 
-class PatternErrorsMetric(BaseConfig):
+class PatternErrorsMetric(MetricSpec):
     """Errors against the known importance pattern, per site and in all; `solved` is 1 at no error."""
+
+    quantities = {
+        "errors": Quantity(
+            label="errors",
+            meaning="deviations from the known importance pattern",
+            headline=False,
+        ),
+        "errors/total": Quantity(label="errors total"),
+        "solved": Quantity(label="solved", meaning="1 if there is no error", headline=False),
+    }
 
     type: Literal["pattern_errors"] = "pattern_errors"
 
@@ -206,6 +338,25 @@ class PatternErrorsMetric(BaseConfig):
                 "metrics.pattern_errors: these sites have no known solution; remove the metric"
             )
         return _PatternErrors(model, problem.probes, problem.solution)
+
+    def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
+        if "solved" not in values:
+            return None
+        if values["solved"]:
+            headline = "solved: every site matches the known importance pattern"
+            return Conclusion(headline=headline, solved=True)
+        errors = {
+            key.removeprefix("errors/"): int(value)
+            for key, value in values.items()
+            if key.startswith("errors/")
+        }
+        total = errors.pop("total")
+        return Conclusion(
+            headline=f"not solved: {total} error{'' if total == 1 else 's'}",
+            detail="errors against the known pattern: "
+            + ", ".join(f"{p} {n}" for p, n in errors.items()),
+            solved=False,
+        )
 
 
 class _PatternErrors:
@@ -229,8 +380,26 @@ class _PatternErrors:
         return {**values, "errors/total": float(total), "solved": float(total == 0)}
 
 
-class SparsityMetric(BaseConfig):
+class SparsityMetric(MetricSpec):
     """Per site: L0 (mean number of g > 0.01), alive (g > 0.1 at least once), density (mean of g > 0.1)."""
+
+    quantities = {
+        "l0": Quantity(
+            label="L0",
+            meaning=f"subcomponents with an importance above {L0_THRESHOLD}, mean per input",
+            headline=False,
+        ),
+        "alive": Quantity(
+            label="alive",
+            meaning=f"subcomponents above {ALIVE_THRESHOLD} on at least one input, of all C",
+            headline=False,
+        ),
+        "density": Quantity(
+            label="density",
+            meaning=f"mean fraction of inputs on which a subcomponent is above {ALIVE_THRESHOLD}",
+            headline=False,
+        ),
+    }
 
     type: Literal["sparsity"] = "sparsity"
 
@@ -268,6 +437,11 @@ class _Sparsity:
 class HeldOutLosses:
     """Every loss of the run as a mean over the held-out batches: `loss/<name>`, and their weighted sum."""
 
+    quantities: ClassVar[Mapping[str, Quantity]] = {
+        "loss": Quantity(label="held-out", format=".3g", headline=False),
+        "loss/total": Quantity(label="held-out total", format=".3g"),
+    }
+
     def __init__(self, losses: Mapping[str, Loss]) -> None:
         self.losses = losses
         self.totals = dict.fromkeys(losses, 0.0)
@@ -284,6 +458,45 @@ class HeldOutLosses:
         return {"loss/total": weighted, **{f"loss/{name}": mean for name, mean in means.items()}}
 
 
+class SiteUsage(NamedTuple):
+    """How many subcomponents of a site held-out data uses."""
+
+    C: int
+    l0: float
+    """mean number of g > 0.01"""
+    alive: int
+    """g > 0.1 at least once"""
+    always_on: int
+    """g > 0.1 nearly everywhere"""
+
+    @property
+    def problem(self) -> str | None:
+        """Why this is no decomposition, and what to change first; None where it may be one."""
+        if self.alive == 0:
+            return "no subcomponent is ever on; try a smaller coefficient of importance_minimality"
+        if self.C > 1 and self.always_on > self.C / 2:
+            return (
+                f"{self.always_on} of {self.C} subcomponents are on nearly everywhere; try a larger"
+                " coefficient of importance_minimality, or more steps"
+            )
+        return None
+
+
+@torch.no_grad()
+def site_usage(model: ComponentModel, contexts: Iterable[StepContext]) -> dict[str, SiteUsage]:
+    """Of every site, over all contexts."""
+    seen = _Sparsity(model)
+    for ctx in contexts:
+        seen.update(ctx)
+    usage = {}
+    for path, active in seen.n_active.items():
+        n = seen.n_rows[path]
+        l0 = seen.n_nonzero[path].sum().item() / n
+        counts = [int(on.sum()) for on in (active > 0, active >= ALWAYS_ON * n)]
+        usage[path] = SiteUsage(len(active), l0, *counts)
+    return usage
+
+
 def collect(
     makers: Iterable[Accumulator[Value]], contexts: Iterable[StepContext]
 ) -> dict[str, Value]:
@@ -295,5 +508,6 @@ def collect(
     return {key: value for maker in makers for key, value in maker.compute().items()}
 
 
-MetricSpec = ColumnMatchMetric | PatternErrorsMetric | SparsityMetric
-Metrics = Annotated[Mapping[str, Annotated[MetricSpec, BY_TYPE]], NAME_IS_TYPE]
+GeneralMetric = ColumnMatchMetric | PatternErrorsMetric | SparsityMetric
+"""The metrics of any decomposition; experiments add their own."""
+Metrics = Annotated[Mapping[str, Annotated[GeneralMetric, BY_TYPE]], NAME_IS_TYPE]

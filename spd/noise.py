@@ -1,7 +1,7 @@
 """Random numbers by what they are for: seeds, and the uniform draws that stochastic masks are made of."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,18 @@ class Share(NamedTuple):
         """Those of n rows that are this process's; `of` divides n."""
         assert n % self.of == 0, f"{n} rows for {self.of} processes"
         return slice(self.rank * n // self.of, (self.rank + 1) * n // self.of)
+
+
+def seeded(device: torch.device, *place: object) -> torch.Generator:
+    """A generator whose draws depend on `place` alone."""
+    return torch.Generator(device=device).manual_seed(derive_seed(*place))
+
+
+def uniform(
+    shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Draws in [0, 1): all that stochastic masks are made of come from here."""
+    return torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
 
 
 class StepNoise(Mapping[str, Tensor]):
@@ -51,8 +63,7 @@ class StepNoise(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         self.generator.manual_seed(derive_seed(*self.place, key))
-        device = self.generator.device
-        draw = torch.rand(self.shapes[key], generator=self.generator, device=device)
+        draw = uniform(self.shapes[key], self.generator)
         return draw[self.rows[key]].clone() if key in self.rows else draw
 
     def __iter__(self) -> Iterator[str]:

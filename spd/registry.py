@@ -1,9 +1,11 @@
 """The experiments by name: data only, and the command that runs one. Imports nothing heavy."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from spd.config import (
@@ -11,41 +13,27 @@ from spd.config import (
     apply_overrides,
     nearest,
     read_yaml,
+    report_error,
 )
 from spd.settings import PACKAGE_DIR
 
-
-class Published(NamedTuple):
-    """A published figure and its spread over the features of one run."""
-
-    value: float
-    spread: float | None = None
-
-
-class Expected(NamedTuple):
-    """The result to expect, as `spd-evals` judges it over the seeds of an experiment."""
-
-    solved: float | None = None
-    """least fraction of the seeds that are solved; None: not judged"""
-    means: dict[str, tuple[float, float]] = {}
-    """metric key → lowest and highest mean"""
+META_FILE = "meta.json"
+RUNNER = "spd.runs.cli"
+"""runs an experiment that is no script of the package, and goes on with any run"""
 
 
 class Experiment(NamedTuple):
-    """A registered decomposition."""
+    """A decomposition that is known by name, or by its YAML file."""
 
+    name: str
     module: str
-    """its script, importable"""
+    """what holds its configuration class and `build`: an importable name, or a file"""
     config: str
-    """its YAML file, relative to the package"""
+    """its YAML file; that of a registered one is relative to the package"""
     minutes: int
     """expected on two CPU cores, target included"""
-    expected: str
+    expected: str | None = None
     """the result to expect, in words"""
-    published: dict[str, Published]
-    """metric key → figure of the paper"""
-    expects: Expected = Expected()
-    """the same as `expected`, to be judged by"""
     gpu_minutes: int | None = None
     """expected on one GPU; None: not known"""
     default: bool = True
@@ -53,99 +41,108 @@ class Experiment(NamedTuple):
     side_by_side: bool = True
     """whether several seeds can run in one process"""
 
+    @property
+    def registered(self) -> bool:
+        return self.name in EXPERIMENTS and EXPERIMENTS[self.name].config == self.config
 
-def _tms(
-    name: str,
-    minutes: int,
-    expected: str,
-    ml2r: Published,
-    *,
-    gpu_minutes: int | None = 5,
-    default: bool = True,
-) -> Experiment:
+    def command(self, package: Path = PACKAGE_DIR) -> tuple[str, str]:
+        """Module and configuration, to come after `python -m`, of the code in `package`."""
+        if not self.registered:
+            return RUNNER, self.config
+        return self.module, str(package / self.config)
+
+
+def _tms(name: str, minutes: int, *, fast: bool = False) -> Experiment:
     return Experiment(
-        module="spd.experiments.tms.tms_decomposition",
-        config=f"experiments/tms/{name}_config.yaml",
-        minutes=minutes,
-        expected=expected,
-        published={"mmcs/linear1": Published(1.0, 0.0), "ml2r/linear1": ml2r},
-        expects=Expected(0.5, {"mmcs/linear1": (0.99, 1.001), "ml2r/linear1": (0.95, 1.05)}),
-        gpu_minutes=gpu_minutes,
-        default=default,
+        name,
+        "spd.experiments.tms.tms_decomposition",
+        f"experiments/tms/{name}_config.yaml",
+        minutes,
+        "solved on most seeds",
+        gpu_minutes=None if fast else 5,
+        default=not fast,
     )
 
 
-def _lm(name: str, minutes: int, expected: str, expects: Expected, *, default: bool) -> Experiment:
+def _resid_mlp(n_layers: int, minutes: int, expected: str, *, gpu_minutes: int) -> Experiment:
     return Experiment(
-        module="spd.experiments.lm.lm_decomposition",
-        config=f"experiments/lm/{name}_config.yaml",
-        minutes=minutes,
-        expected=expected,
-        published={},
-        expects=expects,
+        f"resid_mlp{n_layers}",
+        "spd.experiments.resid_mlp.resid_mlp_decomposition",
+        f"experiments/resid_mlp/resid_mlp{n_layers}_config.yaml",
+        minutes,
+        expected,
+        gpu_minutes=gpu_minutes,
+    )
+
+
+def _lm(name: str, minutes: int, expected: str, *, default: bool = False) -> Experiment:
+    return Experiment(
+        name,
+        "spd.experiments.lm.lm_decomposition",
+        f"experiments/lm/{name}_config.yaml",
+        minutes,
+        expected,
         default=default,
         side_by_side=False,
     )
 
 
-def _resid_mlp(
-    n_layers: int, minutes: int, expected: str, correlation: float, *, gpu_minutes: int
-) -> Experiment:
-    key = "correlation/neuron_contributions"
-    return Experiment(
-        module="spd.experiments.resid_mlp.resid_mlp_decomposition",
-        config=f"experiments/resid_mlp/resid_mlp{n_layers}_config.yaml",
-        minutes=minutes,
-        expected=expected,
-        published={key: Published(correlation)},
-        expects=Expected(means={key: (0.98, 1.001)}),
-        gpu_minutes=gpu_minutes,
-    )
-
-
-_RECOVERED = (
-    "over 90 % of the cost of ablation avoided with rounded masks",
-    Expected(means={"recovered/rounded": (0.9, 1.1)}),
-)
+_RECOVERED = "over 90 % of the cost of ablation avoided with rounded masks"
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "tms_5-2": _tms("tms_5-2", 4, "solved on most seeds", Published(0.993, 0.002)),
-    "tms_5-2_fast": _tms(
-        "tms_5-2_fast",
-        1,
-        "solved on most seeds",
-        Published(0.993, 0.002),
-        gpu_minutes=None,
-        default=False,
-    ),
-    "tms_5-2-id": _tms("tms_5-2-id", 10, "solved on most seeds", Published(0.992, 0.010)),
-    "tms_40-10": _tms("tms_40-10", 52, "solved on most seeds", Published(1.010, 0.007)),
-    "tms_40-10_fast": _tms(
-        "tms_40-10_fast",
-        5,
-        "solved on most seeds",
-        Published(1.010, 0.007),
-        gpu_minutes=None,
-        default=False,
-    ),
-    "tms_40-10-id": _tms("tms_40-10-id", 100, "solved on most seeds", Published(1.031, 0.001)),
-    "resid_mlp1": _resid_mlp(1, 15, "solved on most seeds", 1.000, gpu_minutes=3),
-    "resid_mlp2": _resid_mlp(2, 150, "sensitive to the seed", 0.999, gpu_minutes=11),
-    "resid_mlp3": _resid_mlp(3, 2500, "sensitive to the seed", 0.999, gpu_minutes=60),
-    "ss_emb": _lm(
-        "ss_emb", 600, "not measured; needs the Hugging Face hub", Expected(), default=True
-    ),
-    "pydoc_emb": _lm("pydoc_emb", 6, *_RECOVERED, default=False),
-    "pydoc_mlp": _lm("pydoc_mlp", 8, *_RECOVERED, default=False),
+    experiment.name: experiment
+    for experiment in (
+        _tms("tms_5-2", 4),
+        _tms("tms_5-2_fast", 1, fast=True),
+        _tms("tms_5-2-id", 10),
+        _tms("tms_40-10", 52),
+        _tms("tms_40-10_fast", 5, fast=True),
+        _tms("tms_40-10-id", 100),
+        _resid_mlp(1, 15, "solved on most seeds", gpu_minutes=3),
+        _resid_mlp(2, 150, "sensitive to the seed", gpu_minutes=11),
+        _resid_mlp(3, 2500, "sensitive to the seed", gpu_minutes=60),
+        _lm("ss_emb", 600, "not measured; needs the Hugging Face hub", default=True),
+        _lm("pydoc_emb", 6, _RECOVERED),
+        _lm("pydoc_mlp", 8, _RECOVERED),
+    )
 }
 
 
+UNKNOWN_MINUTES = 60
+"""what is assumed of an experiment that is not registered"""
+
+
 def get_experiment(name: str) -> Experiment:
-    """The experiment of that name, or a `UserError` that lists the names there are."""
+    """The experiment of that name or in that YAML file, or a `UserError` that lists the names there are."""
+    if name.endswith((".yaml", ".yml")):
+        return _of_file(Path(name).absolute())
     if name not in EXPERIMENTS:
         known = ", ".join(EXPERIMENTS)
-        raise UserError(f"unknown experiment {name!r}{nearest(name, EXPERIMENTS)} (known: {known})")
+        raise UserError(
+            f"unknown experiment {name!r}{nearest(name, EXPERIMENTS)} (known: {known}, and YAML files)"
+        )
     return EXPERIMENTS[name]
+
+
+def _of_file(path: Path) -> Experiment:
+    """The experiment that a YAML file configures: its `module`, or that of the registered one it names."""
+    raw = read_yaml(path)
+    name, module = raw.get("experiment"), raw.get("module")
+    if not isinstance(name, str):
+        raise UserError(f"{path}: experiment: a name is required, got {name!r}")
+    if module is None and name in EXPERIMENTS:
+        module = EXPERIMENTS[name].module
+    if not isinstance(module, str):
+        raise UserError(
+            f"{path}: module: {module!r} names no code: the Python file beside it that holds the"
+            " configuration class and build, or an importable module, is needed, as"
+            f" {name!r} is no registered experiment{nearest(name, EXPERIMENTS)}"
+        )
+    if module.endswith(".py"):
+        module = str((path.parent / module).resolve())
+        if not Path(module).is_file():
+            raise UserError(f"{path}: module: {module}: no such file")
+    return Experiment(name, module, str(path), UNKNOWN_MINUTES, default=False, side_by_side=False)
 
 
 def default_experiments() -> list[str]:
@@ -164,28 +161,61 @@ def expected_minutes(name: str, overrides: Sequence[str] = (), *, gpu: bool = Fa
 
 
 def command_line(name: str, arguments: Sequence[str] = ()) -> list[str]:
-    """What runs the experiment of that name; `arguments` come after its configuration."""
+    """What runs the experiment of that name; `arguments` come after its configuration.
+
+    To resume a run, which has a configuration of its own, `--resume RUN_DIR` alone is enough.
+    """
     experiment = get_experiment(name)
-    config = str(PACKAGE_DIR / experiment.config)
-    return [sys.executable, "-m", experiment.module, config, *arguments]
+    match arguments:
+        case ["--resume", directory]:
+            _check_made_by(experiment, Path(directory))
+            script, _ = experiment.command()
+            return [sys.executable, "-m", script, *arguments]
+        case _:
+            return [sys.executable, "-m", *experiment.command(), *arguments]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """`spd-run NAME [key=value …]`: run a registered experiment by name."""
-    parser = argparse.ArgumentParser(prog="spd-run", description="Run a registered experiment.")
-    parser.add_argument("experiment", help=f"one of: {', '.join(EXPERIMENTS)}")
+def _check_made_by(experiment: Experiment, directory: Path) -> None:
+    meta = directory / META_FILE
+    if not meta.is_file():
+        return  # what is started will say so
+    try:
+        made_by = json.loads(meta.read_text(encoding="utf-8"))["entry"]["module"]
+    except (ValueError, KeyError, TypeError):
+        return
+    if made_by != experiment.module:
+        raise UserError(
+            f"--resume {directory}: a run of {made_by}, but {experiment.name!r} is of"
+            f" {experiment.module}; spd-run --resume {directory} goes on with it"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`spd-run NAME [key=value …]`: run an experiment by name or by its YAML file, or go on with a run."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="spd-run",
+        usage="spd-run EXPERIMENT [key=value ...] [--run_dir DIR]\n"
+        "       spd-run [EXPERIMENT] --resume RUN_DIR",
+        description="Run an experiment, or go on with a run.",
+    )
+    parser.add_argument(
+        "experiment", help=f"a YAML file that names its module, or one of: {', '.join(EXPERIMENTS)}"
+    )
     parser.add_argument(
         "arguments",
         nargs=argparse.REMAINDER,
-        metavar="[key=value ...] [--resume RUN_DIR]",
+        metavar="[key=value ...]",
         help="what the experiment's own script takes after its configuration",
     )
-    args = parser.parse_args(argv)
-    try:
-        command = command_line(args.experiment, args.arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    if words and words[0].partition("=")[0] == "--resume":
+        command = [sys.executable, "-m", RUNNER, *words]  # the run says how it was made
+    else:
+        args = parser.parse_args(words)
+        try:
+            command = command_line(args.experiment, args.arguments)
+        except UserError as error:
+            raise SystemExit(report_error(error)) from None
     os.execv(sys.executable, command)
 
 

@@ -42,9 +42,7 @@ def cut_lines(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    atomic_write(path, "".join(kept))
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
@@ -74,11 +72,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    atomic_write(path, json.dumps(value, indent=2) + "\n")
 
 
 def seed_directory(directory: Path, seed: int) -> Path:

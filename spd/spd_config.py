@@ -1,6 +1,6 @@
 """Every knob of a decomposition that does not depend on what is decomposed."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,18 +29,9 @@ class WarmupConfig(BaseConfig):
     lr: float = Field(gt=0.0, allow_inf_nan=False)
 
 
-class SPDConfig(BaseConfig):
-    """Everything about a decomposition that does not depend on what is decomposed."""
+class Execution(BaseConfig):
+    """How a step is executed: changes no number beyond rounding; `tf32` and `autocast` round more."""
 
-    sites: dict[str, int]
-    """module pattern (`fnmatch`) → number of subcomponents C"""
-    losses: Losses
-    importance: ImportanceConfig = MLPImportanceConfig()
-    lower_leak: LowerLeak = "both"
-    steps: int = Field(ge=1)
-    lr: float = Field(gt=0.0, allow_inf_nan=False)
-    lr_schedule: ScheduleConfig = ScheduleConfig()
-    seed: int = Field(default=0, ge=0)
     compile: Literal["auto"] | bool = "auto"
     cuda_graphs: bool = True
     """on a GPU, launch a compiled step whose passes go together as a whole, with no gaps between kernels"""
@@ -53,6 +44,23 @@ class SPDConfig(BaseConfig):
     """run the target and its replaced sites in mixed precision; importances and losses stay float32"""
     activation_checkpointing: bool = False
     """recompute the layers of a Hugging Face target in the backward pass; nothing is compiled then"""
+
+
+class SPDConfig(BaseConfig):
+    """Everything about a decomposition that does not depend on what is decomposed."""
+
+    open_group: ClassVar = "execution"
+
+    sites: dict[str, int]
+    """module pattern (`fnmatch`) → number of subcomponents C"""
+    losses: Losses
+    importance: ImportanceConfig = MLPImportanceConfig()
+    lower_leak: LowerLeak = "both"
+    steps: int = Field(ge=1)
+    lr: float = Field(gt=0.0, allow_inf_nan=False)
+    lr_schedule: ScheduleConfig = ScheduleConfig()
+    seed: int = Field(default=0, ge=0)
+    execution: Execution = Execution()
     grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """largest norm of the gradient of all parameters together"""
     components: GroupConfig = GroupConfig()

@@ -5,6 +5,7 @@ own, without it.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,8 +15,11 @@ from jaxtyping import install_import_hook
 from tests.typechecking import check
 
 UNCHECKED = "SPD_TESTS_UNCHECKED"
+COMPILER = "a C++ compiler"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of the processes that tests start, too:
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a thread that waits leaves its core to the others
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, before torch counts the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if UNCHECKED not in os.environ:
@@ -25,6 +29,19 @@ if UNCHECKED not in os.environ:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: needs torch.compile; runs without shape checks")
+    config.addinivalue_line("markers", "needs(what): a program; the test is skipped without it")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed = {what for marker in item.iter_markers("needs") for what in marker.args}
+    if item.get_closest_marker("compiled") is not None:
+        needed.add(COMPILER)
+    compilers = (os.environ.get("CXX") or "g++", "clang++")
+    if COMPILER in needed and not any(map(shutil.which, compilers)):
+        pytest.skip(f"needs {COMPILER}: g++ or clang++ on PATH, or CXX")
+    for program in sorted(needed - {COMPILER}):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program} on PATH")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -65,10 +65,10 @@ class Launcher:
     ) -> subprocess.CompletedProcess[str]:
         process = self.start(module, *args, env=env)
         try:
-            out, err = process.communicate(timeout=240)
+            out, err = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=240)
             pytest.fail(f"{module} {args} took too long:\n{out}{err}")
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 

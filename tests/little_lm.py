@@ -128,7 +128,7 @@ def little_config(**changes: Any) -> LittleConfig:
         "metrics": {"sparsity": {}},
         "steps": 2,
         "lr": 1e-3,
-        "compile": False,
+        "execution": {"compile": False},
         "n_eval_batches": 2,
     }
     return parse(LittleConfig, {**raw, **changes}, "test")

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from spd.metrics import ColumnMatchMetric, PatternErrorsMetric, Published, SparsityMetric
 from spd.reports.drawing import DescribedFigure, FigureText
 from spd.reports.figures import save_figures
+from spd.reports.results import result_of
 
 
 def make_run(root: Path, **changes: Any) -> Path:
@@ -60,28 +63,41 @@ def make_run(root: Path, **changes: Any) -> Path:
     return run
 
 
-def result(*, solved: bool | None, errors: int) -> dict[str, Any]:
-    def row(metric: str, key: str, value: float, *rest: float | None) -> dict[str, Any]:
-        spread, published, published_spread = rest or (None, None, None)
-        return {"metric": metric, "key": key, "value": value, "spread": spread} | {
-            "published": published,
-            "published_spread": published_spread,
-        }
+METRICS = {
+    "column_match": ColumnMatchMetric(
+        site="linear1",
+        published={
+            "mmcs/linear1": Published(value=1.0, spread=0.0),
+            "ml2r/linear1": Published(value=0.993, spread=0.002),
+        },
+        expected={"mmcs/linear1": (0.99, 1.001), "ml2r/linear1": (0.95, 1.05)},
+    ),
+    "pattern_errors": PatternErrorsMetric(expected={"solved": (0.5, 1.0)}),
+    "sparsity": SparsityMetric(),
+}
 
-    rows = [
-        row("MMCS linear1", "mmcs/linear1", 0.9997, 0.0001, 1.0, 0.0),
-        row("ML2R linear1", "ml2r/linear1", 0.991, 0.004, 0.993, 0.002),
-        row("L0 linear1", "l0/linear1", 0.251),
-        row("alive linear1", "alive/linear1", 5.0),
-        row("held-out faithfulness", "loss/faithfulness", 1.25e-6),
-    ]
-    if solved is not None:
-        rows.append(row("errors linear1", "errors/linear1", float(errors)))
-        rows.append(row("errors total", "errors/total", float(errors)))
-    return {"experiment": "tms_5-2", "seed": 3, "steps": 40000, "seconds": 754.2} | {
-        "solved": solved,
-        "rows": rows,
+
+def result(*, solved: bool | None, errors: int, **values: float) -> dict[str, Any]:
+    """What a result.json holds; `solved` None: as of a target without a known solution."""
+    figures = {
+        "mmcs/linear1": 0.9997,
+        "mmcs_sd/linear1": 0.0001,
+        "ml2r/linear1": 0.991,
+        "ml2r_sd/linear1": 0.004,
+        "l0/linear1": 0.251,
+        "alive/linear1": 5.0,
+        "loss/faithfulness": 1.25e-6,
+        **values,
     }
+    metrics = dict(METRICS)
+    if solved is None:
+        del metrics["pattern_errors"]
+    else:
+        figures |= {"errors/linear1": float(errors), "errors/total": float(errors)}
+        figures["solved"] = float(solved)
+    config = SimpleNamespace(experiment="tms_5-2", seed=3, steps=40000, metrics=metrics)
+    last = {"step": 40000, **{f"eval/{key}": value for key, value in figures.items()}}
+    return json.loads(json.dumps(result_of(config, [last], 754.2).as_json()))
 
 
 def add_figures(run: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from spd.experiments.tms.model import TMSModel
 from spd.importance import AffineImportance, AffineImportanceConfig
 from spd.losses import Faithfulness
 from spd.problem import Dense, Identity, Problem
-from spd.spd_config import SPDConfig
+from spd.spd_config import Execution, SPDConfig
 
 PROBE = 0.75
 
@@ -32,7 +32,7 @@ def solved_toy(
         importance=AffineImportanceConfig(),
         steps=1,
         lr=1e-3,
-        compile=False,
+        execution=Execution(compile=False),
         n_eval_batches=2,
     )
     prepared = prepare(problem, config)

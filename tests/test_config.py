@@ -1,7 +1,7 @@
 """YAML in, frozen configuration out: overrides, unknown keys, tags, round trip."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from pydantic import Field, ValidationError
@@ -13,6 +13,7 @@ from spd.config import (
     UserError,
     apply_overrides,
     differences,
+    full_key,
     load_config,
     nearest,
     parse,
@@ -44,6 +45,8 @@ class Drawing(BaseConfig):
     sizes: dict[str, int] = Field(default={})
     shapes: Shapes = Field(default={})
     style: Style = Style()
+
+    open_group: ClassVar = "style"
 
 
 RAW = {"name": "one", "shapes": {"circle": {"radius": 2.0}, "box": {"sides": [1, 2]}}}
@@ -94,6 +97,33 @@ def test_overrides_that_cannot_be_applied(override: str, said: str):
     with pytest.raises(UserError, match="override") as caught:
         apply_overrides({"name": "n", "sizes": {"layers": 2}}, [override])
     assert repr(override) in str(caught.value) and said in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["colour", " style.colour "])
+def test_the_keys_of_the_open_group_are_overridden_without_its_name_too(tmp_path: Path, key: str):
+    path = tmp_path / "drawing.yaml"
+    path.write_text("name: one\n", encoding="utf-8")
+    assert load_config(Drawing, path, [f"{key}=red"]).style == Style(colour="red")
+    path.write_text("name: one\nstyle: {colour: blue}\n", encoding="utf-8")
+    assert load_config(Drawing, path, [f"{key}=red"]).style == Style(colour="red")
+    assert full_key(Drawing, key.strip()) == "style.colour"
+
+
+def test_in_a_file_they_stand_in_the_group(tmp_path: Path):
+    path = tmp_path / "drawing.yaml"
+    path.write_text("name: one\ncolour: red\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"colour: stands in the group style, as style\.colour"):
+        load_config(Drawing, path)
+    with pytest.raises(UserError, match=r"color: unknown key; did you mean 'colour'"):
+        load_config(Drawing, path, ["color=red"])
+
+
+def test_a_field_of_the_class_itself_comes_before_the_group():
+    class Coloured(Drawing):
+        colour: str = "grey"
+
+    assert full_key(Coloured, "colour") == "colour"
+    assert full_key(Drawing, "scale") == "scale" and full_key(Style, "colour") == "colour"
 
 
 def test_powers_of_ten_and_numbers_in_quotes_are_floats():

@@ -14,7 +14,6 @@ from spd.importance import (
     MLPImportance,
     MLPImportanceConfig,
     lower_leaky_hard_sigmoid,
-    make_importance,
     upper_leaky_hard_sigmoid,
 )
 from tests import naive
@@ -48,7 +47,7 @@ def gradients(output: Tensor, weight: Tensor, inputs: dict[str, Tensor]) -> dict
 
 def test_initial_weights_of_the_mlp():
     generator = torch.Generator().manual_seed(0)
-    function = make_importance(MLPImportanceConfig(n_hidden=16), 4000, 3, generator=generator)
+    function = MLPImportanceConfig(n_hidden=16).build(4000, 3, generator=generator)
     assert isinstance(function, MLPImportance)
     for weight, sd in ((function.mlp_in, math.sqrt(2)), (function.mlp_out, 1 / math.sqrt(16))):
         assert weight.shape == (4000, 16)
@@ -59,7 +58,7 @@ def test_initial_weights_of_the_mlp():
 
 def test_initial_weights_of_the_affine_function():
     generator = torch.Generator().manual_seed(0)
-    function = make_importance(AffineImportanceConfig(), 40_000, 3, generator=generator)
+    function = AffineImportanceConfig().build(40_000, 3, generator=generator)
     assert isinstance(function, AffineImportance)
     assert function.weight.std().item() == pytest.approx(1.0, rel=0.02)
     assert function.weight.mean().item() == pytest.approx(0.0, abs=0.02)

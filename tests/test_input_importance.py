@@ -16,7 +16,6 @@ from spd.importance import (
     VectorMLPImportance,
     VectorMLPImportanceConfig,
     lower_leaky_hard_sigmoid,
-    make_importance,
     rms_normalized,
     upper_leaky_hard_sigmoid,
 )
@@ -32,7 +31,7 @@ BOTH = pytest.mark.parametrize("config", [SHARED, VECTOR], ids=["shared", "vecto
 
 def made(config: ImportanceConfig, C: int = 5, d_in: int = 4) -> Any:
     """In float64, with biases that are not zero."""
-    function = make_importance(config, C, d_in, generator=torch.Generator().manual_seed(0)).double()
+    function = config.build(C, d_in, generator=torch.Generator().manual_seed(0)).double()
     torch.manual_seed(1)
     for name, parameter in function.named_parameters():
         if "bias" in name:
@@ -85,12 +84,12 @@ def test_nothing_but_its_own_weights_moves_a_subcomponent_of_the_vector_mlp():
 
 def test_initial_weights():
     generator = torch.Generator().manual_seed(0)
-    shared = make_importance(SharedMLPImportanceConfig(), 300, 200, generator=generator)
+    shared = SharedMLPImportanceConfig().build(300, 200, generator=generator)
     assert isinstance(shared, SharedMLPImportance)
     assert [tuple(w.shape) for w in shared.weights] == [(200, 128), (128, 300)]
     sds = [w.std().item() for w in shared.weights]
     assert sds == pytest.approx([math.sqrt(2 / 200), math.sqrt(1 / 128)], rel=0.02)
-    vector = make_importance(VectorMLPImportanceConfig(), 300, 200, generator=generator)
+    vector = VectorMLPImportanceConfig().build(300, 200, generator=generator)
     assert isinstance(vector, VectorMLPImportance)
     assert vector.mlp_in.shape == (300, 200, 16)
     assert vector.mlp_in.std().item() == pytest.approx(math.sqrt(2 / 200), rel=0.02)
@@ -114,9 +113,7 @@ def test_normalized_inputs_have_lost_their_size_and_nothing_else(config: Any):
 
 @BOTH
 def test_many_members_side_by_side_equal_one_after_another(config: Any):
-    members = [
-        make_importance(config, 5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)
-    ]
+    members = [config.build(5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     names = [name for name, _ in members[0].named_parameters()]
     stacked = {n: torch.stack([m.get_parameter(n).detach() for m in members]) for n in names}
     x = torch.randn(3, 6, 4)

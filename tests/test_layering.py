@@ -1,6 +1,7 @@
 """What may import what, and that importing does nothing else."""
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import spd
 from spd import settings
 
 SPD = settings.PACKAGE_DIR
@@ -174,9 +176,40 @@ def test_importing_has_no_effects(tmp_path: Path):
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-def test_names_of_experiments_are_known_without_heavy_imports():
-    code = "import sys, spd.registry; print('torch' in sys.modules or 'matplotlib' in sys.modules)"
+HEAVY = ("matplotlib", "scipy.optimize", "wandb", "transformers", "datasets")
+
+
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        ("spd", ("torch", *HEAVY)),
+        ("spd.registry", ("torch", *HEAVY)),
+        ("spd.optimize", HEAVY),
+    ],
+)
+def test_what_importing_does_not_load(module: str, without: tuple[str, ...]):
+    code = f"import sys, {module}; print([name for name in {without} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SPD.parent
     )
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "[]"
+
+
+def test_type_checkers_see_the_public_names():
+    stub = ast.parse((SPD / "__init__.pyi").read_text(encoding="utf-8"))
+    seen = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    assert len(seen) == len(stub.body), "nothing but imports"
+    assert sorted(alias.asname or "" for node in seen for alias in node.names) == sorted(
+        spd.__all__
+    )
+    for node in seen:
+        for alias in node.names:
+            assert alias.name == alias.asname and alias.name in dir(spd)
+            assert getattr(spd, alias.name) is getattr(
+                importlib.import_module(str(node.module)), alias.name
+            )
+
+
+def test_a_name_that_is_not_public_is_an_error():
+    with pytest.raises(AttributeError, match="module 'spd' has no attribute 'decomposed'"):
+        spd.decomposed  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]

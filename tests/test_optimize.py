@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+import spd
 from spd import importance
 from spd.component_model import ComponentModel
 from spd.config import UserError, parse
@@ -19,7 +20,7 @@ from spd.experiments.tms.model import TMSModel
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.experiments.tms.train_tms import TMSTrainConfig
 from spd.objective import Objective
-from spd.optimize import NonFiniteError, due, optimize
+from spd.optimize import NonFiniteError, due
 from spd.problem import Problem
 from spd.schedule import ScheduleConfig, schedule_factor
 from tests.toy import (
@@ -223,7 +224,7 @@ def test_a_module_and_a_generator_of_batches_are_all_it_takes():
     recorder = Recorder()
     own = problem()
     expected = own.target(torch.ones(2, 4))
-    model = optimize(own, config, recorder)
+    model = spd.decompose(own, config, observer=recorder).model
     assert isinstance(model, ComponentModel) and list(model.sites) == ["first", "deep.mid"]
     history = [values["loss/faithfulness"] for _, values in recorder.lines if "lr" in values]
     assert history[-1] < 0.05 * history[0]
@@ -233,7 +234,8 @@ def test_a_module_and_a_generator_of_batches_are_all_it_takes():
 
 
 def parameters_after(steps: int, **changes: Any) -> dict[str, Tensor]:
-    model = optimize(problem(), make_config(TRAIN, steps=steps, lr=1e-2, **changes))
+    config = make_config(TRAIN, steps=steps, lr=1e-2, **changes)
+    model = spd.decompose(problem(), config, quiet=True).model
     return {name: p.detach() for name, p in model.subcomponent_parameters().items()}
 
 
@@ -256,7 +258,7 @@ def test_logging_and_evaluation_at_their_steps():
     config = make_config(
         TRAIN, steps=10, lr=0.5, lr_schedule=schedule, log_every=4, eval_every=5, n_eval_batches=2
     )
-    optimize(problem(), config, recorder)
+    spd.decompose(problem(), config, observer=recorder)
     assert recorder.steps_with("lr") == [0, 4, 8, 9]
     assert recorder.steps_with("eval/loss/total") == [0, 5, 10]
     for step, values in recorder.lines:
@@ -271,7 +273,7 @@ def test_the_first_step_with_a_warm_up_changes_nothing():
     config = make_config(TRAIN, steps=2, lr_schedule=ScheduleConfig(warmup_frac=0.5))
     recorder = Recorder()
     config = config.model_copy(update={"log_every": 1})
-    optimize(problem(), config, recorder)
+    spd.decompose(problem(), config, observer=recorder)
     first, second = (values["loss/faithfulness"] for _, values in recorder.lines if "lr" in values)
     assert first == second
 
@@ -289,7 +291,7 @@ def test_a_term_that_is_not_finite_stops_the_run_and_is_named():
     broken = (torch.full((2, 4), torch.nan) for _ in range(9))
     config = make_config(TRAIN, steps=5)
     with pytest.raises(NonFiniteError, match=r"step 0: .*loss/stochastic_recon = nan") as caught:
-        optimize(problem(train_batches=broken), config)
+        spd.decompose(problem(train_batches=broken), config, quiet=True)
     assert "faithfulness" not in str(caught.value)
 
 

@@ -1,15 +1,18 @@
 """What the core says to data that does not suit it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from spd.config import RunError, UserError
 from spd.engine.prepare import prepare
+from spd.kernels import kl_per_row
 from spd.metrics import column_match
-from spd.optimize import optimize
+from spd.optimize import decompose
 from spd.problem import Problem
 from spd.spd_config import SPDConfig
 
@@ -31,12 +34,12 @@ def problem(*, n_train: int = 5, n_eval: int = 2) -> Problem:
 
 
 def test_just_enough_data_will_do() -> None:
-    optimize(problem(), CONFIG)
+    decompose(problem(), CONFIG, quiet=True)
 
 
 def test_training_data_that_ends_early() -> None:
     with pytest.raises(RunError, match="ended before step 3 of 5"):
-        optimize(problem(n_train=3), CONFIG)
+        decompose(problem(n_train=3), CONFIG, quiet=True)
 
 
 @pytest.mark.parametrize("n_eval", [0, 1])
@@ -49,3 +52,86 @@ def test_a_column_of_zeros_counts_zero() -> None:
     weight = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     match = column_match(weight, torch.eye(2), torch.eye(2).flip(0))
     assert match.mmcs.tolist() == [0.0, 1.0] and match.ml2r.tolist() == [0.0, 1.0]
+
+
+XS = torch.arange(24.0).reshape(12, 2)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        DataLoader(XS, batch_size=4),  # pyright: ignore[reportArgumentType]
+        DataLoader(TensorDataset(XS, XS), batch_size=4),
+        list(XS.split(4)),
+        [(x, x) for x in XS.split(4)],
+    ],
+    ids=["DataLoader", "pairs of a DataLoader", "list", "pairs"],
+)
+def test_what_holds_batches_is_taken_and_begins_again(
+    held: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="spd"):
+        own = Problem(nn.Linear(2, 2), held, held)
+        seen = torch.cat([next(own.train_batches) for _ in range(9)])
+    assert torch.equal(seen, XS.repeat(3, 1))
+    assert caplog.messages == ["train_batches: ended after 3 batches, and begins again"]
+    assert torch.equal(torch.cat(list(own.eval_batches)), XS), "held-out data is not repeated"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (XS, r"train_batches: a Tensor of shape \(12, 2\); a DataLoader, a list"),
+        (None, "train_batches: None; a DataLoader, a list"),
+        ([{"x": XS}], "train_batches: a batch is a dict; a Tensor, or"),
+    ],
+)
+def test_what_holds_no_batches_is_refused(given: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        next(Problem(nn.Linear(2, 2), given, batches(1)).train_batches)
+
+
+class Returns(nn.Module):
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(2, 2), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda y: (y,), "a tuple of 1"),
+        (lambda y: {"logits": y}, "a dict with the keys logits"),
+        (lambda y: None, "None"),
+        (lambda y: y.argmax(dim=-1), "a Tensor of torch.int64"),
+    ],
+)
+def test_a_target_gives_one_tensor(wrap: Callable[[Tensor], Any], said: str) -> None:
+    config = CONFIG.model_copy(update={"sites": {"linear": 3}})
+    with pytest.raises(UserError, match=f"target: Returns returns {said}; one Tensor of numbers"):
+        prepare(Problem(Returns(wrap), batches(1), batches(2)), config)
+
+
+def test_where_the_target_gives_probability_0_the_divergence_is_that_of_the_rest() -> None:
+    target, logits = torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)
+    target[:, 1] = -torch.inf
+    kept = [0, 2, 3]
+    p = target[:, kept].softmax(dim=-1)
+    expected = (p * (p.log() - logits.log_softmax(dim=-1)[:, kept])).sum(dim=-1)
+    torch.testing.assert_close(kl_per_row(logits, target), expected)
+    both = logits.detach().masked_fill(target == -torch.inf, -torch.inf).requires_grad_()
+    kl_per_row(both, target).sum().backward()
+    assert both.grad is not None and both.grad.isfinite().all() and both.grad[:, 1].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("recon", "hint"), [("KL", "did you mean 'kl'"), ("ce", ""), ("msee", "'mse'")]
+)
+def test_a_divergence_that_there_is_not_is_refused(recon: Any, hint: str) -> None:
+    own = problem()
+    object.__setattr__(own, "recon", recon)  # the type check of the tests comes before our own
+    with pytest.raises(UserError, match=f"recon: {recon!r} is no divergence.*{hint}.*mse.* and kl"):
+        own.__post_init__()

@@ -167,17 +167,31 @@ def test_the_targets_are_trained_as_published(name: str):
         assert target.n_seeds >= 16
 
 
+def published(name: str) -> dict[str, tuple[float, float | None]]:
+    metrics = registered(name)[0].metrics.values()
+    return {key: (p.value, p.spread) for spec in metrics for key, p in spec.published.items()}
+
+
 @pytest.mark.parametrize("name", PUBLISHED_FIGURES)
 def test_the_figures_to_compare_with_are_the_published_ones(name: str):
-    published = EXPERIMENTS[name].published
     mmcs, ml2r = PUBLISHED_FIGURES[name]
-    assert published == {"mmcs/linear1": mmcs, "ml2r/linear1": ml2r}
+    assert published(name) == {"mmcs/linear1": mmcs, "ml2r/linear1": ml2r}
 
 
 @pytest.mark.parametrize(("n_layers", "correlation"), [(1, 1.000), (2, 0.999), (3, 0.999)])
 def test_the_published_correlation_of_residual_mlps(n_layers: int, correlation: float):
-    published = EXPERIMENTS[f"resid_mlp{n_layers}"].published
-    assert published == {"correlation/neuron_contributions": (correlation, None)}
+    expected = {"correlation/neuron_contributions": (correlation, None)}
+    assert published(f"resid_mlp{n_layers}") == expected
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_is_expected_holds_for_the_published_figures(name: str):
+    metrics = registered(name)[0].metrics.values()
+    expected = {key: ends for spec in metrics for key, ends in spec.expected.items()}
+    assert ("solved" in expected) == name.startswith("tms")
+    for key, (value, _) in published(name).items():
+        low, high = expected[key]
+        assert low <= value <= high
 
 
 def test_every_experiment_can_be_started_from_the_editor():

@@ -27,9 +27,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 
 def test_every_file_of_the_package_is_inside(wheel: zipfile.ZipFile):
     names = set(wheel.namelist())
-    wanted = [p for p in SPD.rglob("*") if p.suffix in (".py", ".yaml", ".j2", ".css")]
+    wanted = [
+        p for p in SPD.rglob("*") if p.suffix in (".py", ".pyi", ".typed", ".yaml", ".j2", ".css")
+    ]
     assert {path.relative_to(REPO).as_posix() for path in wanted} <= names
-    for name in ("spd/report.html.j2", "spd/experiments/tms/tms_5-2_config.yaml"):
+    for name in (
+        "spd/py.typed",
+        "spd/reports/report.html.j2",
+        "spd/experiments/tms/tms_5-2_config.yaml",
+    ):
         assert wheel.read(name) == (REPO / name).read_bytes()
 
 

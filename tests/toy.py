@@ -11,7 +11,7 @@ from spd.importance import AffineImportanceConfig, ImportanceConfig, MLPImportan
 from spd.losses import loss_terms
 from spd.objective import Objective
 from spd.problem import Problem, ReconKind
-from spd.spd_config import SPDConfig
+from spd.spd_config import Execution, SPDConfig
 
 MLP_SITES = {"first": 7, "deep.mid": 5, "last": 9}
 N_SAMPLES = 3
@@ -83,8 +83,10 @@ def decompose(
 
 
 def make_config(losses: dict[str, Any], **changes: Any) -> SPDConfig:
-    raw = {"sites": MLP_SITES, "losses": losses, "steps": 1, "lr": 1e-3, "compile": False}
-    return parse(SPDConfig, {**raw, **changes}, "test")
+    """Not compiled unless said; `changes` may name the keys of `execution` without it."""
+    raw = {"sites": MLP_SITES, "losses": losses, "steps": 1, "lr": 1e-3}
+    own = {key: changes.pop(key) for key in Execution.model_fields if key in changes}
+    return parse(SPDConfig, {**raw, "execution": {"compile": False, **own}, **changes}, "test")
 
 
 def make_objective(

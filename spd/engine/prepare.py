@@ -1,12 +1,12 @@
 """A problem and its configuration, checked against each other, and what is looked at on held-out data."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spd.component_model import ComponentModel
 from spd.config import UserError
@@ -34,6 +34,7 @@ class Prepared(NamedTuple):
 
 def prepare(problem: Problem, config: SPDConfig) -> Prepared:
     """Install the sites in the target and check everything a user can get wrong; writes nothing."""
+    execution = config.execution
     model = ComponentModel(
         problem.target,
         config.sites,
@@ -41,9 +42,9 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
         tied_sites=problem.tied_sites,
         lower_leak=config.lower_leak,
         seed=config.seed,
-        autocast=torch.bfloat16 if config.autocast == "bf16" else None,
+        autocast=torch.bfloat16 if execution.autocast == "bf16" else None,
     )
-    if config.activation_checkpointing:
+    if execution.activation_checkpointing:
         checkpoint_layers_(model)
     objective = Objective(model, config.losses, problem.recon)
     for spec in objective.losses.values():
@@ -54,14 +55,15 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
             f" {len(eval_batches)}"
         )
-    if config.compile is True and not may_compile(config, model):
+    _check_output(problem.target, eval_batches[0])
+    if execution.compile is True and not may_compile(execution, model):
         raise UserError(
             "compile: true compiles all passes of a step together, or the layers of a Hugging Face"
-            f" target: it needs passes: together (passes is {config.passes!r}, here"
-            f" {passes_of(config.passes, model)}) or such layers"
+            f" target: it needs passes: together (passes is {execution.passes!r}, here"
+            f" {passes_of(execution.passes, model)}) or such layers"
             f" ({type(problem.target).__name__} has {len(layers_of(problem.target))}), and"
             " activation_checkpointing: false (it is"
-            f" {str(config.activation_checkpointing).lower()})"
+            f" {str(execution.activation_checkpointing).lower()})"
         )
     silent_rows = SilentRows(model, problem, eval_batches)
     prepared = Prepared(problem, config, objective, eval_batches, silent_rows)
@@ -69,23 +71,51 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
     return prepared
 
 
+@torch.no_grad()
+def _check_output(target: nn.Module, batch: Tensor) -> None:
+    """`UserError` unless the target gives one Tensor of numbers for a batch."""
+    output = target(batch)
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return
+    raise UserError(
+        f"target: {type(target).__name__} returns {_kind(output)}; one Tensor of numbers is needed, so"
+        " give a module whose forward picks it out of what yours returns"
+    )
+
+
+def _kind(output: object) -> str:
+    match output:
+        case None:
+            return "None"
+        case Tensor():
+            return f"a Tensor of {output.dtype}"
+        case Mapping():
+            return f"a {type(output).__name__} with the keys {', '.join(map(str, output))}"
+        case tuple() | list():
+            return f"a {type(output).__name__} of {len(output)}"
+        case _:
+            return f"a {type(output).__name__}"
+
+
 def check_side_by_side(runs: Sequence[Prepared]) -> None:
     """`UserError` unless the runs, which differ in their seed alone, can be one computation."""
     if len(runs) == 1:
         return
-    config, model = runs[0].config, runs[0].objective.model
+    execution, model = runs[0].config.execution, runs[0].objective.model
     n_processes = os.environ.get("WORLD_SIZE", "1")
     if n_processes != "1":
         raise UserError(
             f"seeds: runs side by side share one process, here are {n_processes} (torchrun); run one"
             " seed at a time"
         )
-    together = passes_of(config.passes, model) == "together" and not config.activation_checkpointing
+    together = (
+        passes_of(execution.passes, model) == "together" and not execution.activation_checkpointing
+    )
     if not together or layers_of(model.target):
         raise UserError(
             "seeds: runs side by side are one graph of all passes, as toy models have them:"
-            f" not for language models, passes: one_by_one (it is {config.passes}) or"
-            f" activation_checkpointing (it is {str(config.activation_checkpointing).lower()}); run one"
+            f" not for language models, passes: one_by_one (it is {execution.passes}) or"
+            f" activation_checkpointing (it is {str(execution.activation_checkpointing).lower()}); run one"
             " seed at a time"
         )
     check_one_target([run.objective for run in runs])

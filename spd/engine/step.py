@@ -10,7 +10,7 @@ from spd.engine.ensemble import Alone, Ensemble, StepInputs
 from spd.engine.layers import layers_of
 from spd.engine.sequential import CompiledPasses
 from spd.losses import State
-from spd.spd_config import Passes, SPDConfig
+from spd.spd_config import Execution, Passes, SPDConfig
 
 
 @runtime_checkable
@@ -58,18 +58,18 @@ def make_step(
     `earlier` is what a checkpoint kept of `execution_record`: a run keeps what was decided for it.
     """
     objective, n_steps = trained.objective, config.steps - earlier.get("step", 0)
-    may = may_compile(config, objective.model)
-    setting = earlier.get("compiled", config.compile) if may else False
-    tf32 = config.tf32 and batch.is_cuda
+    may = may_compile(config.execution, objective.model)
+    setting = earlier.get("compiled", config.execution.compile) if may else False
+    tf32 = config.execution.tf32 and batch.is_cuda
     step: Step
-    if passes_of(config.passes, objective.model) == "together":
+    if passes_of(config.execution.passes, objective.model) == "together":
         execution = CompiledStep(
             trained.function,
             setting,
             n_steps,
             opaque=trained.opaque,
             n_members=trained.n_members,
-            cuda_graphs=batch.is_cuda and config.cuda_graphs,
+            cuda_graphs=batch.is_cuda and config.execution.cuda_graphs,
         )
         step = JointStep(trained, execution, tf32=tf32)
     else:
@@ -92,7 +92,7 @@ def passes_of(setting: Passes, model: ComponentModel) -> Literal["together", "on
     return setting
 
 
-def may_compile(config: SPDConfig, model: ComponentModel) -> bool:
+def may_compile(execution: Execution, model: ComponentModel) -> bool:
     """Whether there is something to compile of a step, whole or layer by layer."""
-    together = passes_of(config.passes, model) == "together"
-    return not config.activation_checkpointing and (together or bool(layers_of(model.target)))
+    together = passes_of(execution.passes, model) == "together"
+    return not execution.activation_checkpointing and (together or bool(layers_of(model.target)))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from spd.config import UserError, parse
+from spd.config import Exit, UserError, parse
 from spd.launch.arguments import (
     Arguments,
     Command,
@@ -64,7 +64,7 @@ class EvalsOptions(LaunchOptions):
     """The options of `spd-evals`."""
 
     experiments: Annotated[tuple[str, ...], BeforeValidator(split_list)] = Field(
-        default=DEFAULT, min_length=1, description="names, with commas between"
+        default=DEFAULT, min_length=1, description="names or YAML files, with commas between"
     )
     seeds: Annotated[tuple[int, ...], BeforeValidator(_seed_list)] = Field(
         default=(0,), min_length=1, description="how many (5), or which (0,3,4)"
@@ -81,9 +81,8 @@ class EvalsOptions(LaunchOptions):
     @field_validator("experiments")
     @classmethod
     def _registered(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            get_experiment(name)
-        return _each_once(names)
+        _each_once(tuple(get_experiment(name).name for name in names))
+        return names
 
     @field_validator("seeds")
     @classmethod
@@ -96,7 +95,7 @@ class EvalsOptions(LaunchOptions):
 COMMAND = Command(
     name="spd-evals",
     usage="[key=value ...] [options]",
-    about="Run registered experiments, on SLURM where there is one and on this machine elsewhere,\n"
+    about="Run experiments, on SLURM where there is one and on this machine elsewhere,\n"
     "and compare the results with the published ones. Overrides (key=value) apply to every\n"
     "experiment. Exit status 1 if a job failed or an experiment misses its expected result.",
     options=EvalsOptions,
@@ -104,7 +103,7 @@ COMMAND = Command(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command. Exit status: 0 as expected, 1 not, 2 a mistake of the user, 130 interrupted."""
+    """The command. Its exit status is an `Exit`: FAILED where a figure is not as expected."""
     run_command(COMMAND, _run, argv)
 
 
@@ -141,7 +140,7 @@ def _new(overrides: Sequence[str], options: EvalsOptions) -> int:
         KIND,
         name,
         {
-            "experiments": options.experiments,
+            "experiments": [get_experiment(name).name for name in options.experiments],
             "seeds": options.seeds,
             "nodes": options.nodes,
             "processes": options.processes,
@@ -190,7 +189,7 @@ def _launched(study: Study, jobs: Sequence[Job], options: EvalsOptions) -> int:
     except KeyboardInterrupt:
         here = not study.record["slurm"]
         print(f"go on with: spd-evals --{'resume' if here else 'collect'} {study.id}")
-        return 130
+        return Exit.INTERRUPTED
 
 
 def _collect(study: Study) -> int:
@@ -249,7 +248,8 @@ def side_by_side(name: str, options: EvalsOptions) -> bool:
     possible = get_experiment(name).side_by_side
     if options.ensemble == "always" and not possible:
         raise UserError(
-            f"--ensemble always: the seeds of {name}, a language model, cannot run side by side"
+            f"--ensemble always: the seeds of {name} cannot run side by side; only those of the"
+            " registered toy models can"
         )
     return possible and wants_ensemble(options)
 
@@ -263,14 +263,14 @@ def _job(
 ) -> Job:
     experiment, code = get_experiment(name), directory / "code"
     several = len(seeds) > 1
-    job_name = f"{name}-seeds" if several else f"{name}-seed{seeds[0]}"
+    named = experiment.name
+    job_name = f"{named}-seeds" if several else f"{named}-seed{seeds[0]}"
     minutes = len(seeds) * expected_minutes(name, overrides, gpu=uses_gpus(options))
-    base = output_root().absolute() / name / directory.name
+    base = output_root().absolute() / named / directory.name
     run_dir = base if several else seed_directory(base, seeds[0])
     command = joined_python(
         options,
-        experiment.module,
-        str(code / "spd" / experiment.config),
+        *experiment.command(code / "spd"),
         *overrides,
         *(["device=cpu"] if options.cpu else []),
         f"seeds={list(seeds)}" if several else f"seed={seeds[0]}",
@@ -285,7 +285,7 @@ def _job(
         minutes=minutes,
         run_dir=run_dir,
         seeds=tuple(seeds) if several else (),
-        slurm_name=f"spd-eval-{name}-{max(1, round(minutes))}min",
+        slurm_name=f"spd-eval-{named}-{max(1, round(minutes))}min",
     )
 
 

@@ -7,23 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
 from spd.launch.job import Job, Status
 from spd.launch.watch import duration
-from spd.registry import EXPERIMENTS, Experiment
-from spd.reports.results import LABELS, format_value
+from spd.reports.page import render_page
+from spd.reports.results import Result, ResultRow, format_value, read_result
 from spd.run_files import (
     RESULT_FILE,
     has_finished,
-    read_json,
     write_json,
 )
-from spd.settings import PACKAGE_DIR
 
 PAGE, DATA = "summary.html", "summary.json"
-ALWAYS = ("errors/total", "loss/total")
-"""figures that are shown beside those with a published value"""
 
 
 class Figure(NamedTuple):
@@ -36,11 +30,19 @@ class Figure(NamedTuple):
     """over the seeds; None for a single one"""
     published: float | None
     published_spread: float | None
+    headline: bool
+    """stands in the table of all experiments"""
+    format: str
+    """how it is written, as Python's `format` takes it"""
 
     @property
     def own(self) -> str:
-        sd = "" if self.sd is None else f" ± {format_value(self.sd, None)}"
-        return format_value(self.mean, None) + sd
+        sd = "" if self.sd is None else f" ± {format_value(self.sd, None, self.format)}"
+        return format_value(self.mean, None, self.format) + sd
+
+    @property
+    def beside(self) -> str:
+        return format_value(self.published, self.published_spread, self.format)
 
 
 class Seed(NamedTuple):
@@ -50,8 +52,7 @@ class Seed(NamedTuple):
     state: str
     reason: str | None
     seconds: float
-    result: dict[str, Any] | None
-    """what result.json holds"""
+    result: Result | None
     report: str | None
     """its path, from the study"""
 
@@ -66,6 +67,10 @@ class Row(NamedTuple):
     """None: there is no known solution"""
     misses: list[str]
     """in what it is not as expected"""
+
+    @property
+    def headlines(self) -> list[Figure]:
+        return [figure for figure in self.figures if figure.headline]
 
     @property
     def finished(self) -> list[Seed]:
@@ -124,46 +129,33 @@ def write_summary(
     unfinished = any(state not in ("finished", "failed", "skipped") for state in states)
     good = not any(row.misses for row in rows)
     good = good and all(state in ("finished", "skipped") for state in states)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([PACKAGE_DIR / "evals", PACKAGE_DIR / "reports"]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template(f"{PAGE}.j2")
-    page = template.render(
-        study=directory.name,
-        rows=rows,
-        record=record,
-        good=good,
-        unfinished=unfinished,
-        value=format_value,
-        duration=duration,
-    )
-    partial = directory / f".{PAGE}.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(directory / PAGE)
+    contents = {
+        "study": directory.name,
+        "rows": rows,
+        "record": record,
+        "good": good,
+        "unfinished": unfinished,
+        "duration": duration,
+    }
+    page = render_page(directory / PAGE, f"{PAGE}.j2", contents, folder=Path(__file__).parent)
     write_json(directory / DATA, [_plain(row) for row in rows])
-    return Summary(format_rows(rows), directory / PAGE, good, unfinished)
+    return Summary(format_rows(rows), page, good, unfinished)
 
 
 def summarise(name: str, seeds: list[Seed]) -> Row:
     """The figures of one experiment over its finished seeds, and in what they are not as expected."""
-    experiment = EXPERIMENTS[name]
     results = [seed.result for seed in seeds if seed.result is not None]
-    values = [{row["key"]: row for row in result["rows"]} for result in results]
+    rows = [{row.key: row for row in result.rows} for result in results]
+    keys = dict.fromkeys(key for of_seed in rows for key in of_seed)
     figures = [
-        _figure(key, [rows[key]["value"] for rows in values if key in rows], experiment)
-        for key in (
-            *experiment.published,
-            *(key for key in ALWAYS if any(key in v for v in values)),
+        _figure(
+            [(result, own[key]) for result, own in zip(results, rows, strict=True) if key in own]
         )
+        for key in keys
     ]
-    verdicts = [result["solved"] for result in results if result["solved"] is not None]
+    verdicts = [result.solved for result in results if result.solved is not None]
     n_solved = sum(verdicts) if verdicts else None
-    misses = _misses(experiment, figures, n_solved, values) if results else []
-    return Row(name, figures, seeds, n_solved, misses)
+    return Row(name, figures, seeds, n_solved, _misses(results, figures))
 
 
 def format_rows(rows: Sequence[Row]) -> str:
@@ -171,10 +163,10 @@ def format_rows(rows: Sequence[Row]) -> str:
     table = [("experiment", "figure", "mean ± sd", "published", "solved", "time", "result")]
     for row in rows:
         whole = (row.solved, row.time, row.verdict)
-        for index, figure in enumerate(row.figures or [None]):
-            own, published = _cells(figure)
+        cells = [(figure.label, figure.own, figure.beside) for figure in row.headlines]
+        for index, words in enumerate(cells or [("–", "–", "–")]):
             name, rest = (row.experiment, whole) if index == 0 else ("", ("", "", ""))
-            table.append((name, figure.label if figure else "–", own, published, *rest))
+            table.append((name, *words, *rest))
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -184,38 +176,35 @@ def format_rows(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, *details])
 
 
-def _figure(key: str, values: Sequence[float], experiment: Experiment) -> Figure:
-    name, _, place = key.partition("/")
-    published = experiment.published.get(key)
-    mean = statistics.fmean(values) if values else None
+def _figure(found: Sequence[tuple[Result, ResultRow]]) -> Figure:
+    """One figure over the runs that have it."""
+    values = [row.value for _, row in found]
+    result, row = found[-1]
+    quantity = result.quantity(row.key)
     finite = len(values) > 1 and all(math.isfinite(value) for value in values)
     return Figure(
-        key,
-        f"{LABELS.get(name, name)} {place}",
-        mean,
+        row.key,
+        row.metric,
+        statistics.fmean(values),
         statistics.stdev(values) if finite else None,
-        published.value if published else None,
-        published.spread if published else None,
+        row.published,
+        row.published_spread,
+        quantity.headline,
+        quantity.format,
     )
 
 
-def _misses(
-    experiment: Experiment,
-    figures: Sequence[Figure],
-    n_solved: int | None,
-    values: Sequence[Mapping[str, Any]],
-) -> list[str]:
-    misses, n = [], len(values)
-    wanted = experiment.expects.solved
-    if wanted is not None and (n_solved or 0) < wanted * n:
-        misses.append(f"at least {math.ceil(wanted * n)} of {n} solved, found {n_solved or 0}")
-    means = {figure.key: figure for figure in figures}
-    for key, (low, high) in experiment.expects.means.items():
-        known = [rows[key]["value"] for rows in values if key in rows]
-        mean = statistics.fmean(known) if len(known) == n else math.nan
+def _misses(results: Sequence[Result], figures: Sequence[Figure]) -> list[str]:
+    """Whose mean over the seeds is not in the range that the configuration expects."""
+    expected = {key: ends for result in results for key, ends in result.expected.items()}
+    labels = {figure.key: figure.label for figure in figures}
+    misses = []
+    for key, (low, high) in expected.items():
+        known = [row.value for result in results for row in result.rows if row.key == key]
+        mean = statistics.fmean(known) if len(known) == len(results) else math.nan
         if not low <= mean <= high:
-            label = means[key].label if key in means else key
-            misses.append(f"{label} from {low:g} to {high:g}, found {mean:.3f}")
+            found = f"from {low:g} to {high:g}, found {mean:.3f}"
+            misses.append(f"{labels.get(key, key)} {found}")
     return misses
 
 
@@ -238,24 +227,22 @@ def _seeds(directory: Path, job: Job, statuses: Mapping[str, Status]) -> Iterato
             "finished" if finished else status.state,
             None if finished else status.reason,
             status.seconds,
-            read_json(result) if finished and result.is_file() else None,
+            read_result(result) if finished and result.is_file() else None,
             os.path.relpath(report, directory) if report.is_file() else None,
         )
-
-
-def _cells(figure: Figure | None) -> tuple[str, str]:
-    if figure is None:
-        return "–", "–"
-    return figure.own, format_value(figure.published, figure.published_spread)
 
 
 def _plain(row: Row) -> dict[str, Any]:
     return {
         "experiment": row.experiment,
         "figures": [figure._asdict() for figure in row.figures],
-        "seeds": [seed._asdict() for seed in row.seeds],
+        "seeds": [_plain_seed(seed) for seed in row.seeds],
         "n_solved": row.n_solved,
         "n_finished": len(row.finished),
         "verdict": row.verdict,
         "as_expected": row.verdict == "as expected",
     }
+
+
+def _plain_seed(seed: Seed) -> dict[str, Any]:
+    return {**seed._asdict(), "result": seed.result.as_json() if seed.result else None}

@@ -25,13 +25,17 @@ from spd import settings
 from spd.config import (
     BaseConfig,
     Config,
+    Exit,
+    RunError,
     UserError,
     load_config,
     parse,
     read_yaml,
+    report_error,
     to_yaml,
 )
-from spd.experiments.target_training import TargetError, seed_table
+from spd.experiments.target_training import seed_table
+from spd.runs.console import resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -195,17 +199,6 @@ def config_hash(config: BaseConfig) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def parse_device(name: str) -> torch.device:
-    """The device of that name, or a `UserError` if there is none."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r}: cannot be used: {reason}") from None
-    return device
-
-
 def _locate(target: str, folders: Iterable[Path]) -> Path:
     path = Path(target).expanduser()
     places = [path] if path.is_absolute() else [path, *(folder / path for folder in folders)]
@@ -231,7 +224,7 @@ def _acquire(lock: FileLock, directory: Path) -> None:
 def target_cli(kind: TargetKind, arguments: list[str] | None = None) -> int:
     """`train_x.py CONFIG.yaml [key=value ...]`: train into the cache, print directory and seeds.
 
-    Returns the exit status: 0, 1 if no seed is good enough, 2 for a mistake of the user.
+    Returns the exit status; FAILED if no seed is good enough.
     """
     parser = argparse.ArgumentParser(description=f"Train a {kind.name} target into the cache.")
     parser.add_argument("config", type=Path, help="YAML file with the training's settings")
@@ -244,15 +237,14 @@ def target_cli(kind: TargetKind, arguments: list[str] | None = None) -> int:
     settings.load_env()
     try:
         config = load_config(kind.config_class, options.config, options.overrides)
-        device = parse_device(options.device)
+        device = resolve_device(options.device)
         directory, trained = cached_target(options.config.stem, config, kind, device=device)
         check_target(directory, kind)
-    except (UserError, TargetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+    except (UserError, RunError) as error:
+        return report_error(error)
     except KeyboardInterrupt:
         print("interrupted; nothing was saved", file=sys.stderr)
-        return 130
+        return Exit.INTERRUPTED
     record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
     print(kind.summary(record))
     print(f"{'trained' if trained else 'trained earlier'} in {record['seconds']} s: {directory}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import fire
 from fire.decorators import SetParseFn
 
-from spd.config import BaseConfig, UserError
+from spd.config import BaseConfig, UserError, report_error
 from spd.settings import load_env
 
 TRUTH = ("true", "false", "yes", "no", "on", "off", "1", "0")
@@ -58,13 +58,12 @@ def read_arguments(command: Command, argv: Sequence[str] | None = None) -> Argum
 def run_command(
     command: Command, run: Callable[[Arguments], int], argv: Sequence[str] | None
 ) -> NoReturn:
-    """Exit with the status that `run` returns for the command line, or with 2 after a `UserError`."""
+    """Exit with the status that `run` returns for the command line, or with that of a `UserError`."""
     try:
         load_env()
         status = run(read_arguments(command, argv))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = report_error(error)
     raise SystemExit(status)
 
 

@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from spd.config import Exit
 from spd.run_files import (
     LOCK_FILE,
     read_json,
@@ -31,7 +32,13 @@ JOB_FILE, STATUS_FILE, OUTPUT_FILE, NOW_FILE = "job.json", "status.json", "outpu
 State = Literal["waiting", "running", "finished", "failed", "skipped", "interrupted", "cancelled"]
 ENDED: tuple[State, ...] = ("finished", "failed", "skipped")
 """there is nothing left to do"""
-SKIPPED_STATUS = 3
+STATES: dict[int, State] = {
+    Exit.DONE: "finished",
+    Exit.UNREACHABLE: "skipped",
+    **dict.fromkeys((Exit.INTERRUPTED, -signal.SIGINT, -signal.SIGTERM), "interrupted"),
+    Exit.TERMINATED: "interrupted",
+}
+"""what an exit status means; any other is a failure"""
 ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 POLL_SECONDS = 0.1
 PATIENCE = 120.0
@@ -212,14 +219,13 @@ def outcome(status: int, output: str) -> tuple[State, str | None]:
     """What an exit status of an experiment means, and why, from the last words of its output."""
     if status == 1 and (of_workers := WORKER_STATUS.findall(output)):
         status = int(of_workers[-1])
-    if status == 0:
-        return "finished", None
-    if status in (130, 143, -signal.SIGINT, -signal.SIGTERM):
-        return "interrupted", None
+    state = STATES.get(status, "failed")
+    if state in ("finished", "interrupted"):
+        return state, None
     reason = _last_words(output)
     if status < 0:
         reason = f"killed by {signal.Signals(-status).name}"
-    return ("skipped" if status == SKIPPED_STATUS else "failed"), reason or f"exit status {status}"
+    return state, reason or f"exit status {status}"
 
 
 def _last_words(output: str) -> str:
@@ -258,9 +264,8 @@ def wait_until_free(run_dir: Path, seconds: float = PATIENCE) -> None:
 
 
 def exit_status(ended: Ended) -> int:
-    """Of the process that ran the job."""
-    statuses: dict[Any, int] = {"finished": 0, "skipped": SKIPPED_STATUS, "interrupted": 143}
-    return statuses.get(ended.state, 1)
+    """Of the process that ran the job: the inverse of `STATES`."""
+    return {state: status for status, state in STATES.items()}.get(ended.state, Exit.FAILED)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import psutil
 from pydantic import BeforeValidator, Field, model_validator
 
 from spd.config import (
@@ -165,11 +166,10 @@ def wants_ensemble(options: LaunchOptions) -> bool:
 
 def places(resources: LaunchOptions) -> list[dict[str, str]]:
     """As many jobs as this machine holds at a time: the environment that each of them gets."""
+    free_gb = psutil.virtual_memory().available / 2**30
     counts = [
-        len(os.sched_getaffinity(0)) // resources.n_cpus
-        if hasattr(os, "sched_getaffinity")
-        else (os.cpu_count() or 1) // resources.n_cpus,
-        int(_free_memory_gb() / resources.n_gb),
+        n_usable_cores() // resources.n_cpus,
+        int(free_gb / resources.n_gb),
         resources.max_parallel or 10**6,
     ]
     gpus = visible_gpus() if resources.n_gpus else []
@@ -180,10 +180,8 @@ def places(resources: LaunchOptions) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(n)]
 
 
-def _free_memory_gb() -> float:
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return float("inf")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) / 2**20 if found else float("inf")
+def n_usable_cores() -> int:
+    """Those that this process may use, where the system can restrict it to some; else all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return psutil.cpu_count() or 1

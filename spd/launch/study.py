@@ -4,7 +4,6 @@ A study is a folder that holds what was asked, a copy of the code that its jobs 
 Knows no experiment: what the jobs compute is the business of `evals` and `sweeps`.
 """
 
-import json
 import os
 import secrets
 import shlex
@@ -269,6 +268,5 @@ def take_snapshot(folder: Path) -> CodeState:
     folder.mkdir(parents=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(PACKAGE_DIR, folder / PACKAGE_DIR.name, ignore=ignored)
-    text = json.dumps(state._asdict(), indent=2) + "\n"
-    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+    write_json(folder / RECORD_FILE, state._asdict())
     return state

@@ -48,6 +48,7 @@ from spd.reports.drawing import (
     panels_size,
     probe_figure,
 )
+from spd.run_files import atomic_write
 
 DPI = 150
 HISTOGRAM_BINS = 50
@@ -65,9 +66,7 @@ def save_figures(directory: Path, step: int, figures: Mapping[str, Figure]) -> d
     for name, figure in figures.items():
         path = directory / name / f"{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(png_bytes(figure))
-        partial.replace(path)
+        atomic_write(path, png_bytes(figure))
         paths[name] = path
     return paths
 

@@ -9,18 +9,24 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jinja2
 import yaml
 
 from spd.config import UserError
 from spd.engine.prepare import Prepared
+from spd.metrics import MetricSpec
 from spd.registry import EXPERIMENTS
-from spd.reports.drawing import FigureText, count
+from spd.reports.drawing import FigureText
 from spd.reports.figures import loss_curves, png_bytes, read_png
-from spd.reports.results import format_value, recovered, result_of
+from spd.reports.page import render_page
+from spd.reports.results import (
+    Evaluation,
+    ResultRow,
+    evaluation_of,
+    last_evaluation,
+    read_result,
+)
 from spd.run_files import (
     CONFIG_FILE,
     FIGURES,
@@ -33,10 +39,11 @@ from spd.run_files import (
     read_metrics,
 )
 
-HERE = Path(__file__).parent
 TEMPLATE = "report.html.j2"
 REPORT_FILE = "report.html"
 CURVES = "loss_curves"
+LOSS = "loss/"
+"""The keys of the held-out losses begin so."""
 
 
 class Verdict(NamedTuple):
@@ -60,42 +67,26 @@ class Image(NamedTuple):
     height: int
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, metrics: Mapping[str, MetricSpec] | None = None) -> Path:
     """Write `report.html` into a run directory, whole or not at all, and return its path.
 
-    Pieces that are missing are left out: a run may be interrupted, without figures or a solution.
+    Pieces that are missing are left out: a run may be interrupted, without figures or a solution. The
+    run's `metrics` say what its figures are where there is no result.json yet.
     """
-    return write_page(run_dir, TEMPLATE, report_contents(run_dir))
+    contents = report_contents(run_dir, metrics)
+    return render_page(run_dir / REPORT_FILE, TEMPLATE, contents)
 
 
-def write_page(
-    run_dir: Path, template: str, contents: Mapping[str, Any], *, folder: Path = HERE
-) -> Path:
-    """Write `report.html` from a template in `folder`, which may extend `TEMPLATE`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([folder, HERE]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template(template).render(contents)
-    path = run_dir / REPORT_FILE
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
-    return path
-
-
-def report_contents(run_dir: Path) -> dict[str, Any]:
+def report_contents(
+    run_dir: Path, metrics: Mapping[str, MetricSpec] | None = None
+) -> dict[str, Any]:
     """Everything that the template shows."""
     config_text = _text(run_dir / CONFIG_FILE)
     config = yaml.safe_load(config_text) or {}
     meta = _json(run_dir / META_FILE)
     history = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
-    result = _json(run_dir / RESULT_FILE) or _result_so_far(config, meta, history)
+    result = _evaluation(run_dir, history, metrics or {})
     experiment = str(config.get("experiment", run_dir.parent.name))
-    rows = result.get("rows", [])
     last_step = int(max((line["step"] for line in history), default=0))
     known = EXPERIMENTS.get(experiment)
     return {
@@ -105,13 +96,11 @@ def report_contents(run_dir: Path) -> dict[str, Any]:
         "steps": config.get("steps", "?"),
         "verdict": verdict(meta.get("status", "unknown"), result, last_step, config.get("steps")),
         "expected": known.expected if known else None,
-        "error_rows": _errors(rows),
-        "merits": [_merit(row) for row in rows if _is_merit(row)],
-        "any_column_match": any(row["key"].startswith(("mmcs", "ml2r")) for row in rows),
-        "any_published": any(row["published"] is not None for row in rows),
-        "site_rows": _site_rows(rows, config.get("sites", {})),
-        "loss_rows": _loss_rows(rows, config.get("losses", {})),
-        "evaluated": bool(rows),
+        "merits": merits(result, config.get("sites", {})),
+        "any_published": any(row.published is not None for row in result.rows),
+        "site_table": site_table(result, config.get("sites", {})),
+        "loss_rows": _loss_rows(result, config.get("losses", {})),
+        "evaluated": bool(result.rows),
         "figures": _images(run_dir / FIGURES, list(config.get("figures") or {})),
         "curves": _image(CURVES, png_bytes(loss_curves(history))) if history else None,
         "target": _target(run_dir / TARGET / "training.json"),
@@ -120,84 +109,114 @@ def report_contents(run_dir: Path) -> dict[str, Any]:
         "provenance": _provenance(meta, run_dir),
         "tracker": _web_link(meta.get("tracker")),
         "dirty": bool(meta.get("dirty")),
-        "commands": _commands(meta, run_dir),
+        "commands": _commands(meta, run_dir, outside=bool(config.get("module"))),
         "finished": meta.get("status") == "finished",
     }
 
 
-def verdict(status: str, result: Mapping[str, Any], step: int, steps: int | None) -> Verdict:
+def verdict(status: str, result: Evaluation, step: int, steps: int | None) -> Verdict:
     """The first thing a reader wants to know."""
-    n_errors = sum(int(row["value"]) for row in _errors(result.get("rows", [])))
-    solved = result.get("solved")
+    found = result.conclusion
     if status != "finished":
         words = {"interrupted": "Interrupted", "failed": "Failed", "running": "Not finished"}
         so_far = (
-            "No known solution to compare with."
-            if solved is None
-            else f"At the last evaluation: {count(n_errors, 'error')}."
+            f"At the last evaluation: {found.headline}."
+            if found
+            else "No known solution to compare with."
         )
         of_all = f" of {steps:,}" if isinstance(steps, int) else ""
         headline = f"{words.get(status, 'Not finished')} at step {step:,}{of_all}"
         return Verdict("open", headline, f"What follows is the state until then. {so_far}")
-    if solved is None:
-        detail = "What the decomposition should look like is not known for this target."
-        if kept := recovered(result):
-            return Verdict("open", kept[0], f"{kept[1].capitalize()}. {detail}")
-        return Verdict("open", "No known solution", detail)
-    if solved:
-        detail = "Every decomposed matrix matches the known importance pattern, without an error."
-        return Verdict("solved", "Solved", detail)
-    detail = "The importances differ from the known pattern."
-    return Verdict("unsolved", f"Not solved: {count(n_errors, 'error')}", detail)
+    unknown = "What the decomposition should look like is not known for this target."
+    if found is None:
+        return Verdict("open", "No known solution", unknown)
+    kind = {True: "solved", False: "unsolved", None: "open"}[result.solved]
+    sentences = [f"{_capital(found.detail)}."] if found.detail else []
+    detail = " ".join(sentences + [unknown] * (kind == "open"))
+    return Verdict(kind, _capital(found.headline), detail)
 
 
-def _result_so_far(
-    config: Mapping[str, Any], meta: Mapping[str, Any], history: Sequence[Mapping[str, float]]
-) -> dict[str, Any]:
-    if not any(key.startswith("eval/") for line in history for key in line):
-        return {}
-    names = {key: config.get(key) for key in ("experiment", "seed", "steps")}
-    return result_of(SimpleNamespace(**names), history, meta.get("seconds", 0.0))
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _evaluation(
+    run_dir: Path, history: Sequence[Mapping[str, float]], metrics: Mapping[str, MetricSpec]
+) -> Evaluation:
+    """The result, or how the run stands so far."""
+    path = run_dir / RESULT_FILE
+    return read_result(path) if path.is_file() else evaluation_of(last_evaluation(history), metrics)
 
 
 # --- tables --------------------------------------------------------------------------------------
 
 
-def _errors(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows with the errors of each site."""
-    return [r for r in rows if r["key"].startswith("errors/") and r["key"] != "errors/total"]
+class Line(NamedTuple):
+    """A figure of merit as text."""
+
+    metric: str
+    own: str
+    published: str
 
 
-def _is_merit(row: Mapping[str, Any]) -> bool:
-    return row["key"].split("/")[0] not in ("errors", "l0", "alive", "density", "loss")
+class Table(NamedTuple):
+    """A table with what its words mean."""
+
+    heads: list[str]
+    lines: list[list[str]]
+    meanings: dict[str, str]
+    """label → what it is"""
 
 
-def _merit(row: Mapping[str, Any]) -> dict[str, str]:
-    published = format_value(row["published"], row["published_spread"])
-    own = format_value(row["value"], row["spread"])
-    return {"metric": row["metric"], "own": own, "published": published}
+class Merits(NamedTuple):
+    """The figures of the whole decomposition."""
+
+    lines: list[Line]
+    meanings: dict[str, str]
 
 
-def _site_rows(rows: Sequence[Mapping[str, Any]], sites: Mapping[str, int]) -> list[dict[str, str]]:
-    """One row per decomposed matrix: errors, L0, alive, C, density."""
-    values = {row["key"]: format_value(row["value"], None) for row in rows}
-    paths = [key.removeprefix("l0/") for key in values if key.startswith("l0/")]
-    return [
-        {
-            "site": path,
-            **{name: values.get(f"{name}/{path}", "–") for name in ("errors", "l0", "alive")},
-            "C": str(next((C for p, C in sites.items() if fnmatch.fnmatchcase(path, p)), "–")),
-            "density": values.get(f"density/{path}", "–"),
-        }
+def merits(result: Evaluation, sites: Mapping[str, int]) -> Merits:
+    """Every figure but those of each matrix and the losses."""
+    rows = [row for row in result.rows if not _of_each_site(row, result, sites) and not _loss(row)]
+    lines = [Line(row.metric, result.own(row), result.published(row)) for row in rows]
+    return Merits(lines, _meanings(result, rows))
+
+
+def site_table(result: Evaluation, sites: Mapping[str, int]) -> Table:
+    """One line for each decomposed matrix, with C and all figures of their own."""
+    rows = [row for row in result.rows if _of_each_site(row, result, sites)]
+    paths = list(dict.fromkeys(row.key.partition("/")[2] for row in rows))
+    names = list(dict.fromkeys(row.key.partition("/")[0] for row in rows))
+    cells = {row.key: result.own(row) for row in rows}
+    lines = [
+        [path, str(_C_of(path, sites)), *(cells.get(f"{name}/{path}", "–") for name in names)]
         for path in paths
     ]
+    heads = ["matrix", "C", *(result.quantity(name).label for name in names)]
+    return Table(heads, lines, _meanings(result, rows))
 
 
-def _loss_rows(
-    rows: Sequence[Mapping[str, Any]], losses: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, str]]:
+def _of_each_site(row: ResultRow, result: Evaluation, sites: Mapping[str, int]) -> bool:
+    plain = row.published is None and row.spread is None and not result.quantity(row.key).headline
+    return plain and _C_of(row.key.partition("/")[2], sites) is not None
+
+
+def _C_of(path: str, sites: Mapping[str, int]) -> int | None:
+    return next((C for pattern, C in sites.items() if fnmatch.fnmatchcase(path, pattern)), None)
+
+
+def _meanings(result: Evaluation, rows: Sequence[ResultRow]) -> dict[str, str]:
+    quantities = [result.quantity(row.key) for row in rows]
+    return {q.label: q.meaning for q in quantities if q.meaning}
+
+
+def _loss(row: ResultRow) -> bool:
+    return row.key.startswith(LOSS)
+
+
+def _loss_rows(result: Evaluation, losses: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """Each term with its coefficient, the weighted sum last."""
-    terms = {r["key"][5:]: f"{r['value']:.3g}" for r in rows if r["key"].startswith("loss/")}
+    terms = {row.key.removeprefix(LOSS): result.own(row) for row in result.rows if _loss(row)}
     ordered = [name for name in terms if name != "total"] + ["total"] * ("total" in terms)
     return [
         {
@@ -259,24 +278,25 @@ def _provenance(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
     return {label: str(value) for label, value in known.items() if value}
 
 
-def _commands(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
+def _commands(meta: Mapping[str, Any], run_dir: Path, *, outside: bool) -> dict[str, str]:
     """What to type, by what it does; empty where the run does not say which script made it."""
     module = (meta.get("entry") or {}).get("module")
     if not module:
         return {}
     script = shlex.quote(module)
     python = f"python {script}" if module.endswith(".py") else f"python -m {script}"
+    python = "spd-run" if outside else python
     place = shlex.quote(str(run_dir))
     commands = {}
     if meta.get("commit"):
         commands["The code as it was"] = f"git checkout {meta['commit']}"
     if meta.get("status") in ("interrupted", "running"):
-        commands["Go on with this run"] = f"{python} --resume {place}"
+        commands["Go on with this run"] = f"spd-run --resume {place}"
     own = run_dir / TARGET
     target = f" target={shlex.quote(str(own))}" if own.is_dir() else ""
     commands["The same run again, in a new directory"] = f"{python} {place}/{CONFIG_FILE}{target}"
     commands["This page again"] = f"spd-report {place}"
-    load = ["from spd.run import load_run", f"run = load_run({json.dumps(str(run_dir))})"]
+    load = ["from spd.runs.run import load_run", f"run = load_run({json.dumps(str(run_dir))})"]
     commands["The decomposition, in Python"] = "\n".join([*load, "print(run.model.sites)"])
     return commands
 
@@ -322,4 +342,4 @@ def report_on(run_dir: Path, prepared: Prepared, n_batches: int | None = None) -
         raise UserError(
             f"--batches: the report of {run_dir} is made of the run's files; it looks at no data"
         )
-    return write_report(run_dir)
+    return write_report(run_dir, prepared.config.metrics)

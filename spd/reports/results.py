@@ -1,143 +1,215 @@
-"""The figures of merit of a finished run beside the published ones; pure functions on data."""
+"""The figures of merit of a run beside the published ones; pure functions on data.
+
+What a figure is called and how it is written comes from the metric that computes it: nothing here knows
+one by name.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from spd.registry import EXPERIMENTS
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-LABELS = {
-    "mmcs": "MMCS",
-    "ml2r": "ML2R",
-    "mmcs_paper": "MMCS (paper's definition)",
-    "ml2r_paper": "ML2R (paper's definition)",
-    "errors": "errors",
-    "ce": "cross-entropy",
-    "recovered": "cross-entropy recovered",
-    "kl": "KL from the target",
-    "correlation": "correlation",
-    "slope": "slope",
-    "mse_to_labels": "MSE to labels",
-    "l0": "L0",
-    "alive": "alive",
-    "density": "density",
-    "loss": "held-out",
-}
-COLUMNS = {
-    "mmcs/linear1": ("MMCS", 16),
-    "ml2r/linear1": ("ML2R", 16),
-    "correlation/neuron_contributions": ("correlation", 12),
-    "slope/neuron_contributions": ("slope", 7),
-    "errors/total": ("errors", 7),
-}
-"""Of a table of runs: metric key → heading and width."""
+from spd.config import UserError
+from spd.metrics import Conclusion, HeldOutLosses, MetricSpec, Quantity, quantity_of
+from spd.run_files import read_json
 
 
-def result_of(
-    config: Any, history: Sequence[Mapping[str, float]], seconds: float
-) -> dict[str, Any]:
-    """What result.json holds: one row per figure of the last evaluation, and the verdict."""
-    evaluations = [line for line in history if any(key.startswith("eval/") for key in line)]
-    last = {key.removeprefix("eval/"): value for key, value in evaluations[-1].items()}
-    experiment = EXPERIMENTS.get(config.experiment)
-    published = experiment.published if experiment else {}
-    rows = []
-    for key, value in last.items():
-        name, _, place = key.partition("/")
-        if name not in LABELS:
-            continue
-        reference = published.get(f"{name.removesuffix('_paper')}/{place}")
-        rows.append(
-            {
-                "metric": f"{LABELS[name]} {place}",
-                "key": key,
-                "value": value,
-                "spread": last.get(f"{name}_sd/{place}"),
-                "published": reference.value if reference else None,
-                "published_spread": reference.spread if reference else None,
-            }
-        )
-    return {
-        "experiment": config.experiment,
-        "seed": config.seed,
-        "steps": config.steps,
-        "seconds": round(seconds, 1),
-        "solved": bool(last["solved"]) if "solved" in last else None,
-        "rows": rows,
-    }
+class ResultRow(BaseModel):
+    """One figure of the last evaluation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    metric: str
+    """how it is called"""
+    key: str
+    """as in metrics.jsonl, without `eval/`"""
+    value: float
+    spread: float | None = None
+    """behind its ±"""
+    published: float | None = None
+    published_spread: float | None = None
 
 
-def verdict(result: Mapping[str, Any]) -> str:
-    """One line: solved, or the errors of each site."""
-    if result["solved"] is None:
-        kept = recovered(result)
-        return f"{kept[0]} {kept[1]}" if kept else "no known solution to compare with"
-    if result["solved"]:
-        return "solved: every site matches the known importance pattern"
-    errors = [
-        f"{row['key'].removeprefix('errors/')} {row['value']:.0f}"
-        for row in result["rows"]
-        if row["key"].startswith("errors/") and row["key"] != "errors/total"
-    ]
-    return f"not solved: errors against the known pattern: {', '.join(errors)}"
+class Evaluation(BaseModel):
+    """The last evaluation of a run, with what its metrics say about it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    solved: bool | None = None
+    """None: there is no known solution"""
+    conclusion: Conclusion | None = None
+    rows: tuple[ResultRow, ...] = ()
+    expected: dict[str, tuple[float, float]] = {}
+    """key → lowest and highest mean over the seeds"""
+    quantities: dict[str, Quantity] = {}
+    """what the names in the keys of the rows mean"""
+
+    def quantity(self, key: str) -> Quantity:
+        """What a figure is; one that no metric has declared is called by its key."""
+        return quantity_of(key, self.quantities) or Quantity(label=key)
+
+    def own(self, row: ResultRow) -> str:
+        """The value of this run as text."""
+        return format_value(row.value, row.spread, self.quantity(row.key).format)
+
+    def published(self, row: ResultRow) -> str:
+        return format_value(row.published, row.published_spread, self.quantity(row.key).format)
 
 
-def recovered(result: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What a language model keeps, as a headline and how it goes on; None where it was not measured."""
-    values = {row["key"]: row["value"] for row in result.get("rows", [])}
-    if not {"recovered/masked", "recovered/rounded"} <= values.keys():
-        return None
-    return (
-        f"{values['recovered/masked']:.1%} of the cost of ablation avoided",
-        f"with the importances as masks, {values['recovered/rounded']:.1%} with rounded ones (g > 0.5)",
+class Result(Evaluation):
+    """What result.json holds: a finished run."""
+
+    experiment: str
+    seed: int
+    steps: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For result.json; what says nothing about a figure is left out of `quantities`."""
+        first = ("experiment", "seed", "steps", "seconds", "solved")
+        whole = self.model_dump(mode="python")
+        whole["quantities"] = {
+            name: quantity.model_dump(exclude_defaults=True)
+            for name, quantity in self.quantities.items()
+        }
+        return {**{key: whole.pop(key) for key in first}, **whole}
+
+
+def read_result(path: Path) -> Result:
+    """What a result.json holds, or a `UserError` if it is none."""
+    raw = read_json(path)
+    try:
+        return Result.model_validate(raw)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = ".".join(map(str, wrong["loc"]))
+        raise UserError(f"{path}: not the result of a run: {place}: {wrong['msg']}") from None
+
+
+def result_of(config: Any, history: Sequence[Mapping[str, float]], seconds: float) -> Result:
+    """What result.json holds of a run of this configuration."""
+    evaluation = evaluation_of(last_evaluation(history), config.metrics)
+    return Result(
+        experiment=config.experiment,
+        seed=config.seed,
+        steps=config.steps,
+        seconds=round(seconds, 1),
+        **dict(evaluation),
     )
 
 
-def format_result(result: Mapping[str, Any]) -> str:
+def last_evaluation(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The figures of the last evaluation in metrics.jsonl by key; empty where there was none."""
+    evaluations = [line for line in history if any(key.startswith("eval/") for key in line)]
+    if not evaluations:
+        return {}
+    last = evaluations[-1].items()
+    return {key.removeprefix("eval/"): value for key, value in last if key.startswith("eval/")}
+
+
+def described(metrics: Mapping[str, MetricSpec]) -> dict[str, Quantity]:
+    """What the metrics of a run compute, by name."""
+    specs = [spec.quantities for spec in metrics.values()]
+    return {
+        name: q
+        for quantities in (HeldOutLosses.quantities, *specs)
+        for name, q in quantities.items()
+    }
+
+
+def evaluation_of(values: Mapping[str, float], metrics: Mapping[str, MetricSpec]) -> Evaluation:
+    """One row for every figure, but for those that stand behind the ± of another."""
+    quantities = described(metrics)
+    published = {key: p for spec in metrics.values() for key, p in spec.published.items()}
+    rows, behind = [], set()
+    for key, value in values.items():
+        name, slash, place = key.partition("/")
+        quantity = quantity_of(key, quantities) or Quantity(label=name)
+        spread = f"{quantity.spread}{slash}{place}"
+        behind.add(spread)
+        reference = published.get(key) or published.get(f"{quantity.published_as}{slash}{place}")
+        rows.append(
+            ResultRow(
+                metric=quantity.label if key in quantities else f"{quantity.label} {place}".strip(),
+                key=key,
+                value=value,
+                spread=values.get(spread),
+                published=reference.value if reference else None,
+                published_spread=reference.spread if reference else None,
+            )
+        )
+    conclusions = [spec.conclusion(values) for spec in metrics.values()]
+    conclusion = next((found for found in conclusions if found is not None), None)
+    return Evaluation(
+        solved=conclusion.solved if conclusion else None,
+        conclusion=conclusion,
+        rows=tuple(row for row in rows if row.key not in behind),
+        expected={key: ends for spec in metrics.values() for key, ends in spec.expected.items()},
+        quantities=quantities,
+    )
+
+
+def verdict(result: Evaluation) -> str:
+    """One line: what the run comes to."""
+    if result.conclusion is None:
+        return "no known solution to compare with"
+    headline, detail = result.conclusion.headline, result.conclusion.detail
+    return f"{headline} ({detail})" if detail else headline
+
+
+def format_result(result: Result) -> str:
     """One run as text: its figures, the published ones beside them, the verdict."""
     lines = [
-        f"{result['experiment']}, seed {result['seed']}, {result['steps']} steps,"
-        f" {result['seconds']:.0f} s",
+        f"{result.experiment}, seed {result.seed}, {result.steps} steps, {result.seconds:.0f} s",
         f"  {'':34} {'this run':>18} {'published':>18}",
     ]
-    for row in result["rows"]:
-        own = format_value(row["value"], row["spread"])
-        other = format_value(row["published"], row["published_spread"])
-        lines.append(f"  {row['metric']:34} {own:>18} {other:>18}")
+    for row in result.rows:
+        lines.append(f"  {row.metric:34} {result.own(row):>18} {result.published(row):>18}")
     lines.append(f"  {verdict(result)}")
     return "\n".join(lines)
 
 
-def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Several runs, one line each; the key is the run's name."""
-    width = max(len(name) for name in results)
-    found = {row["key"] for result in results.values() for row in result["rows"]}
-    shown = {key: column for key, column in COLUMNS.items() if key in found}
-    heads = " ".join(f"{head:>{size}}" for head, size in shown.values())
-    lines = [f"{'run':{width}}  {'seed':>4} {'steps':>7}  {heads}  solved"]
+def format_table(results: Mapping[str, Result]) -> str:
+    """Several runs, one line each, with their headline figures; the key is the run's name."""
+    heads = {
+        row.key: row.metric
+        for result in results.values()
+        for row in result.rows
+        if result.quantity(row.key).headline
+    }
+    table = [("run", "seed", "steps", *heads.values(), "solved")]
     for name, result in results.items():
-        rows = {row["key"]: row for row in result["rows"]}
-        cells = [
-            f"{format_value(rows[key]['value'], rows[key]['spread']) if key in rows else '–':>{size}}"
-            for key, (_, size) in shown.items()
-        ]
-        solved = {True: "yes", False: "no", None: "–"}[result["solved"]]
-        lines.append(
-            f"{name:{width}}  {result['seed']:>4} {result['steps']:>7}  {' '.join(cells)}  {solved}"
+        cells = {row.key: result.own(row) for row in result.rows}
+        solved = {True: "yes", False: "no", None: "–"}[result.solved]
+        figures = (cells.get(key, "–") for key in heads)
+        table.append((name, str(result.seed), str(result.steps), *figures, solved))
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
         )
-    return "\n".join(lines)
+        for line in table
+    )
 
 
-def format_value(value: float | None, spread: float | None) -> str:
-    """`0.993 ± 0.002`; whole numbers without decimals, small ones in powers of ten; `–` for none."""
+def format_value(value: float | None, spread: float | None, form: str = "") -> str:
+    """`0.993 ± 0.002`; whole numbers without decimals, small ones in powers of ten; `–` for none.
+
+    `form` is what the figure asks for instead, as Python's `format` takes it.
+    """
     if value is None:
         return "–"
     if not math.isfinite(value):
         text = str(value)
+    elif form:
+        text = f"{value:{form}}"
     elif value == int(value) and spread is None:
         text = f"{int(value)}"
     elif abs(value) < 1e-3 and value != 0:
         text = f"{value:.2e}"
     else:
         text = f"{value:.3f}"
-    return text if spread is None else f"{text} ± {spread:.3f}"
+    return text if spread is None else f"{text} ± {format(spread, form or '.3f')}"

@@ -1,22 +1,22 @@
 """The command lines of runs: an experiment's own, `spd-report`, and the one that draws figures anew."""
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from spd import settings
-from spd.config import RunError, UserError, load_config
+from spd.config import RunError, UserError
 from spd.engine import distributed
 from spd.registry import get_experiment
 from spd.reports.figures import draw, loss_curves, save_figures
 from spd.reports.report import report_on, write_report
-from spd.reports.results import format_result, format_table
-from spd.run_files import FIGURES, META_FILE, RESULT_FILE, read_json
+from spd.reports.results import format_result, format_table, read_result
+from spd.run_files import FIGURES, META_FILE, RESULT_FILE, read_meta
 from spd.runs.console import console_log, resolve_device, user_errors
-from spd.runs.execution import ExperimentConfig
+from spd.runs.execution import ExperimentConfig, load_experiment
+from spd.runs.provenance import import_entry
 from spd.runs.run import Build, Run, load_run, resume, run_seeds, start
 from spd.settings import PACKAGE_DIR
 
@@ -26,8 +26,7 @@ def cli(
 ) -> NoReturn:
     """The entry point of an experiment script: CONFIG.yaml [key=value …] [--resume RUN_DIR].
 
-    Exit status: 0 finished, 1 a run failed, 2 a mistake of the user, 3 its data or model cannot be
-    reached, 130 or 143 interrupted.
+    It ends with one of the statuses of `spd.config.Exit`.
     """
     parser = argparse.ArgumentParser(description=(build.__doc__ or "").partition("\n")[0])
     parser.add_argument("config", nargs="?", help="YAML configuration")
@@ -46,7 +45,7 @@ def cli(
         if args.resume is not None:
             directory = resume(config_class, build, args.resume, args.config, args.overrides)
         elif args.config is not None:
-            config = load_config(config_class, Path(args.config), args.overrides)
+            config = load_experiment(config_class, Path(args.config), args.overrides)
             folder = Path(args.config).parent
             if config.seeds:
                 _show_seeds(*run_seeds(config, build, folder=folder, base=args.run_dir))
@@ -62,7 +61,7 @@ def cli(
         else:
             parser.error("a configuration or --resume RUN_DIR is needed")
         if distributed.is_leader():
-            print(format_result(read_json(directory / RESULT_FILE)))
+            print(format_result(read_result(directory / RESULT_FILE)))
             print(f"report: {directory / 'report.html'}")
         raise SystemExit(0)
 
@@ -73,7 +72,7 @@ def results_table(directories: Sequence[Path]) -> str:
     for directory in directories:
         if not (directory / RESULT_FILE).is_file():
             raise UserError(f"{directory}: no {RESULT_FILE}; the run has not finished")
-        results[f"{directory.parent.name}/{directory.name}"] = read_json(directory / RESULT_FILE)
+        results[f"{directory.parent.name}/{directory.name}"] = read_result(directory / RESULT_FILE)
     return format_table(results)
 
 
@@ -91,9 +90,15 @@ def _show_seeds(directories: Sequence[Path], failures: Mapping[Path, RunError]) 
 
 
 def checked_config(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """The configuration of a registered experiment with overrides, or what is wrong, as a `UserError`."""
+    """The configuration of an experiment with overrides, or what is wrong with it, as a `UserError`."""
     experiment = get_experiment(name)
-    module = importlib.import_module(experiment.module)
+    config_class, _ = parts_of(experiment.module)
+    return load_experiment(config_class, PACKAGE_DIR / experiment.config, overrides)
+
+
+def parts_of(name: str) -> tuple[type[ExperimentConfig], Build]:
+    """Configuration class and `build` of an experiment, from the module or file that holds them."""
+    module = import_entry(name)
     classes = [
         value
         for value in vars(module).values()
@@ -101,8 +106,30 @@ def checked_config(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig
         and issubclass(value, ExperimentConfig)
         and value.__module__ == module.__name__
     ]
-    assert len(classes) == 1, f"{experiment.module} defines one configuration class"
-    return load_config(classes[0], PACKAGE_DIR / experiment.config, overrides)
+    build = getattr(module, "build", None)
+    if len(classes) != 1 or not callable(build):
+        found = ", ".join(found.__name__ for found in classes) or "none"
+        raise UserError(
+            f"{name}: an experiment is one subclass of ExperimentConfig (found: {found}) and a function"
+            f" build(config, device) ({'found' if callable(build) else 'none found'})"
+        )
+    return classes[0], build
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """What `spd-run` starts: EXPERIMENT.yaml …, whose `module` is imported, or --resume RUN_DIR alone."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    with user_errors():
+        match words:
+            case ["--resume", directory, *_]:
+                entry = read_meta(Path(directory))["entry"]
+                module = import_entry(entry["module"])
+                parts = getattr(module, entry["config"]), getattr(module, entry["build"])
+            case [config, *_] if not config.startswith("-"):
+                parts = parts_of(get_experiment(config).module)
+            case _:
+                raise UserError("a YAML configuration or --resume RUN_DIR is needed")
+    cli(*parts, words)
 
 
 def report(argv: Sequence[str] | None = None) -> None:
@@ -133,7 +160,7 @@ def redraw(run: Run) -> None:
     """Draw every figure of a run anew, from its newest checkpoint, and write its report."""
     figures = {**draw(run.prepared, run.config.figures), "loss_curves": loss_curves(run.metrics)}
     save_figures(run.directory / FIGURES, run.step, figures)
-    write_report(run.directory)
+    write_report(run.directory, run.config.metrics)
 
 
 def redraw_command(
@@ -166,3 +193,7 @@ def redraw_command(
                 print(f"{run.directory}: not finished, not in the table", file=sys.stderr)
         if finished:
             print(results_table(finished))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spd.config import RunError, Unreachable, UserError
+from spd.config import Exit, RunError, UserError, report_error
 from spd.engine.distributed import SaidByLeader, is_leader, own_gpu
 
 ALLOWED_DEVICES = "(allowed: auto, or one that torch has here, as cpu, cuda or cuda:1)"
@@ -20,26 +20,18 @@ ALLOWED_DEVICES = "(allowed: auto, or one that torch has here, as cpu, cuda or c
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn exceptions into one message and the exit status of a command.
-
-    1 it failed, 2 a mistake of the user, 3 data or a model cannot be reached, 130 interrupted.
-    """
+    """Turn exceptions into one message and the exit status of a command, an `Exit`."""
     try:
         yield
-    except Unreachable as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(3) from None
-    except UserError as error:
-        if not isinstance(error, SaidByLeader):
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (UserError, RunError) as error:
+        # With several processes, each comes here with an error of the run or of its leader.
+        said_elsewhere = isinstance(error, SaidByLeader) or (
+            isinstance(error, RunError) and not is_leader()
+        )
+        raise SystemExit(error.status if said_elsewhere else report_error(error)) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except RunError as error:
-        if is_leader():  # with several processes, each comes here
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(Exit.INTERRUPTED) from None
 
 
 class _AboveTheBar(logging.Handler):

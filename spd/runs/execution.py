@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, field_validator
 
-from spd.config import RunError
+from spd.config import RunError, load_config
 from spd.engine.prepare import Prepared
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side
 from spd.reports.figures import Figures, draw, loss_curves, save_figures
@@ -45,6 +45,9 @@ class ExperimentConfig(SPDConfig):
 
     experiment: FolderName
     """names the folder of its runs"""
+    module: str | None = None
+    """of an experiment outside the package: the Python file beside the YAML, or the importable module, that
+    holds its configuration class and `build`"""
     target: str | None = None
     """a trained directory, `wandb:entity/project/run`, a training YAML; None: `build` makes it"""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -59,6 +62,16 @@ class ExperimentConfig(SPDConfig):
         if twice:
             raise ValueError(f"{twice[0]} is named twice")
         return seeds
+
+
+def load_experiment(
+    config_class: type[ExperimentConfig], path: Path, overrides: Sequence[str] = ()
+) -> ExperimentConfig:
+    """`load_config`, with the file that `module` names by its full path: a run's copy is read elsewhere."""
+    config = load_config(config_class, path, overrides)
+    if config.module is None or not config.module.endswith(".py"):
+        return config
+    return config.model_copy(update={"module": str((path.parent / config.module).resolve())})
 
 
 class Ready(NamedTuple):
@@ -164,4 +177,4 @@ def _label(run: Ready, runs: Sequence[Ready]) -> str | None:
 def _finish(directory: Path, config: ExperimentConfig, seconds: float) -> None:
     history = read_metrics(directory)
     save_figures(directory / FIGURES, config.steps, {"loss_curves": loss_curves(history)})
-    write_json(directory / RESULT_FILE, result_of(config, history, seconds))
+    write_json(directory / RESULT_FILE, result_of(config, history, seconds).as_json())

@@ -16,7 +16,8 @@ from spd.config import UserError
 from spd.settings import PACKAGE_DIR, REPO_DIR
 
 RECORD_FILE = "snapshot.json"
-
+OF_FILE = "spd_entry_"
+"""begins the names of modules that were imported from a file"""
 
 PACKAGES = ("torch", "numpy", "pydantic", "transformers", "datasets", "wandb", "safetensors")
 
@@ -35,7 +36,7 @@ def provenance(device: str) -> dict[str, Any]:
 
 def entry_of(module: ModuleType) -> str:
     """An importable name of an experiment's module, or its file, also when it runs as a script."""
-    if module.__name__ != "__main__":
+    if module.__name__ != "__main__" and not module.__name__.startswith(OF_FILE):
         return module.__name__
     assert module.__file__ is not None, "an experiment runs from a file"
     path = Path(module.__file__).resolve()
@@ -50,10 +51,13 @@ def import_entry(name: str) -> ModuleType:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise UserError(f"{name}: the module that made this run is missing: {error}") from None
-    spec = importlib.util.spec_from_file_location(f"spd_entry_{Path(name).stem}", name)
-    if spec is None or spec.loader is None or not Path(name).is_file():
-        raise UserError(f"{name}: the script that made this run is gone")
+            raise UserError(f"{name}: the module of this experiment is missing: {error}") from None
+    path = Path(name).resolve()
+    spec = importlib.util.spec_from_file_location(f"{OF_FILE}{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"{name}: the file of this experiment is gone")
+    if str(path.parent) not in sys.path:  # of what lies beside it, as if it were started
+        sys.path.append(str(path.parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

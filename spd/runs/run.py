@@ -46,6 +46,7 @@ from spd.runs.execution import (
     Ready,
     assist,
     execute,
+    load_experiment,
 )
 from spd.runs.provenance import entry_of, import_entry, provenance
 from spd.runs.wandb_run import download_run
@@ -104,7 +105,9 @@ def resume(
     if config_path is not None and "=" in config_path and not Path(config_path).exists():
         raise UserError(f"{config_path!r}: a run is resumed under its own configuration")
     read_meta(directory)
-    given = None if config_path is None else load_config(config_class, Path(config_path), overrides)
+    given = None
+    if config_path is not None:
+        given = load_experiment(config_class, Path(config_path), overrides)
     with kept_log() as earlier:
         return _alone(_reopened(config_class, build, directory, given, earlier))
 
@@ -203,7 +206,7 @@ def _prepared(
     earlier: MemoryHandler,
 ) -> Ready:
     """A run that is not in its directory yet."""
-    if config.compile is True:
+    if config.execution.compile is True:
         require_compiler()
     device = resolve_device(config.device)
     problem = build(_with_target_beside(config, folder), device)

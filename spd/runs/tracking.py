@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from spd.run_files import METRICS_FILE, TIMINGS_FILE, cut_lines
 from spd.runs.wandb_run import WandbRun

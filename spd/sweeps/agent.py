@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from spd.config import UserError
+from spd.config import UserError, report_error
 from spd.launch.study import STUDY_FILE, Study
 from spd.run_files import read_json
 from spd.sweeps import optuna_backend as local_study
@@ -13,13 +13,12 @@ BACKENDS = {"local": local_study, "wandb": wandb_sweep}
 
 
 def main(directory: Path, name: str) -> int:
-    """Run trials until none is left; the exit status: 0, or 143 where it was asked to stop."""
+    """Run trials until none is left; the exit status, TERMINATED where it was asked to stop."""
     try:
         study = Study(directory, read_json(directory / STUDY_FILE))
         return BACKENDS[study.record["backend"]].work(study, name)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
 
 
 if __name__ == "__main__":

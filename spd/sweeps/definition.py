@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from spd.config import (
     BaseConfig,
     UserError,
+    full_key,
     nearest,
     parse,
     read_yaml,
@@ -202,16 +203,18 @@ def check(definition: Definition, experiment: str, fixed: Sequence[str], source:
     from spd.runs.cli import checked_config
 
     base = checked_config(experiment, fixed)
-    settings = base.model_dump(mode="json")
     flat = definition.parameters
-    set_already = {override.partition("=")[0].strip() for override in fixed}
-    known = sorted(_dotted("", settings))
+    set_already = {full_key(type(base), override.partition("=")[0].strip()) for override in fixed}
+    known = sorted(_dotted("", base.model_dump(mode="json")))
+    full = {key: full_key(type(base), key) for key in flat}
     if "seeds" in set_already or "seeds" in flat:
         raise UserError(f"{source}: seeds: every point of a sweep is one run; sweep over seed")
     for key in flat:
-        if key in set_already or key in ("device", "experiment"):
+        if full[key] in set_already or key in ("device", "experiment"):
             raise UserError(f"{source}: parameters.{key}: is set for all trials already")
-        if key not in known:
+        if list(full.values()).count(full[key]) > 1:
+            raise UserError(f"{source}: parameters.{key}: stands twice, also as {full[key]}")
+        if full[key] not in known:
             raise UserError(
                 f"{source}: parameters.{key}: {experiment} has no such setting"
                 f"{nearest(key, known)} (allowed: {', '.join(known)})"

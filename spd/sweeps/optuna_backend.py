@@ -22,7 +22,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from spd.config import UserError
+from spd.config import Exit, UserError
 from spd.launch.job import Ended
 from spd.launch.study import Study
 from spd.sweeps.definition import (
@@ -67,6 +67,8 @@ def check(definition: Definition) -> None:
                 f"parameters.{key}: {parameter.kind} is for W&B alone (allowed here:"
                 f" {', '.join(SUPPORTED)})"
             )
+    if definition.early_terminate is not None and definition.early_terminate.strict:
+        raise UserError("early_terminate.strict: true is for W&B alone (allowed here: false)")
 
 
 def create(study: Study) -> None:
@@ -108,7 +110,7 @@ def work(study: Study, agent: str) -> int:
                 if ended.signum is None or trial.state == "finished":
                     tell(study, own, trial)
             if ended.signum is not None:  # an unfinished trial is for whoever goes on with it
-                return 143
+                return Exit.TERMINATED
         finally:
             for own in taken:
                 own.lock.release()

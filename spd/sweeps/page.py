@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from spd.launch.job import Status
 from spd.launch.study import Study
 from spd.reports.figures import png_bytes, read_png
-from spd.settings import PACKAGE_DIR
+from spd.reports.page import render_page
 from spd.sweeps.definition import Definition, Metric
 from spd.sweeps.figures import against_each, parallel_coordinates
 from spd.sweeps.trials import (
@@ -36,32 +34,23 @@ def write_page(
     keys = [key for key, parameter in definition.parameters.items() if parameter.kind != "constant"]
     keys = keys or list(definition.parameters)
     counts = _counts(trials, n_waiting)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([PACKAGE_DIR / "sweeps", PACKAGE_DIR / "reports"]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template(f"{PAGE}.j2").render(
-        study=study.id,
-        record=study.record,
-        definition=definition,
-        keys=keys,
-        trials=[(trial, _report(study, trial)) for trial in trials],
-        figures=_figures(trials, keys, definition.metric),
-        counts=counts,
-        agents=agents,
-        shown=shown,
-    )
-    partial = study.directory / f".{PAGE}.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(study.directory / PAGE)
+    contents = {
+        "study": study.id,
+        "record": study.record,
+        "definition": definition,
+        "keys": keys,
+        "trials": [(trial, _report(study, trial)) for trial in trials],
+        "figures": _figures(trials, keys, definition.metric),
+        "counts": counts,
+        "agents": agents,
+        "shown": shown,
+    }
+    path = render_page(study.directory / PAGE, f"{PAGE}.j2", contents, folder=Path(__file__).parent)
     unwell = [f"{name}: {s.state}: {s.reason}" for name, s in agents.items() if s.state == "failed"]
     text = "\n".join([format_trials(trials, keys, definition), counts, *unwell])
     good = not unwell and not n_waiting and bool(trials)
     good = good and all(trial.state in ("finished", "pruned") for trial in trials)
-    return text, study.directory / PAGE, good
+    return text, path, good
 
 
 def format_trials(trials: Sequence[Trial], keys: Sequence[str], definition: Definition) -> str:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from spd.config import UserError, parse
+from spd.config import Exit, UserError, parse
 from spd.launch.arguments import Arguments, Command, run_command
 from spd.launch.job import Job
 from spd.launch.resources import (
@@ -84,7 +84,7 @@ COMMAND = Command(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command. Exit status: 0 all trials ended well, 1 not, 2 a mistake, 130 interrupted."""
+    """The command. Its exit status is an `Exit`: FAILED where a trial did not end well."""
     run_command(COMMAND, _run, argv)
 
 
@@ -120,7 +120,8 @@ def _new(words: Sequence[str], options: SweepOptions) -> int:
     if len(words) < 2:
         raise UserError("spd-sweep: EXPERIMENT and N_AGENTS are needed; see --help")
     experiment, n_agents = words[0], _n_agents(words[1])
-    get_experiment(experiment)
+    found = get_experiment(experiment)
+    experiment = experiment if found.registered else found.config  # by its full path
     overrides = [*words[2:], *(["device=cpu"] if options.cpu else [])]
     definition = read_definition(options.params)
     check(definition, experiment, overrides, str(options.params))
@@ -194,7 +195,7 @@ def _launched(study: Study, jobs: Sequence[Job], n_points: int, options: SweepOp
     except KeyboardInterrupt:
         here = not study.record["slurm"]
         print(f"go on with: spd-sweep --{'resume' if here else 'status'} {study.id}")
-        return 130
+        return Exit.INTERRUPTED
 
 
 def _show(study: Study) -> int:

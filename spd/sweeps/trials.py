@@ -118,7 +118,7 @@ def run_seeds(
 
 
 def _runs(study: Study) -> Path:
-    return output_root().absolute() / study.record["experiment"]
+    return output_root().absolute() / get_experiment(study.record["experiment"]).name
 
 
 def _run(
@@ -126,8 +126,8 @@ def _run(
 ) -> tuple[list[Trial], Ended]:
     """One process for all of them, from the first record to the last."""
     experiment = get_experiment(study.record["experiment"])
-    config = str(study.code / "spd" / experiment.config)
-    command = python(experiment.module, config, *study.record["overrides"], *arguments)
+    words = [*experiment.command(study.code / "spd"), *study.record["overrides"], *arguments]
+    command = python(*words)
     metric = definition_of(study).metric.name
     watched = [_Watched(Path(trial.run_dir), metric, watcher) for trial in trials]
     for trial in trials:

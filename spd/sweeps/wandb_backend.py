@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from spd.config import UserError
+from spd.config import Exit, RunError, UserError, report_error
 from spd.launch.job import exit_status, supervise
 from spd.launch.study import STUDY_FILE, Study, python
 from spd.run_files import read_json
@@ -98,16 +98,15 @@ def work(study: Study, agent: str) -> int:
     while True:
         for trial in trials_of(study):
             if trial.state in ("running", "interrupted") and not _go_on(study, trial, agent):
-                return 143
+                return Exit.TERMINATED
         before = _begun_by(study, agent)
         command = [sys.executable, "-P", "-m", "wandb", "agent", "--forward-signals"]
         ended = supervise([*command, "--count", "1", study.record["sweep"]], output, env)
         if ended.signum is not None:
-            return 143
+            return Exit.TERMINATED
         after = _begun_by(study, agent)
         if ended.state != "finished" and after == before:
-            print(f"error: wandb agent: {ended.reason}", file=sys.stderr)
-            return 1
+            return report_error(RunError(f"wandb agent: {ended.reason}"))
         if after == before:
             return 0  # the sweep is over
 
@@ -160,5 +159,4 @@ if __name__ == "__main__":
     try:
         raise SystemExit(trial(Path(sys.argv[1]), sys.argv[2:]))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(report_error(error)) from None

@@ -53,12 +53,12 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def slow_square(x: torch.Tensor) -> torch.Tensor:
-    """Twenty milliseconds, of which 750 steps, there and back, are worth compiling."""
+    """At least twenty milliseconds, of which 750 steps, there and back, are worth compiling."""
     time.sleep(0.02)
     return square(x)
 
 
-@pytest.mark.parametrize(("n_steps", "tried"), [(100, False), (2000, True)])
+@pytest.mark.parametrize(("n_steps", "tried"), [(2, False), (2000, True)])
 def test_auto_compiles_long_runs_alone(
     compiler: Path, caplog: pytest.LogCaptureFixture, n_steps: int, tried: bool
 ):
@@ -119,7 +119,7 @@ def test_auto_falls_back_where_the_compiler_fails(compiler: Path, caplog: pytest
 
 LONG_RUN = """
 import runpy, sys
-from spd import compilation
+from spd.engine import compilation
 compilation.WORTHWHILE_SECONDS = 0
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -171,6 +171,7 @@ def test_a_run_that_falls_back_is_an_eager_run(command: Command, compiler: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.needs("a C++ compiler")
 def test_compiled_runs_are_equal_byte_for_byte_also_resumed(command: Command):
     """The second compiles nothing: it finds what the first has compiled."""
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(command.folder / "cache")}
@@ -191,6 +192,7 @@ def test_compiled_runs_are_equal_byte_for_byte_also_resumed(command: Command):
 
 
 @pytest.mark.slow
+@pytest.mark.needs("a C++ compiler")
 def test_the_decision_is_kept_by_a_resumed_run(command: Command):
     """Compiled stays compiled: without a compiler the run does not go on; eager stays eager."""
     finished_run(command, "compile=true", "steps=4")

@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from spd.engine.distributed import (
 )
 from spd.noise import Share
 from spd.run_files import read_meta, read_metrics
+from tests.launch.test_job import until
 from tests.little_lm import little_config
 from tests.rank_gradients import gradients, made
 
@@ -54,7 +55,7 @@ def torchrun(*arguments: str | Path, folder: Path) -> subprocess.Popen[str]:
 
 def said(process: subprocess.Popen[str]) -> str:
     """All that it prints until it has ended."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     return out + err
 
 
@@ -155,22 +156,14 @@ def test_a_batch_that_cannot_be_divided(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def children(pid: int) -> list[int]:
-    listing = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in listing.read_text().split()]
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_what_ends_one_process_ends_the_run(tmp_path: Path, signum: signal.Signals):
     config, run_dir = written_config(tmp_path, steps=100_000), tmp_path / "run"
     process = torchrun("-m", "tests.little_lm", config, "--run_dir", run_dir, folder=tmp_path)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(run_dir.glob("checkpoints/0*")):
-        time.sleep(0.2)
-    follower = children(process.pid)[1]
-    os.kill(follower, signum)
+    until(lambda: bool(list(run_dir.glob("checkpoints/0*"))))
+    follower = psutil.Process(process.pid).children()[1]
+    follower.send_signal(signum)
     output = said(process)
     assert process.returncode != 0
     status = read_meta(run_dir)["status"]

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import spd
 from spd.component_model import ComponentModel
 from spd.config import UserError
 from spd.engine.layers import checkpoint_layers_
@@ -16,7 +17,6 @@ from spd.engine.sequential import Sequential
 from spd.experiments.lm.model import TokenModel as HuggingFaceModel
 from spd.importance import AffineImportanceConfig, lower_leaky_hard_sigmoid
 from spd.objective import Objective
-from spd.optimize import optimize
 from spd.problem import Problem
 from tests.toy import MLP, MLP_SITES, TokenModel, decompose, make_config, make_objective
 
@@ -174,7 +174,7 @@ def config_of(**changes: Any) -> Any:
 
 
 def trained(**changes: Any) -> Mapping[str, Tensor]:
-    model = optimize(problem(llama()), config_of(**changes))
+    model = spd.decompose(problem(llama()), config_of(**changes), quiet=True).model
     return {name: p.detach() for name, p in model.subcomponent_parameters().items()}
 
 
@@ -210,7 +210,7 @@ def test_clipped_gradients_are_those_of_a_plain_loop():
     def run(grad_clip: float | None) -> dict[str, Tensor]:
         torch.manual_seed(0)
         config = make_config(losses, steps=steps, lr=0.1, grad_clip=grad_clip)
-        model = optimize(Problem(MLP(), data(), data()), config)
+        model = spd.decompose(Problem(MLP(), data(), data()), config, quiet=True).model
         return {name: p.detach() for name, p in model.subcomponent_parameters().items()}
 
     torch.manual_seed(0)
@@ -239,9 +239,9 @@ def test_clipped_gradients_are_those_of_a_plain_loop():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"autocast": "fp16"}, "autocast: input should be 'bf16', got 'fp16'"),
+        ({"autocast": "fp16"}, "execution.autocast: input should be 'bf16', got 'fp16'"),
         ({"grad_clip": 0}, "grad_clip: input should be greater than 0"),
-        ({"passes": "one"}, "passes: input should be 'auto', 'together' or 'one_by_one'"),
+        ({"passes": "one"}, "execution.passes: input should be 'auto', 'together' or 'one_by_one'"),
     ],
 )
 def test_settings_that_make_no_sense(setting: dict[str, Any], message: str):

@@ -19,7 +19,7 @@ from spd.importance import AffineImportanceConfig
 from spd.losses import Faithfulness
 from spd.metrics import PatternErrorsMetric
 from spd.problem import Dense, Identity
-from spd.spd_config import SPDConfig
+from spd.spd_config import Execution, SPDConfig
 from tests.solved_toy import PROBE, _batches, set_importance
 
 
@@ -56,7 +56,7 @@ def solved_resid_mlp(
         importance=AffineImportanceConfig(),
         steps=1,
         lr=1e-3,
-        compile=False,
+        execution=Execution(compile=False),
         n_eval_batches=2,
     )
     prepared = prepare(problem, config)

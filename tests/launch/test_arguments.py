@@ -1,6 +1,5 @@
 """Command lines that cannot hurt: each trap of fire, and what is said of mistakes."""
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -170,7 +169,7 @@ def test_a_mistake_is_one_message_and_nothing_else(
 
 
 @pytest.mark.parametrize("module", ["spd.evals.run_evals", "spd.sweeps.sweep"])
-def test_help_is_quick_and_complete(module: str):
+def test_help_is_complete_and_imports_nothing_heavy(module: str):
     code = f"""
 import sys
 sys.argv = ["x", "--help"]
@@ -180,11 +179,8 @@ try:
 finally:
     print(*{{"torch", "numpy", "matplotlib", "wandb", "optuna"}} & set(sys.modules), file=sys.stderr)
 """
-    before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "\n", done.stderr
     assert done.stdout.startswith("usage: spd-")
     fields = (EvalsOptions if "evals" in module else SweepOptions).model_fields
     assert all(f"--{name} " in done.stdout and field.description for name, field in fields.items())
-    used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
-    assert used < 1.0, "seconds of a processor"

@@ -13,8 +13,11 @@ import pytest
 
 from spd.config import UserError
 from spd.launch.job import (
+    Ended,
     Job,
+    State,
     Status,
+    exit_status,
     is_worked_on,
     load_job,
     outcome,
@@ -23,13 +26,15 @@ from spd.launch.job import (
 )
 from spd.settings import REPO_DIR
 
+PATIENCE = 240.0
+"""seconds after which a test gives up: many times what anything takes, also on a busy machine"""
 HEEDS = """
 import os, signal, sys, time
 heard = []
 signal.signal(signal.SIGINT, lambda *_: heard.append("INT"))
 signal.signal(signal.SIGTERM, lambda *_: heard.append("TERM"))
 print("ready", flush=True)
-for _ in range(600):
+for _ in range(6000):
     time.sleep(0.05)
     if heard:
         time.sleep(0.15)
@@ -45,10 +50,11 @@ def make_job(folder: Path, code: str, **env: str) -> Job:
     return job
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Wait for what happens in its own time; `seconds` only ends the wait for what never happens."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
 
 
@@ -113,6 +119,14 @@ def test_what_an_exit_status_means(status: int, text: str, expected: tuple):
     assert outcome(status, text) == expected
 
 
+@pytest.mark.parametrize(
+    ("state", "status"), [("finished", 0), ("failed", 1), ("skipped", 3), ("interrupted", 143)]
+)
+def test_the_process_of_a_job_ends_with_a_status_that_means_the_same(state: State, status: int):
+    assert exit_status(Ended(state, None, None)) == status
+    assert outcome(status, "error: x")[0] == state
+
+
 def test_a_job_that_ends_leaves_its_status_and_output(tmp_path: Path):
     job = make_job(tmp_path, "import os; print(os.environ['A'])", A="given")
     assert run_job(job.directory).state == "finished" and output(job) == "given\n"
@@ -135,7 +149,7 @@ def test_a_request_to_stop_is_handed_on_once(tmp_path: Path, signals: list[str])
     for name in signals:
         process.send_signal(getattr(signal, f"SIG{name}"))
         time.sleep(0.05)
-    assert process.wait(timeout=30) == 143
+    assert process.wait(timeout=PATIENCE) == 143
     assert output(job) == "ready\n['INT']\n"
     assert read_status(job.directory).state == "interrupted"
 
@@ -146,7 +160,7 @@ def test_signals_to_all_processes_of_a_job_end_it_no_sooner(tmp_path: Path):
     process = supervisor(job)
     os.killpg(process.pid, signal.SIGUSR2)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=30) == 143
+    assert process.wait(timeout=PATIENCE) == 143
     heard = output(job).splitlines()[1]
     assert heard in ("['TERM', 'INT']", "['INT', 'TERM']", "['TERM']")
     assert read_status(job.directory).state == "interrupted"

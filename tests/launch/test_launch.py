@@ -1,5 +1,7 @@
 """Studies on this machine: their folder, their order, Ctrl-C; and what SLURM's words mean."""
 
+import builtins
+import io
 import json
 import os
 import signal
@@ -8,16 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from spd.config import UserError, parse
 from spd.evals import run_evals
-from spd.launch import slurm
+from spd.launch import resources, slurm
 from spd.launch import study as launch
 from spd.launch.job import Job, Status, read_status
 from spd.launch.resources import (
     LaunchOptions,
     has_slurm,
+    n_usable_cores,
     places,
     wants_ensemble,
     with_surroundings,
@@ -26,7 +30,7 @@ from spd.launch.study import take_snapshot
 from spd.runs.provenance import code_state
 from spd.settings import PACKAGE_DIR, REPO_DIR
 from spd.sweeps import sweep
-from tests.launch.test_job import HEEDS, until
+from tests.launch.test_job import HEEDS, PATIENCE, until
 from tests.launch_fixtures import hears_ctrl_c
 
 LOCAL = LaunchOptions(local=True)
@@ -67,6 +71,7 @@ def test_the_copy_is_the_code_as_it_is_and_knows_where_it_comes_from(tmp_path: P
     assert not list(tmp_path.rglob("__pycache__"))
 
 
+@pytest.mark.needs("git")
 def test_changes_that_are_not_committed_are_noted(tmp_path: Path):
     def git(*args: str) -> None:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
@@ -137,10 +142,10 @@ def test_ctrl_c_lets_every_job_write_its_checkpoint(study: launch.Study):
     for name in ("one", "two", "three"):
         add_job(study, name, HEEDS)
     code = f"""
-from spd import launch
-from spd.resources import LaunchOptions
+from spd.launch import study as launch
+from spd.launch.resources import LaunchOptions
 study = launch.find_study("evals", {str(study.directory)!r})
-options = LaunchOptions(local=True, max_parallel=2)
+options = LaunchOptions(local=True, max_parallel=2, memory_gb=1e-3)
 launch.launch(study, launch.study_jobs(study), options, wait=True, expected=3)
 """
     process = subprocess.Popen(
@@ -153,10 +158,10 @@ launch.launch(study, launch.study_jobs(study), options, wait=True, expected=3)
     )
     outputs = list(study.directory.glob("jobs/*"))
     ready = lambda: [j for j in outputs if "ready" in _text(j / "output.txt")]  # noqa: E731
-    n = min(2, len(places(LaunchOptions(local=True, max_parallel=2))))
+    n = len(places(LaunchOptions(local=True, max_parallel=2, memory_gb=1e-3)))
     until(lambda: len(ready()) == n)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0 and b"every run writes a checkpoint first" in err
     begun = ready()
     assert len(begun) == n and all("['INT']" in _text(j / "output.txt") for j in begun)
@@ -241,14 +246,22 @@ def test_several_processes_are_joined_by_torchrun():
 
 
 def test_runs_of_several_processes_do_not_share_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("spd.launch.study.resources.uses_gpus", lambda _: True)
+    monkeypatch.setattr("spd.launch.resources.uses_gpus", lambda _: True)
     assert wants_ensemble(options()) and not wants_ensemble(options(nodes="2"))
     with pytest.raises(UserError, match="--ensemble always puts runs into one process, --nodes 2"):
         options(nodes="2", ensemble="always")
     assert options(processes="4").joined
 
 
-def test_every_process_gets_its_own_gpu_cores_and_memory(tmp_path: Path):
+def test_every_process_gets_its_own_gpu_cores_and_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What would be submitted. submitit writes it only where there is an `srun`: this one never runs."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text("#!/bin/sh\nexit 1\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", str(srun.parent), prepend=os.pathsep)
     asked = options(processes="4", cpus="3", memory_gb="2")
     assert (asked.n_gpus, asked.n_cpus, asked.n_gb) == (4, 12, 8.0)
     assert options(processes="4", cpu="true").n_gpus == 0
@@ -304,7 +317,7 @@ def test_time_limits_in_slurms_own_words(text: str, minutes: int):
 
 
 def test_a_machine_holds_as_many_jobs_as_its_parts_allow(monkeypatch: pytest.MonkeyPatch):
-    cores = len(os.sched_getaffinity(0))
+    cores = n_usable_cores()
 
     def n_places(**given: int) -> int:
         return len(places(LaunchOptions.model_validate({"memory_gb": 1e-3, **given})))
@@ -320,6 +333,32 @@ def test_a_machine_holds_as_many_jobs_as_its_parts_allow(monkeypatch: pytest.Mon
     both = places(LaunchOptions(memory_gb=1e-3))
     assert both == [{"CUDA_VISIBLE_DEVICES": name} for name in ("3", "5")][: max(1, cores)]
     assert places(LaunchOptions(cpu=True, max_parallel=1)) == [{}]
+
+
+def test_free_memory_is_known_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch):
+    """As on a Mac. There psutil asks the system itself: what it says is given here."""
+
+    def hidden(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path).startswith("/proc"):
+            raise FileNotFoundError(path)
+        return real(path, *args, **kwargs)
+
+    real = io.open
+    free = psutil.virtual_memory()._replace(available=5 * 2**29)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(resources, "n_usable_cores", lambda: 8)
+    monkeypatch.setattr(io, "open", hidden)
+    monkeypatch.setattr(builtins, "open", hidden)
+    assert not _can_be_read(Path("/proc/meminfo"))
+    for gigabytes, n in ((1.0, 2), (0.5, 5), (0.25, 8), (100.0, 1)):
+        assert places(LaunchOptions(local=True, cpu=True, memory_gb=gigabytes)) == [{}] * n
+
+
+def _can_be_read(path: Path) -> bool:
+    try:
+        return bool(path.read_text())
+    except OSError:
+        return False
 
 
 # --- SLURM's words ----------------------------------------------------------------------------------

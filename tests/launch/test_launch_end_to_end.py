@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_job import until
+from tests.launch.test_job import PATIENCE, until
 from tests.launch_fixtures import EVALS, QUICK, SWEEP, Launcher, table
 
 pytestmark = pytest.mark.slow
@@ -23,9 +23,9 @@ def test_evals_stopped_by_ctrl_c_go_on_and_end_with_the_same_numbers(launcher: L
     args = ("--experiments", "tms_5-2", "--local", "--cpu", *LONG)
     process = launcher.start(EVALS, *args)
     checkpoint = "tms_5-2/*-seed0/checkpoints/0*"
-    until(lambda: any(launcher.out.glob(checkpoint)), 120)
+    until(lambda: any(launcher.out.glob(checkpoint)))
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     (study,) = launcher.studies("evals")
     assert process.returncode == 130 and "every run writes a checkpoint first" in err
     assert out.endswith(f"go on with: spd-evals --resume {study.name}\n")
@@ -43,9 +43,9 @@ def test_evals_stopped_by_ctrl_c_go_on_and_end_with_the_same_numbers(launcher: L
 def test_seeds_side_by_side_go_on_and_give_the_table_of_single_runs(launcher: Launcher):
     args = ("--experiments", "tms_5-2", "--seeds", "2", "--local", "--cpu", *LONG)
     process = launcher.start(EVALS, *args, "--ensemble", "always")
-    until(lambda: any(launcher.out.glob("tms_5-2/*-seed1/checkpoints/0*")), 120)
+    until(lambda: any(launcher.out.glob("tms_5-2/*-seed1/checkpoints/0*")))
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     (study,) = launcher.studies("evals")
     assert process.returncode == 130, out
     collected = launcher.run(EVALS, "--collect", study.name)
@@ -77,9 +77,9 @@ def test_a_sweep_stopped_goes_on_and_is_extended(launcher: Launcher):
     params.write_text(grid.format([0, 1]))
     args = ("tms_5-2", "1", "--local", "--params", str(params), *LONG)
     process = launcher.start(SWEEP, *args)
-    until(lambda: any(launcher.out.glob("tms_5-2/*-trial0/checkpoints/0*")), 120)
+    until(lambda: any(launcher.out.glob("tms_5-2/*-trial0/checkpoints/0*")))
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     (study,) = launcher.studies("sweeps")
     assert process.returncode == 130
     assert out.endswith(f"go on with: spd-sweep --resume {study.name}\n")
@@ -101,9 +101,9 @@ def test_a_sweep_over_seeds_runs_them_side_by_side(launcher: Launcher):
     )
     args = ("tms_5-2", "2", "--local", "--params", str(params), *LONG)
     process = launcher.start(SWEEP, *args, "--ensemble", "always")
-    until(lambda: any(launcher.out.glob("tms_5-2/*-seed1/checkpoints/0*")), 120)
+    until(lambda: any(launcher.out.glob("tms_5-2/*-seed1/checkpoints/0*")))
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     (study,) = launcher.studies("sweeps")
     assert process.returncode == 130
     resumed = launcher.run(SWEEP, "--resume", study.name, "2", "--local")

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from spd.config import UserError
 from spd.reports.report import verdict, write_report
+from spd.reports.results import Result, format_result, format_table, read_result
 from spd.reports.results import verdict as line_of
-from tests.made_up_run import add_figures, make_run, result
+from tests.made_up_run import METRICS, add_figures, make_run, result
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -49,7 +51,7 @@ class Page(HTMLParser):
 
 
 def report(run: Path) -> Page:
-    path = write_report(run)
+    path = write_report(run, METRICS)
     assert path == run / "report.html"
     assert not list(run.glob(".*.partial"))
     return Page(path.read_text(encoding="utf-8"))
@@ -61,7 +63,7 @@ def test_verdict_comes_first_then_the_results_beside_the_published_ones(tmp_path
     assert seen.index("Solved") < seen.index("What this is") < seen.index("MMCS linear1")
     assert "MMCS linear1 1.000 ± 0.000 1.000 ± 0.000" in seen
     assert "ML2R linear1 0.991 ± 0.004 0.993 ± 0.002" in seen
-    assert "linear1 0 0.251 5 20 –" in seen  # errors, L0, alive, C, density
+    assert "matrix C L0 alive errors linear1 20 0.251 5 0" in seen
     assert "faithfulness 1.0 1.25e-06" in seen
     assert "12 min 34 s" in seen and "51.5 steps/s" in seen and "0123456789abcdef" in seen
 
@@ -113,7 +115,7 @@ def test_how_to_reproduce_it(tmp_path: Path):
 def test_a_run_that_is_not_solved_lists_the_errors_of_each_site(tmp_path: Path):
     run = make_run(tmp_path, **{"result.json": result(solved=False, errors=1)})
     seen = report(run).visible
-    assert "Not solved: 1 error" in seen and "linear1 : 1 error " in seen
+    assert "Not solved: 1 error Errors against the known pattern: linear1 1." in seen
     assert "solved on most seeds" in seen
 
 
@@ -122,8 +124,8 @@ def test_an_interrupted_run_shows_how_far_it_came(tmp_path: Path):
     run = make_run(tmp_path, **{"result.json": None, "meta.json": meta, "timings.jsonl": None})
     page = report(run)
     assert "Interrupted at step 1,200 of 40,000" in page.visible
-    assert "At the last evaluation: no errors." in page.visible
-    assert f"python '/some where/script.py' --resume {run}" in page.visible
+    assert "At the last evaluation: solved: every site" in page.visible
+    assert f"spd-run --resume {run}" in page.visible
     assert page.visible.count("Solved") == 0
     assert len(page.all("img")) == 1  # the curves so far
 
@@ -166,7 +168,7 @@ def test_the_link_to_the_tracker(tmp_path: Path):
 @pytest.mark.parametrize(
     ("status", "solved", "kind", "headline"),
     [
-        ("finished", True, "solved", "Solved"),
+        ("finished", True, "solved", "Solved: every site matches the known importance pattern"),
         ("finished", False, "unsolved", "Not solved: 2 errors"),
         ("finished", None, "open", "No known solution"),
         ("failed", False, "open", "Failed at step 7 of 9"),
@@ -174,17 +176,42 @@ def test_the_link_to_the_tracker(tmp_path: Path):
     ],
 )
 def test_verdict(status: str, solved: bool | None, kind: str, headline: str):
-    given = verdict(status, result(solved=solved, errors=0 if solved else 2), 7, 9)
+    found = Result.model_validate(result(solved=solved, errors=0 if solved else 2))
+    given = verdict(status, found, 7, 9)
     assert (given.kind, given.headline) == (kind, headline)
 
 
-def test_verdict_of_a_language_model_says_what_is_kept():
-    kept = {"recovered/masked": 0.9629, "recovered/rounded": 0.9512}
-    rows = [{"key": key, "value": value} for key, value in kept.items()]
-    of_model = {**result(solved=None, errors=0), "rows": rows}
+def test_verdict_of_a_metric_that_knows_no_solution():
+    """As that of a language model, which says what is kept."""
+    raw = result(solved=None, errors=0)
+    raw["conclusion"] = {"headline": "96.3% kept", "detail": "with the importances as masks"}
+    of_model = Result.model_validate(raw)
     given = verdict("finished", of_model, 9, 9)
-    assert given.headline == "96.3% of the cost of ablation avoided"
-    assert given.detail.startswith("With the importances as masks, 95.1% with rounded ones")
-    assert line_of(of_model).startswith(
-        "96.3% of the cost of ablation avoided with the importances"
-    )
+    assert (given.kind, given.headline) == ("open", "96.3% kept")
+    assert given.detail.startswith("With the importances as masks. What the decomposition")
+    assert line_of(of_model) == "96.3% kept (with the importances as masks)"
+
+
+def test_a_figure_that_nobody_declared_is_called_by_its_key(tmp_path: Path):
+    raw = result(solved=True, errors=0, **{"gini/here": 0.125, "lonely": 3.0})
+    made = Result.model_validate(raw)
+    assert re.search(r"^  gini here +0\.125 +–$", format_result(made), re.MULTILINE)
+    assert "gini here" in format_table({"a run": made}).splitlines()[0]
+    seen = report(make_run(tmp_path, **{"result.json": raw})).visible
+    assert "gini here 0.125 –" in seen and "lonely 3 –" in seen
+
+
+def test_a_result_holds_every_figure_and_is_read_back():
+    raw = result(solved=False, errors=2)
+    assert Result.model_validate(raw).as_json() == Result.model_validate(raw).as_json()
+    rows = {row["key"]: row for row in raw["rows"]}
+    assert rows["mmcs/linear1"]["spread"] == 0.0001 and "mmcs_sd/linear1" not in rows
+    assert rows["solved"]["value"] == 0.0
+    assert raw["quantities"]["mmcs"]["label"] == "MMCS"
+
+
+def test_a_damaged_result_is_refused(tmp_path: Path):
+    path = tmp_path / "result.json"
+    path.write_text('{"experiment": "x"}')
+    with pytest.raises(UserError, match=r"result\.json: not the result of a run: seed"):
+        read_result(path)

@@ -82,6 +82,15 @@ def test_what_fits_is_accepted_by_both_back_ends(tmp_path: Path, raw: dict[str, 
     wandb_sweep.check(read_definition(path))
 
 
+@pytest.mark.parametrize("key", ["compile", "execution.compile"])
+def test_settings_of_execution_are_swept_with_and_without_their_group(tmp_path: Path, key: str):
+    path = written(tmp_path, GRID, parameters={key: {"values": [True, False]}})
+    checked(path, "passes=together")
+    for fixed in ("compile=false", "execution.compile=false"):
+        with pytest.raises(UserError, match=f"parameters.{key}: is set for all trials already"):
+            checked(path, fixed)
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "gird"}, "method: .*'grid', 'random' or 'bayes'"),
     "key": ({"metrics": {}}, "metrics: unknown key; did you mean 'metric'?"),
@@ -106,6 +115,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt below": (
         {"parameters": {"losses.faithfullness.coeff": {"values": [1]}}},
         "no such setting; did you mean 'losses.faithfulness.coeff'?",
+    ),
+    "setting twice": (
+        {"parameters": {"tf32": {"value": True}, "execution.tf32": {"value": False}}},
+        "parameters.tf32: stands twice, also as execution.tf32",
     ),
     "unknown site": (
         {"parameters": {"sites.linear3": {"values": [5]}}},
@@ -189,6 +202,9 @@ def test_what_only_wandb_can_do_is_refused_locally(tmp_path: Path):
     definition = read_definition(written(tmp_path, RANDOM, parameters=normal))
     with pytest.raises(UserError, match="parameters.lr: normal is for W&B alone"):
         local_study.check(definition)
+    early = {"type": "hyperband", "min_iter": 3, "strict": True}
+    with pytest.raises(UserError, match="early_terminate.strict: true is for W&B alone"):
+        local_study.check(read_definition(written(tmp_path, RANDOM, early_terminate=early)))
     endless = {key: value for key, value in RANDOM.items() if key != "run_cap"}
     with pytest.raises(UserError, match="run_cap: is needed"):
         local_study.check(read_definition(written(tmp_path, endless)))

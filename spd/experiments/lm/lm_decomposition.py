@@ -37,12 +37,12 @@ from spd.experiments.lm.metrics import CrossEntropyMetric
 from spd.experiments.lm.problem import LMProblem
 from spd.experiments.lm.train_lm import LMTrainConfig, is_trained_here
 from spd.experiments.targets import CONFIG_FILE
-from spd.metrics import MetricSpec
+from spd.metrics import GeneralMetric
 from spd.problem import ReconKind
 from spd.runs.cli import cli
 from spd.runs.execution import ExperimentConfig
 
-LMMetric = MetricSpec | CrossEntropyMetric
+LMMetric = GeneralMetric | CrossEntropyMetric
 LMMetrics = Annotated[Mapping[str, Annotated[LMMetric, BY_TYPE]], NAME_IS_TYPE]
 
 
@@ -75,7 +75,7 @@ class LMConfig(ExperimentConfig):
 
     @model_validator(mode="after")
     def _precision(self) -> Self:
-        if self.dtype != "float32" and self.autocast is None:
+        if self.dtype != "float32" and self.execution.autocast is None:
             raise ValueError(
                 f"dtype {self.dtype} needs autocast: bf16, as subcomponents are float32"
             )

@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.config import BaseConfig, UserError
+from spd.config import UserError
 from spd.experiments.lm.problem import need_lm
 from spd.losses import StepContext, kl_divergence
 from spd.masks import stochastic_mask
-from spd.metrics import Metric
-from spd.noise import derive_seed
+from spd.metrics import Conclusion, Metric, MetricSpec, Quantity
+from spd.noise import seeded, uniform
 from spd.problem import Problem
 
 ROUNDING_THRESHOLD = 0.5
@@ -76,7 +76,7 @@ def masks_of(
 # --- the spec --------------------------------------------------------------------------------------
 
 
-class CrossEntropyMetric(BaseConfig):
+class CrossEntropyMetric(MetricSpec):
     """Cross-entropy against the next token, KL from the target, and what the masks keep of the first.
 
     `ce/…` of the target and with the masks `unmasked` (all subcomponents on), `masked` (g itself),
@@ -85,12 +85,38 @@ class CrossEntropyMetric(BaseConfig):
     is the share of what zero ablation costs that is avoided; left out where that costs nothing.
     """
 
+    quantities = {
+        "ce": Quantity(
+            label="cross-entropy",
+            meaning="against the next token, in nats; with the masks named, of the target itself,"
+            " and of guessing by frequency (unigram)",
+            headline=False,
+        ),
+        "kl": Quantity(label="KL from the target", headline=False),
+        "recovered": Quantity(
+            label="cross-entropy recovered",
+            meaning="the share of what ablating every site costs that is avoided",
+            headline=False,
+        ),
+        "recovered/masked": Quantity(label="cross-entropy recovered masked"),
+        "recovered/rounded": Quantity(label="cross-entropy recovered rounded"),
+    }
+
     type: Literal["cross_entropy"] = "cross_entropy"
 
     def build(self, model: ComponentModel, problem: Problem) -> Metric:
         if need_lm(problem, "metrics.cross_entropy").unembed is None:
             raise UserError("metrics.cross_entropy: this model predicts no tokens; remove it")
         return _CrossEntropy(model)
+
+    def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
+        if not {"recovered/masked", "recovered/rounded"} <= values.keys():
+            return None
+        return Conclusion(
+            headline=f"{values['recovered/masked']:.1%} of the cost of ablation avoided",
+            detail="with the importances as masks;"
+            f" {values['recovered/rounded']:.1%} with rounded ones, g > {ROUNDING_THRESHOLD}",
+        )
 
 
 class _CrossEntropy:
@@ -131,9 +157,8 @@ class _CrossEntropy:
     def _uniform(self, like: Tensor) -> Tensor:
         """The same draws in every evaluation, whatever the losses of the run."""
         if self.noise is None:
-            self.noise = torch.Generator(device=like.device)
-            self.noise.manual_seed(derive_seed("cross_entropy", 0))
-        return torch.rand(like.shape, generator=self.noise, device=like.device, dtype=like.dtype)
+            self.noise = seeded(like.device, "cross_entropy", 0)
+        return uniform(like.shape, self.noise, like.dtype)
 
     @staticmethod
     def _add(totals: dict[str, float], kind: str, value: Tensor) -> None:

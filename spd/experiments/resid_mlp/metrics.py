@@ -8,13 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.config import BaseConfig
 from spd.experiments.resid_mlp.model import Labels
 from spd.experiments.resid_mlp.problem import need_all_sites, need_resid_mlp
 from spd.losses import StepContext, recon_error
 from spd.masks import stochastic_mask
-from spd.metrics import Metric
-from spd.noise import derive_seed
+from spd.metrics import Metric, MetricSpec, Quantity
+from spd.noise import seeded, uniform
 from spd.problem import Problem
 
 # --- the mathematics -------------------------------------------------------------------------------
@@ -92,8 +91,17 @@ def agreement(layers: Sequence[Contributions]) -> Agreement:
 # --- the specs -------------------------------------------------------------------------------------
 
 
-class NeuronContributionsMetric(BaseConfig):
+class NeuronContributionsMetric(MetricSpec):
     """Correlation and slope of the neuron contributions (paper, section 3.2)."""
+
+    quantities = {
+        "correlation": Quantity(
+            label="correlation",
+            meaning="of what each neuron contributes through single subcomponents with what it"
+            " contributes in the target (1 is perfect)",
+        ),
+        "slope": Quantity(label="slope", meaning="of the same, through the origin (1 is perfect)"),
+    }
 
     type: Literal["neuron_contributions"] = "neuron_contributions"
 
@@ -115,11 +123,19 @@ class _NeuronContributions:
         return {f"{name}/neuron_contributions": v for name, v in found._asdict().items()}
 
 
-class LabelPerformanceMetric(BaseConfig):
+class LabelPerformanceMetric(MetricSpec):
     """MSE to the labels that the target was trained on, of the target and of its decomposition.
 
     The latter with all subcomponents on, under the importances as masks, and stochastically masked.
     """
+
+    quantities = {
+        "mse_to_labels": Quantity(
+            label="MSE to labels",
+            meaning="mean squared error to what the target was trained to give out",
+            headline=False,
+        )
+    }
 
     type: Literal["label_performance"] = "label_performance"
 
@@ -152,10 +168,9 @@ class _LabelPerformance:
         return {f"mse_to_labels/{name}": t / self.n_batches for name, t in self.totals.items()}
 
     def _stochastic_masks(self, ctx: StepContext) -> dict[str, Tensor]:
-        generator = torch.Generator(device=ctx.batch.device)
-        masks = {}
-        for path, g in ctx.ci.lower.items():
-            generator.manual_seed(derive_seed("label performance", self.n_batches, path))
-            uniform = torch.rand(g.shape, generator=generator, device=g.device)
-            masks[path] = stochastic_mask(g, uniform)
-        return masks
+        device = ctx.batch.device
+
+        def draw(path: str, shape: torch.Size) -> Tensor:
+            return uniform(shape, seeded(device, "label performance", self.n_batches, path))
+
+        return {path: stochastic_mask(g, draw(path, g.shape)) for path, g in ctx.ci.lower.items()}

@@ -27,6 +27,7 @@ from spd.experiments.resid_mlp.problem import ResidMLPProblem, need_all_sites, n
 from spd.losses import StepContext
 from spd.problem import Problem
 from spd.reports.figures import FigureMaker, png_bytes
+from spd.run_files import atomic_write
 from spd.runs.cli import redraw_command
 from spd.runs.run import Run
 
@@ -120,7 +121,7 @@ def side_by_side(runs: Sequence[Run]) -> Callable[[], None]:
 
     def draw_them() -> None:
         for folder, group in groups.items():
-            (folder / COMPARISON_FILE).write_bytes(png_bytes(compare(group)))
+            atomic_write(folder / COMPARISON_FILE, png_bytes(compare(group)))
             print(f"runs side by side: {folder / COMPARISON_FILE}")
 
     return draw_them

@@ -23,12 +23,12 @@ from spd.experiments.resid_mlp.problem import ResidMLPProblem, known_solution
 from spd.experiments.resid_mlp.train_resid_mlp import PROBE, RESID_MLP_TARGET, load_resid_mlp_target
 from spd.experiments.sparse_features import SparseFeatureConfig, SparseFeatures
 from spd.experiments.targets import resolve_target
-from spd.metrics import MetricSpec
+from spd.metrics import GeneralMetric
 from spd.reports.figures import FigureSpec
 from spd.runs.cli import cli
 from spd.runs.execution import ExperimentConfig
 
-ResidMLPMetric = MetricSpec | NeuronContributionsMetric | LabelPerformanceMetric
+ResidMLPMetric = GeneralMetric | NeuronContributionsMetric | LabelPerformanceMetric
 ResidMLPMetrics = Annotated[Mapping[str, Annotated[ResidMLPMetric, BY_TYPE]], NAME_IS_TYPE]
 ResidMLPFigure = FigureSpec | NeuronContributionsFigure | ContributionScatter | ResponseCurves
 ResidMLPFigures = Annotated[Mapping[str, Annotated[ResidMLPFigure, BY_TYPE]], NAME_IS_TYPE]

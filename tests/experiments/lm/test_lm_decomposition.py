@@ -185,7 +185,7 @@ def little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LMConfig:
         "losses": {"stochastic_recon": {"coeff": 1.0}, "faithfulness": {"coeff": 1.0}},
         "metrics": {"cross_entropy": {}, "sparsity": {}},
         **{"steps": 4, "lr": 1e-3, "batch_size": 3, "eval_batch_size": 2, "n_eval_batches": 2},
-        **{"log_every": 1, "eval_every": 2, "save_every": 2, "compile": False},
+        **{"log_every": 1, "eval_every": 2, "save_every": 2, "execution": {"compile": False}},
         "n_report_batches": 3,
     }
     return parse(LMConfig, raw, "test")
@@ -287,8 +287,10 @@ def test_a_target_of_half_precision_needs_autocast(little: LMConfig):
     with pytest.raises(UserError, match="dtype bfloat16 needs autocast: bf16"):
         changed(little, dtype="bfloat16")
     prepared = prepare(
-        build(changed(little, dtype="bfloat16", autocast="bf16"), torch.device("cpu")),
-        changed(little, dtype="bfloat16", autocast="bf16"),
+        build(
+            changed(little, dtype="bfloat16", execution={"autocast": "bf16"}), torch.device("cpu")
+        ),
+        changed(little, dtype="bfloat16", execution={"autocast": "bf16"}),
     )
     assert all(math.isfinite(value) for value in evaluate(prepared).values())
 

@@ -30,7 +30,9 @@ from spd.experiments.lm.report.directions import (
     token_directions,
 )
 from spd.experiments.lm.report.token_texts import TokenTexts, readable_tokens
-from spd.reports.report import report_contents, write_page, write_report
+from spd.metrics import MetricSpec
+from spd.reports.page import render_page
+from spd.reports.report import REPORT_FILE, report_contents, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +78,15 @@ def write_lm_report(
     gathered = gather(prepared.objective.model, batches, unembed)
     if gathered is None:
         logger.warning("report: no site is applied at every position; subcomponents are not shown")
-        return write_report(run_dir)
+        return write_report(run_dir, prepared.config.metrics)
     data = page_data(prepared.objective.model, gathered, tokenizer)
-    return write_subcomponents(run_dir, data)
+    return write_subcomponents(run_dir, data, prepared.config.metrics)
 
 
-def write_subcomponents(run_dir: Path, data: Mapping[str, Any]) -> Path:
-    """Write the page of a run around what `page_data` gives."""
+def write_subcomponents(
+    run_dir: Path, data: Mapping[str, Any], metrics: Mapping[str, MetricSpec] | None = None
+) -> Path:
+    """Write the page of a run around what `page_data` gives; `metrics` are those of the run."""
     script = (HERE / SCRIPT).read_text(encoding="utf-8")
     contents = {
         "sites": data["sites"],
@@ -92,7 +96,8 @@ def write_subcomponents(run_dir: Path, data: Mapping[str, Any]) -> Path:
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
-    return write_page(run_dir, TEMPLATE, report_contents(run_dir) | contents, folder=HERE)
+    contents |= report_contents(run_dir, metrics)
+    return render_page(run_dir / REPORT_FILE, TEMPLATE, contents, folder=HERE)
 
 
 @torch.no_grad()
