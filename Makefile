@@ -23,7 +23,7 @@ else
 SAY_ENV = echo "Ready, in the active environment $(ENV)"
 endif
 
-.PHONY: help install install-dev env env-dev check type format test test-slurm test-all demo clean
+.PHONY: help install install-dev env env-dev check type format test test-slurm test-docs test-all demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -58,8 +58,12 @@ test: env-dev ## the tests, without the slow ones
 test-slurm: env-dev ## the tests against a real SLURM, where slurm-wlm and munge are installed
 	@"$(BIN)/python" -m pytest -m slurm tests/slurm
 
-test-all: env-dev ## all tests
+test-docs: env-dev ## every command and snippet of README and docs, shortened
+	@"$(BIN)/python" scripts/run_docs.py
+
+test-all: env-dev ## all tests, and what test-docs does
 	@"$(BIN)/python" -m pytest
+	@"$(BIN)/python" scripts/run_docs.py
 
 demo: env ## decompose a toy model: make demo EXPERIMENT=tms_40-10 ARGS="steps=100"
 	@"$(BIN)/spd-run" $(EXPERIMENT) $(ARGS)

@@ -59,7 +59,7 @@ def _kl_terms(log_p: Tensor, log_q: Tensor, p: Tensor) -> Tensor:
 
 
 class _KLPerRow(torch.autograd.Function):
-    """`kl_and_gradient`, the latter kept for the backward pass."""
+    """`kl_and_gradient`, whose gradient is kept for the backward pass."""
 
     generate_vmap_rule = True
 
@@ -82,7 +82,7 @@ class _KLPerRow(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # or zeros as large as the logits would be made
+        ctx.set_materialize_grads(False)  # otherwise autograd makes zeros as large as the logits
         ctx.save_for_backward(output[1])
         ctx.used_up = False
 
@@ -135,7 +135,7 @@ class _ScalarMLPs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h, w1, b1, w2, slope_in_h = ctx.saved_tensors
-        # the batch last: reductions over it then run along memory
+        # the batch stands last, so that reductions over it run along memory
         h_t, grad_t = h.mT.contiguous(), grads[0].mT.contiguous()
         blocks = _blocks(h, w1.shape[1])
         parts = [_weight_gradients(h_t[c], grad_t[c], w1[c], b1[c], w2[c]) for c in blocks]
@@ -144,7 +144,7 @@ class _ScalarMLPs(torch.autograd.Function):
 
 
 def _blocks(h: Float[Tensor, "B C"], n_hidden: int) -> list[slice]:
-    """Of subcomponents; all at once where the compiler or a GPU's memory makes that cheap."""
+    """Blocks of subcomponents to compute at a time; one where the compiler or a GPU makes that cheap."""
     B, C = h.shape
     whole = torch.compiler.is_compiling() or h.device.type != "cpu"
     size = C if whole else max(1, BLOCK_ELEMENTS // (B * n_hidden))
@@ -166,7 +166,7 @@ def _values_and_slopes(
     z = h[..., None] * w1 + b1
     cdf, gelu_slope = normal_cdf_and_gelu_slope(z)
     slope = (gelu_slope * (w1 * w2)).sum(dim=-1)
-    # the empty summand has the compiler compute both sums in one loop, in the forward pass
+    # the empty summand makes the compiler compute both sums in one loop, in the forward pass
     return (z * cdf * w2).sum(dim=-1) + 0.0 * slope, slope
 
 
@@ -177,7 +177,7 @@ def _weight_gradients(
     b1: Float[Tensor, "C n_hidden"],
     w2: Float[Tensor, "C n_hidden"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of w1, b1 and w2, from what arrives at the output."""
+    """Gradients of w1, b1 and w2 from the gradient of the output."""
     h_t, grad_t = h_t[:, None], grad_t[:, None]
     z = h_t * w1[..., None] + b1[..., None]
     cdf, slope = normal_cdf_and_gelu_slope(z)

@@ -21,7 +21,7 @@ class Share(NamedTuple):
     of: int = 1
 
     def rows(self, n: int) -> slice:
-        """Of n rows, which `of` divides."""
+        """Those of n rows that are this process's; `of` divides n."""
         assert n % self.of == 0, f"{n} rows for {self.of} processes"
         return slice(self.rank * n // self.of, (self.rank + 1) * n // self.of)
 

@@ -106,7 +106,7 @@ class Problem:
     """the same, without beginning again"""
     recon: ReconKind = "mse"
     independent_rows: bool = False
-    """the target maps every row of a batch by itself; rows without any input then cost nothing"""
+    """the target maps every row of a batch by itself; zero rows then cost nothing"""
     position_weights: Callable[[Tensor], Tensor] | None = None
     """batch → a weight for each of its rows or positions, with mean 1, 0 for what does not count in losses
     and figures; None: all count alike"""

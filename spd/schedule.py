@@ -30,7 +30,7 @@ class ScheduleConfig(BaseConfig):
 
 
 def schedule_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
-    """The factor in [0, 1] at `step` of `steps` (METHOD: published schedules).
+    """The factor in [0, 1] at `step` of `steps` (published schedules).
 
     The first W = int(warmup_frac · steps) steps rise as step/W (0 at step 0); afterwards both the step
     and the number of steps count without the warm-up.

@@ -66,7 +66,7 @@ def little_llama(**changes: Any) -> LlamaForCausalLM:
 
 
 def simple_stories_llama() -> LlamaForCausalLM:
-    """Of the shape of SimpleStories-1.25M (METHOD, section 3)."""
+    """Of the shape of SimpleStories-1.25M."""
     return little_llama(
         vocab_size=4096,
         hidden_size=128,

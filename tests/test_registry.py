@@ -79,7 +79,7 @@ PUBLISHED_TARGETS: dict[str, dict[str, Any]] = {
     "tms_40-10": {**LARGE_TARGET, "model.n_hidden_layers": 0},
     "tms_40-10-id": {**LARGE_TARGET, "model.n_hidden_layers": 1},
 }
-PUBLISHED_FIGURES = {  # METHOD: published MMCS and ML2R
+PUBLISHED_FIGURES = {  # of the paper: MMCS and ML2R
     "tms_5-2": ((1.0, 0.0), (0.993, 0.002)),
     "tms_5-2-id": ((1.0, 0.0), (0.992, 0.010)),
     "tms_40-10": ((1.0, 0.0), (1.010, 0.007)),

@@ -91,7 +91,7 @@ class JointCounts:
 
 
 class Statistics(NamedTuple):
-    """Of all subcomponents, those of one site after those of the one before. Active: g > 0.1."""
+    """Sums for all subcomponents, site after site. A subcomponent is active where g > 0.1."""
 
     n_positions: int
     mean: Float[Tensor, " C"]
@@ -109,7 +109,7 @@ class Statistics(NamedTuple):
 
 
 class SubcomponentStatistics:
-    """Shown batch after batch of tokens with the importances and inner activations of every site."""
+    """Collects them batch after batch, from the importances and inner activations of every site."""
 
     def __init__(
         self,

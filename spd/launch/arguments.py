@@ -111,7 +111,7 @@ def _with_values(command: Command, words: list[str]) -> list[str]:
 
 
 def _is_number(word: str) -> bool:
-    """Also the first of several: `-1,2` is a value, not an option."""
+    """Whether a word is a number or a list of them: `-1,2` is a value, not an option."""
     try:
         float(word.partition(",")[0])
     except ValueError:

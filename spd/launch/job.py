@@ -211,7 +211,7 @@ def supervise(
     state, reason = outcome(child.returncode, text)
     stopped = any(name in text[-LAST_WORDS:] for name in ("KeyboardInterrupt", "SignalException"))
     if (noted or given_up) and state == "failed" and stopped:
-        state, reason = "interrupted", None  # before the command heeded signals, or by torchrun
+        state, reason = "interrupted", None  # it ended before it heeded signals, or by torchrun
     return Ended(state, reason, noted[0] if noted else None)
 
 

@@ -22,6 +22,7 @@ from spd.config import (
 )
 from spd.engine import checkpoint, distributed
 from spd.engine.compilation import require_compiler
+from spd.engine.fingerprint import objective_fingerprint
 from spd.engine.prepare import Prepared, check_side_by_side, prepare
 from spd.problem import Problem
 from spd.run_files import (
@@ -226,6 +227,7 @@ def _create(run: Ready, build: Build) -> None:
             "config": type(config).__name__,
             "build": build.__name__,
         }
+        meta["objective"] = objective_fingerprint()
         meta["num_threads"] = torch.get_num_threads()
         meta["n_processes"] = distributed.own_share().of
         meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")

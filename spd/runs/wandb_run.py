@@ -102,7 +102,7 @@ def start_wandb(
             silent=True,
             console="off",
             init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or 60),
-            reinit="create_new",  # runs side by side
+            reinit="create_new",  # runs side by side have one each
         )
         wandb.setup(settings=quiet)
         run = wandb.init(

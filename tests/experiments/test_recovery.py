@@ -24,7 +24,7 @@ RESID_MLP = EXPERIMENTS / "resid_mlp" / "resid_mlp1_config.yaml"
 @pytest.mark.slow
 @pytest.mark.compiled
 def test_tms_5_2_is_solved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The published problem, by the configuration that solves it soonest; README has ten seeds of it."""
+    """The published problem, by the configuration that solves it soonest."""
     monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path))  # so that the target is trained here, too
     torch.set_num_threads(1)
     config = load_config(TMSConfig, TMS_FAST, ["figures={}"])

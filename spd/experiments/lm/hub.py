@@ -41,7 +41,7 @@ def hub_commit(
     except (OSError, HfHubHTTPError) as error:
         raise unreachable(name, place, error) from None
     except Exception as error:
-        # what the HTTP client raises: which client the hub's library uses changes between its releases
+        # the HTTP client raises these; which client the hub's library uses changes between its releases
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
         raise unreachable(name, place, error) from None

@@ -190,5 +190,5 @@ def _write(
 
 if __name__ == "__main__":
     if not sys.stderr.isatty():
-        disable_progress_bar()  # of transformers, which would fill a log with them
+        disable_progress_bar()  # transformers would fill a log with them
     cli(LMConfig, build)

@@ -86,7 +86,7 @@ def load_lm(wanted: Wanted, device: torch.device, *, folders: tuple[Path, ...]) 
 def find_target(wanted: Wanted, device: torch.device, folders: tuple[Path, ...]) -> Origin:
     """Where the target is; a training YAML is trained on first use, a hub name gets its commit."""
     target, path = wanted.target, Path(wanted.target).expanduser()
-    if target.startswith(WANDB_PREFIX):  # a run, from here on like any other directory
+    if target.startswith(WANDB_PREFIX):  # from here on it is a directory like any other
         path = download_run(target)
     on_disk = [place for place in (path, *(f / path for f in folders)) if place.exists()]
     if path.suffix in (".yaml", ".yml"):
@@ -226,7 +226,7 @@ def _load_tokenizer(origin: Origin, wanted: Wanted) -> PreTrainedTokenizerBase |
     try:
         tokenizer = AutoTokenizer.from_pretrained(reference, **arguments)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            # what the library makes up where a model's own tokenizer is missing
+            # the library makes this up where a model's own tokenizer is missing
             raise ValueError("it has no files there")
         return tokenizer
     except Exception as error:  # the library raises whatever its converters do

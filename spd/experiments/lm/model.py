@@ -23,7 +23,7 @@ class TokenModel(nn.Module):
         self._parameters = inner._parameters
         self._buffers = inner._buffers
         self._non_persistent_buffers_set = inner._non_persistent_buffers_set
-        self._inner = (inner,)  # in a tuple, so that it is no submodule of this one
+        self._inner = (inner,)  # a tuple hides it: it is no submodule
         self.output = output
 
     @property
@@ -64,7 +64,7 @@ def check_output(model: TokenModel, batch: Int[Tensor, "batch position"]) -> Non
 def _describe(returned: Any) -> str:
     if isinstance(returned, Tensor):
         return f"a Tensor of shape {tuple(returned.shape)}"
-    if isinstance(returned, dict):  # what transformers returns is one
+    if isinstance(returned, dict):  # transformers returns a kind of dict
         return "named outputs " + ", ".join(map(str, returned))
     if isinstance(returned, tuple | list):
         return f"a {type(returned).__name__} of {len(returned)}"

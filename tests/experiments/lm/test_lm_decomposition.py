@@ -118,7 +118,7 @@ def test_without_the_hub_one_message_names_the_experiment_that_needs_none(comman
     assert "pydoc_emb" in line and not command.out.exists()
 
 
-PUBLISHED = {  # METHOD, section 3
+PUBLISHED = {  # the configuration of the paper
     "importance": {"type": "affine"},
     "lower_leak": "both",
     "recon": "kl",

@@ -41,7 +41,7 @@ class Surroundings(NamedTuple):
 
     @property
     def n_vocab(self) -> int:
-        """Token ids are below it."""
+        """The number of token ids."""
         n_out = 0 if self.unembedding is None else self.unembedding.shape[1]
         return max(len(self.embedding), n_out)
 
@@ -137,7 +137,7 @@ def _gain(norm: nn.Module, like: Float[Tensor, "batch position width"]) -> Float
 def token_extremes(
     scores: Float[Tensor, "C vocab"], n: int, readable: Bool[Tensor, " vocab"]
 ) -> Extremes:
-    """Among the tokens that are readable."""
+    """The extremes of every subcomponent among the tokens that are readable."""
     (tokens,) = readable.nonzero(as_tuple=True)
     scores, n = scores[:, tokens], min(n, len(tokens))
     highest, lowest = scores.topk(n, dim=1), scores.topk(n, dim=1, largest=False)

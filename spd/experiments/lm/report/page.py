@@ -69,7 +69,7 @@ def write_lm_report(
     """
     logger.info("report: looking at up to %d held-out batches", n_batches)
     held_out = chain(prepared.eval_batches, prepared.problem.eval_batches)
-    batches = list(islice(held_out, n_batches))  # token ids alone, a few megabytes
+    batches = list(islice(held_out, n_batches))  # these are token ids, a few megabytes
     if len(batches) < at_least:
         raise UserError(
             f"--batches: {at_least} are wanted, but {run_dir} keeps {len(batches)} of held-out text"
@@ -269,7 +269,7 @@ def _signed(extremes: Extremes, place: int, texts: TokenTexts) -> list[list[list
 
 
 def _companions(statistics: Statistics, c: int, row_of: Mapping[int, int]) -> list[list[float]]:
-    """Row of the page, positions shared over positions of either (Jaccard), share of c's positions."""
+    """Each companion's row of the page, its Jaccard index with c, and its share of c's positions."""
     start, joint = statistics.pairs.with_all(c)
     n_active = statistics.n_active
     own = int(n_active[c])

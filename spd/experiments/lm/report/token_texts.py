@@ -31,7 +31,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase | None, token: int) -> str:
         return f"#{token}"
     piece = str(tokenizer.convert_ids_to_tokens(token))
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    if "\ufffd" in text or not text:  # a part of a character
+    if "\ufffd" in text or not text:  # it is a part of a character
         return piece
     return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
 
