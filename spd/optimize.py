@@ -17,6 +17,7 @@ from spd.engine.members import NonFiniteError, restore, save, shared, step_input
 from spd.engine.prepare import Prepared, check_side_by_side, eval_contexts, evaluate, prepare
 from spd.engine.step import execution_record, make_step
 from spd.engine.update import Update
+from spd.losses import State
 from spd.metrics import SiteUsage, site_usage
 from spd.problem import Problem
 from spd.spd_config import SPDConfig
@@ -241,7 +242,7 @@ def run_side_by_side(
         if stopping:
             raise Interrupted(f"stopped before step {step} of {config.steps}", stopping)
         if due(step, config.eval_every, last):
-            _evaluate(members, step)
+            _evaluate(members, states, step)
         if last or not _going(members):
             break
         inputs = zip(runs, states, strict=True)
@@ -266,15 +267,17 @@ def _going(members: Sequence[Member]) -> list[Member]:
     return [member for member in members if member.failure is None]
 
 
-def _evaluate(members: Sequence[Member], step: int) -> None:
+def _evaluate(members: Sequence[Member], states: Sequence[State], step: int) -> None:
     """Tell the observers the metrics on held-out data; a member that is not finite ends here."""
-    for member in _going(members):
+    for member, state in zip(members, states, strict=True):
+        if member.failure is not None:
+            continue
         parameters = member.prepared.objective.model.subcomponent_parameters()
         bad = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
         if bad:
             member.failure = NonFiniteError(f"step {step}: {', '.join(bad)} not finite")
         elif is_leader():
-            member.observer.evaluated(step, evaluate(member.prepared))
+            member.observer.evaluated(step, evaluate(member.prepared, state))
 
 
 def _log(

@@ -14,7 +14,7 @@ from spd.engine.ensemble import check_one_target
 from spd.engine.layers import checkpoint_layers_, layers_of
 from spd.engine.silent_rows import SilentRows
 from spd.engine.step import may_compile, passes_of
-from spd.losses import StepContext
+from spd.losses import State, StepContext
 from spd.metrics import HeldOutLosses, Metric, collect
 from spd.objective import Objective
 from spd.problem import Problem
@@ -128,16 +128,21 @@ def build_metrics(prepared: Prepared) -> list[Metric]:
     return [HeldOutLosses(objective.losses), *specs]
 
 
-def eval_contexts(prepared: Prepared) -> Iterator[StepContext]:
-    """Everything the metrics and figures may look at, for each held-out batch."""
+def eval_contexts(prepared: Prepared, state: State | None = None) -> Iterator[StepContext]:
+    """Everything the metrics and figures may look at, for each held-out batch.
+
+    `state` is what terms carry at that step; without it, what they carry before the first.
+    """
     config, objective = prepared.config, prepared.objective
+    progress = torch.tensor(1.0, device=prepared.eval_batches[0].device)
+    state = objective.initial_state() if state is None else state
     for index, batch in enumerate(prepared.eval_batches):
         noise = objective.noise(batch, stream="eval", seed=config.seed, step=index)
-        yield objective.context(batch, torch.tensor(1.0, device=batch.device), noise)
+        yield objective.context(batch, progress, noise, state=state)
 
 
 @torch.no_grad()
-def evaluate(prepared: Prepared) -> dict[str, float]:
+def evaluate(prepared: Prepared, state: State | None = None) -> dict[str, float]:
     """All metrics on the held-out batches, under keys that begin with `eval/`."""
-    values = collect(build_metrics(prepared), eval_contexts(prepared))
+    values = collect(build_metrics(prepared), eval_contexts(prepared, state))
     return {f"eval/{key}": value for key, value in values.items()}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from matplotlib.axes import Axes
@@ -55,6 +55,13 @@ HISTOGRAM_BINS = 50
 
 FigureMaker = Accumulator[Figure]
 """Keys are the figures' names."""
+
+
+@runtime_checkable
+class Drawable(Protocol):
+    """What a configuration names as a figure; experiments have some of their own."""
+
+    def build(self, model: ComponentModel, problem: Problem) -> FigureMaker: ...
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -310,7 +317,7 @@ Figures = Annotated[Mapping[str, Annotated[FigureSpec, BY_TYPE]], NAME_IS_TYPE]
 
 
 @torch.no_grad()
-def draw(prepared: Prepared, figures: Mapping[str, FigureSpec]) -> dict[str, Figure]:
+def draw(prepared: Prepared, figures: Mapping[str, Drawable]) -> dict[str, Figure]:
     """All of the figures, by name."""
     model = prepared.objective.model
     makers = [spec.build(model, prepared.problem) for spec in figures.values()]

@@ -24,9 +24,10 @@ from spd.optimize import (
 from spd.problem import Problem
 from spd.registry import get_experiment
 from spd.runs.cli import checked_config
+from tests.little_lm import little_model
 from tests.run_fixtures import make_target
 from tests.test_optimize import Recorder
-from tests.toy import ALL_LOSSES, TiedMLP, TokenModel, make_config
+from tests.toy import ALL_LOSSES, TiedMLP, make_config
 
 SEEDS = (0, 1, 5)
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -310,12 +311,13 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
         run_side_by_side([Member(p, Recorder()) for p in toys()])
 
 
-def test_token_ids_are_refused():
+def test_language_models_are_refused():
     tokens = torch.zeros(2, 3, dtype=torch.long)
     members = []
     for seed in (0, 1):
-        problem = Problem(TokenModel(), iter([tokens]), iter([tokens] * 4), recon="kl")
-        config = make_config(TERMS, sites={"mid": 3}, passes="together", seed=seed)
+        problem = Problem(little_model("llama"), iter([tokens]), iter([tokens] * 4), recon="kl")
+        sites = {"model.layers.0.mlp.up_proj": 3}
+        config = make_config(TERMS, sites=sites, passes="together", seed=seed)
         members.append(Member(prepare(problem, config), Recorder()))
     with pytest.raises(UserError, match="seeds: .*not for language models"):
         run_side_by_side(members)

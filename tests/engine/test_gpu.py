@@ -183,7 +183,7 @@ def test_tf32_is_asked_for_by_the_configuration_and_on_a_gpu_alone(
         asked.append(wanted)
         return tf32_matmuls(False)
 
-    monkeypatch.setattr(loop, "tf32_matmuls", noted)
+    monkeypatch.setattr("spd.engine.step.tf32_matmuls", noted)
     for on_gpu, wanted in [(False, True), (True, False), (True, True)]:
         monkeypatch.setattr(Tensor, "is_cuda", on_gpu)
         loop.run_steps(prepared_run("tms", tf32=wanted), Silent())

@@ -183,7 +183,7 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(
-    "name", ["data [v2].txt", "corpus", "notes.md", "all.txt.gz", "a [1].jsonl", "all.jsonl.gz"]
+    "name", ["data [v2].txt", "corpus", "notes.text", "all.txt.gz", "a [1].jsonl", "all.jsonl.gz"]
 )
 def test_a_file_that_exists_is_read_whatever_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
