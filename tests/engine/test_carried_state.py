@@ -168,7 +168,7 @@ def test_a_warm_up_brings_the_sums_to_the_weights_and_touches_nothing_else(tmp_p
     )
     for run, name in ((cold, "cold"), (warmed, "warm")):
         run_steps(run, Silent(), checkpoints=tmp_path / name)
-    errors = [float(faithfulness(run.objective.model.sites)) for run in (cold, warmed)]
+    errors = [faithfulness(run.objective.model.sites).item() for run in (cold, warmed)]
     assert errors[1] < 1e-3 * errors[0]
     own, other = (run.objective.model.subcomponent_parameters() for run in (warmed, cold))
     for name, value in own.items():
