@@ -1,7 +1,8 @@
 """The optimisation loop and its checkpoints, for one run or several side by side. Read this file first."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -171,10 +172,7 @@ def decompose(
     """
     prepared = prepare(problem, config)
     history = _History(observer or (Silent() if quiet else Console()))
-    try:
-        model = run_steps(prepared, history)
-    finally:
-        history.ended()
+    model = run_steps(prepared, history)
     return Result(model, history.rows, site_usage(model, eval_contexts(prepared)))
 
 
@@ -231,31 +229,39 @@ def run_side_by_side(
         for run in runs:
             warm_up(run, config.faithfulness_warmup)
     start = earlier[0]["step"] if earlier else 0
-    for member in members:
-        member.observer.started(start, config.steps)
+    with _observed(members, start, config.steps):
+        for step in range(start, config.steps + 1):  # one extra lap evaluates and saves last
+            last, stopping = step == config.steps, agreed_maximum(int(stop_requested()))
+            saving = stopping or (due(step, config.save_every, last) and step > start)
+            if saving and is_leader():
+                save(members, states, update, step, execution_record(take_step))
+            if stopping:
+                raise Interrupted(f"stopped before step {step} of {config.steps}", stopping)
+            if due(step, config.eval_every, last):
+                _evaluate(members, states, step)
+            if last or not _going(members):
+                break
+            inputs = zip(runs, states, strict=True)
+            joint = trained.inputs([step_inputs(run, step, state) for run, state in inputs])
+            terms, new_state = take_step(joint)  # gradients are set
+            average_(p.grad for p in trained.parameters if p.grad is not None)
+            rates = update(step)
+            states = trained.taken_apart(shared(new_state))
+            if due(step, config.log_every, step + 1 == config.steps):
+                average_(terms.values())
+                _log(members, terms, step, rates)
 
-    for step in range(start, config.steps + 1):  # one extra lap: the last evaluation and checkpoint
-        last, stopping = step == config.steps, agreed_maximum(int(stop_requested()))
-        saving = stopping or (due(step, config.save_every, last) and step > start)
-        if saving and is_leader():
-            save(members, states, update, step, execution_record(take_step))
-        if stopping:
-            raise Interrupted(f"stopped before step {step} of {config.steps}", stopping)
-        if due(step, config.eval_every, last):
-            _evaluate(members, states, step)
-        if last or not _going(members):
-            break
-        inputs = zip(runs, states, strict=True)
-        joint = trained.inputs([step_inputs(run, step, state) for run, state in inputs])
-        terms, new_state = take_step(joint)  # gradients are set
-        average_(p.grad for p in trained.parameters if p.grad is not None)
-        rates = update(step)
-        states = trained.taken_apart(shared(new_state))
-        if due(step, config.log_every, step + 1 == config.steps):
-            average_(terms.values())
-            _log(members, terms, step, rates)
+
+@contextmanager
+def _observed(members: Sequence[Member], start: int, steps: int) -> Iterator[None]:
+    """The observers know when it begins, and when it is over or was left."""
     for member in members:
-        member.observer.ended()
+        member.observer.started(start, steps)
+    try:
+        yield
+    finally:
+        for member in members:
+            member.observer.ended()
 
 
 def due(step: int, every: int, last: bool) -> bool:

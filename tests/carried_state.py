@@ -78,3 +78,4 @@ if __name__ == "__main__":
         run_steps(run, Silent(), checkpoints=folder / "checkpoints")
         if is_leader():
             save_file(result_of(run, folder / "checkpoints"), folder / "result.safetensors")
+        raise SystemExit(0)  # the other waits for the leader

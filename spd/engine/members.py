@@ -117,6 +117,8 @@ def restore(members: Sequence[Trainee], update: Update) -> list[dict[str, Any]]:
         with _fits(path):
             member.prepared.objective.model.load_subcomponents(checkpoint.load_parameters(path))
             batches.load_state_dict(state["data"])
+            device = member.prepared.eval_batches[0].device
+            state["carried"] = {key: value.to(device) for key, value in state["carried"].items()}
             torch.set_rng_state(state["rng"])
             torch.set_num_threads(state["num_threads"])
     with _fits(newest[0]):

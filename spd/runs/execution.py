@@ -149,7 +149,6 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
         member = Member(prepared, observer, directory / CHECKPOINTS)
         try:
             yield member
-            observer.ended()
             if member.failure is None:
                 _finish(directory, config, time.perf_counter() - begun)
                 status = "finished"
@@ -157,7 +156,6 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
             status = "interrupted"
             raise
         finally:
-            observer.ended()
             meta |= {"status": status, "seconds": time.perf_counter() - begun}
             write_json(directory / META_FILE, meta)
             if status == "finished":
