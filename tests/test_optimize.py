@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import spd
-from spd import importance
+from spd import kernels
 from spd.component_model import ComponentModel
 from spd.config import UserError, parse
 from spd.engine.compilation import CompiledStep
@@ -207,7 +207,7 @@ def test_no_tensor_of_every_hidden_neuron_is_ever_written(monkeypatch: pytest.Mo
     step = CompiledStep(objective, True, 1)
     step(*args)[0].backward()
     assert largest_tensor(step, *args) <= 2 * 4 * rows * C
-    monkeypatch.setattr(importance, "BLOCK_ELEMENTS", 2**30)
+    monkeypatch.setattr(kernels, "BLOCK_ELEMENTS", 2**30)
     assert largest_tensor(objective, *args) >= 4 * rows * C * n_hidden
 
 

@@ -122,8 +122,12 @@ class CompiledStep:
         self.compiled = self._wanted(*args)
         if not self.compiled:
             return self.eager(*args)
-        if not self.shapes:
-            self.shapes.append(_shapes(*args))
+        shapes = _shapes(*args)
+        if shapes not in self.shapes:
+            if len(self.shapes) == MAX_SHAPES:  # a run that is resumed, with a batch not among them
+                self.function = self.make_compiled()
+                return self._chosen(shapes)(*args)
+            self.shapes.append(shapes)
         try:
             return self._compile(*args)
         except _compiler_errors() as error:

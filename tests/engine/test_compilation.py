@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -210,3 +212,35 @@ def test_the_decision_is_kept_by_a_resumed_run(command: Command):
     assert done.status == 143 and "compiled the" not in done.err
     newest = sorted((eager.only_run() / "checkpoints").iterdir())[-1]
     assert torch.load(newest / "training_state", weights_only=True)["compiled"] is False
+
+
+# --- batches of many shapes --------------------------------------------------------------------------
+
+
+def test_a_graph_for_each_of_the_first_shapes_and_the_others_run_eagerly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Torch gives up at eight; and a run that is resumed compiles the shapes that it had compiled."""
+    caplog.set_level(logging.INFO)
+    compiled: list[int] = []
+
+    def stand_in(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def run(x: torch.Tensor) -> Any:
+            compiled.append(len(x))
+            return function(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    monkeypatch.setattr("spd.engine.compilation._has_compiler", lambda: True)
+    step = CompiledStep(square, True, 100)
+    for n in [*range(1, 11), 1, 10]:
+        assert step(torch.ones(n)) == n
+    assert compiled == [1, 2, 3, 4, 1]
+    assert sum("more than 4 shapes" in line for line in caplog.messages) == 1
+    resumed = CompiledStep(square, True, 100)
+    resumed.shapes = [*step.shapes]
+    compiled.clear()
+    for n in (10, 4, 9, 3):
+        assert resumed(torch.ones(n)) == n
+    assert compiled == [4, 3]
