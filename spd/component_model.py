@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -241,6 +241,12 @@ class ComponentModel(nn.Module):
                 target.set_submodule(name, site)
             self.sites[path] = site
         self.sites = {path: self.sites[path] for path in C_of}
+
+    def train(self, mode: bool = True) -> Self:
+        """The target stays in evaluation mode whatever is asked for: its output is never random."""
+        super().train(mode)
+        self.target.eval()
+        return self
 
     def subcomponent_parameters(self) -> dict[str, nn.Parameter]:
         """Name → parameter of everything that is trained, each once."""

@@ -15,6 +15,7 @@ from spd.metrics import column_match
 from spd.optimize import decompose
 from spd.problem import Problem
 from spd.spd_config import SPDConfig
+from tests.toy import make_config
 
 CONFIG = SPDConfig(
     sites={"0": 3},
@@ -135,3 +136,34 @@ def test_a_divergence_that_there_is_not_is_refused(recon: Any, hint: str) -> Non
     object.__setattr__(own, "recon", recon)  # the type check of the tests comes before our own
     with pytest.raises(UserError, match=f"recon: {recon!r} is no divergence.*{hint}.*mse.* and kl"):
         own.__post_init__()
+
+
+FAITHFUL = {"faithfulness": {"coeff": 1.0}}
+
+
+class Noisy(nn.Module):
+    """Random in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(nn.functional.dropout(x, 0.5))
+
+
+def test_a_target_that_is_random_is_refused():
+    batches = [torch.randn(16, 8)]
+    problem = Problem(Noisy(), train_batches=batches, eval_batches=batches)
+    with pytest.raises(UserError, match="target: Noisy gives two different outputs for one batch"):
+        prepare(problem, make_config(FAITHFUL, sites={"linear": 4}, n_eval_batches=1))
+
+
+def test_training_mode_does_not_wake_the_targets_dropout():
+    target, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)), torch.randn(16, 8)
+    problem = Problem(target, train_batches=[x], eval_batches=[x])
+    model = prepare(
+        problem, make_config(FAITHFUL, sites={"0": 4}, n_eval_batches=1)
+    ).objective.model
+    expected = model.target_forward(x).output
+    assert torch.equal(model.train().target_forward(x).output, expected)

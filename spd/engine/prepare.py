@@ -73,14 +73,18 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
 
 @torch.no_grad()
 def _check_output(target: nn.Module, batch: Tensor) -> None:
-    """`UserError` unless the target gives one Tensor of numbers for a batch."""
+    """`UserError` unless the target gives one Tensor of numbers for a batch, and the same one again."""
     output = target(batch)
-    if isinstance(output, Tensor) and output.is_floating_point():
-        return
-    raise UserError(
-        f"target: {type(target).__name__} returns {_kind(output)}; one Tensor of numbers is needed, so"
-        " give a module whose forward picks it out of what yours returns"
-    )
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        raise UserError(
+            f"target: {type(target).__name__} returns {_kind(output)}; one Tensor of numbers is needed,"
+            " so give a module whose forward picks it out of what yours returns"
+        )
+    if not torch.allclose(output, target(batch), rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise UserError(
+            f"target: {type(target).__name__} gives two different outputs for one batch, in evaluation"
+            " mode too; remove what is random in it, such as dropout in its forward, before decomposing"
+        )
 
 
 def _kind(output: object) -> str:
