@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
 EXPERIMENT ?= tms_5-2_fast
 ARGS ?=
-PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
+PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 
 VENV := $(CURDIR)/.venv
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))

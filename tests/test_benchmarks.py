@@ -91,6 +91,7 @@ def test_two_checkouts_are_run_in_turn(tmp_path: Path):
     assert lines == ["here 50 true", "there 50 true", *["here 100 true", "there 100 true"] * 3]
 
 
+@pytest.mark.slow
 def test_a_checkout_is_timed_by_its_own_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

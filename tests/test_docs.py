@@ -127,18 +127,25 @@ def test_an_added_metric_is_seen_wherever_figures_are(
 
 
 def test_a_run_of_an_experiment_outside_is_a_run_like_any_other(extended: Path) -> None:
-    """By its YAML file: run, gone on with by its directory alone, loaded elsewhere, swept."""
+    """By its YAML file: run, and loaded elsewhere."""
     own = extended / "own"
     command = ("-m", "spd.registry", "my_experiment.yaml", *QUICK)
-    run_python(own, *command, "--run_dir", "a-run", package=extended)
-    again = run_python(own, "-m", "spd.registry", "--resume", "a-run", package=extended)
+    assert "MMCS map" in run_python(own, *command, "--run_dir", "a-run", package=extended)
+    code = "import sys; from spd.runs.run import load_run; print(load_run(sys.argv[1]).step)"
+    assert run_python(extended, "-c", code, str(own / "a-run"), package=extended) == "3\n"
+
+
+@pytest.mark.slow
+def test_an_experiment_outside_is_resumed_and_swept(extended: Path) -> None:
+    own = extended / "own"
+    command = ("-m", "spd.registry", "my_experiment.yaml", *QUICK)
+    run_python(own, *command, "--run_dir", "gone-on", package=extended)
+    again = run_python(own, "-m", "spd.registry", "--resume", "gone-on", package=extended)
     assert "effective" not in again and "MMCS map" in again
-    named = ("my_experiment.yaml", "--resume", "a-run")
+    named = ("my_experiment.yaml", "--resume", "gone-on")
     assert again.split("report")[0][:20] in run_python(
         own, "-m", "spd.registry", *named, package=extended
     )
-    code = "import sys; from spd.runs.run import load_run; print(load_run(sys.argv[1]).step)"
-    assert run_python(extended, "-c", code, str(own / "a-run"), package=extended) == "3\n"
     (own / "sweep.yaml").write_text(
         "method: grid\nmetric: {name: eval/loss/total}\nparameters: {lr: {values: [1e-3, 1e-2]}}\n"
     )

@@ -94,6 +94,7 @@ def test_side_by_side_each_seed_has_its_own(tmp_path: Path):
         assert_near(result, alone(tmp_path / f"alone{seed}", seed=seed))
 
 
+@pytest.mark.slow
 def test_two_processes_carry_what_one_does(tmp_path: Path):
     process = torchrun("-m", "tests.carried_state", tmp_path, folder=tmp_path)
     output = said(process)

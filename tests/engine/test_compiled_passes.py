@@ -58,8 +58,9 @@ def gradients(objective: Objective) -> dict[str, Tensor]:
     return {name: grad for name, grad in grads.items() if grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
-@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_terms_and_gradients_are_those_of_an_eager_step(kind: str):
     objective = objective_of(kind)
     batch = torch.randint(0, 97, (2, 12))

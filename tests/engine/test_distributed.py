@@ -142,6 +142,7 @@ def test_a_run_is_that_of_one_process_also_when_resumed(tmp_path: Path):
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_divided(tmp_path: Path):
     process = torchrun(
         "-m", "tests.little_lm", written_config(tmp_path, batch_size=3), folder=tmp_path

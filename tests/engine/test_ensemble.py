@@ -165,6 +165,7 @@ def test_gradients_are_clipped_by_each_members_own_norm():
     assert (parameters_of(unclipped[0])[0] - parameters_of(singles[0])[0]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_compiled_members_are_eager_single_runs():
     """The compiler must take the gradients that are written out, not those of what is computed."""

@@ -193,6 +193,7 @@ def run_dirs(finished: list[Path], tmp_path: Path) -> list[Path]:
     return [shutil.copytree(run, tmp_path / "runs" / run.name) for run in finished]
 
 
+@pytest.mark.slow
 def test_redraws_the_runs_and_puts_them_side_by_side(
     run_dirs: list[Path], capsys: pytest.CaptureFixture[str]
 ):

@@ -212,8 +212,8 @@ cli(ExperimentConfig, build)
     ("given", "seen"),
     [
         ({}, ["None None", "passive 0"]),
-        ({"OMP_WAIT_POLICY": "active"}, ["active None"]),
-        ({"GOMP_SPINCOUNT": "5"}, ["None 5"]),
+        pytest.param({"OMP_WAIT_POLICY": "active"}, ["active None"], marks=pytest.mark.slow),
+        pytest.param({"GOMP_SPINCOUNT": "5"}, ["None 5"], marks=pytest.mark.slow),
     ],
 )
 def test_a_script_begins_anew_once_for_threads_that_sleep_while_they_wait(
