@@ -12,9 +12,10 @@ _MODULE_OF = {
     "Problem": "spd.problem",
     "RunError": "spd.config",
     "SPDConfig": "spd.spd_config",
-    "SiteMask": "spd.components",
+    "SiteMask": "spd.masks",
     "UserError": "spd.config",
     "decompose": "spd.optimize",
+    "export": "spd.runs.export",
     "load_run": "spd.runs.run",
 }
 __all__ = list(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll] - it lists what __init__.pyi lists

@@ -1,10 +1,9 @@
 """A frozen target whose chosen matrices can be replaced, call by call, by masked subcomponents."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -13,17 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 from spd.components import (
     LinearSubcomponents,
-    Mask,
-    SiteMask,
     TiedSubcomponents,
-    as_site_mask,
     check_nothing_is_attached,
+    check_weight,
     init_subcomponents_,
     input_output_weight,
     resolve_sites,
     subcomponents_of,
 )
-from spd.config import UserError
+from spd.config import UserError, nearest
 from spd.importance import (
     CausalImportances,
     Importance,
@@ -31,7 +28,16 @@ from spd.importance import (
     InputImportance,
     LowerLeak,
 )
+from spd.masks import GivenMask, GivenMasks, Mask, Pass, Place, Running, SiteMask, as_site_mask
 from spd.noise import derive_seed
+
+HALVES = (torch.float16, torch.bfloat16)
+"""in which a target may compute, but no loss is"""
+
+
+WITH_FAST_PATH = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+"""without gradients they read the weights of their modules, and call none of them, unless that is switched
+off (`torch.backends.mha`)"""
 
 
 class TargetOutput(NamedTuple):
@@ -43,80 +49,12 @@ class TargetOutput(NamedTuple):
     """what it feeds to each site: `[..., d_in]`, or token ids for an embedding"""
 
 
-@dataclass
-class Place:
-    """Where a site stands in the target."""
-
-    path: str
-    in_layer: str
-    """its path within its layer, the same in layers that are alike; outside of layers, the whole path"""
-
-
-class Pass:
-    """One run of the target: which sites are replaced in it, and what is kept of it.
-
-    It lives as long as something runs that reads it: the pass itself, and what its backward pass computes
-    again.
-    """
-
-    def __init__(self, masks: Mapping[str, Mask], *, keep_inputs: bool = False) -> None:
-        self.masks = masks
-        """of the sites that are replaced"""
-        self.inputs: dict[str, list[Tensor]] | None = {} if keep_inputs else None
-        """what each site has read, call by call, if that is kept"""
-        self.versions: dict[str, int] = {}
-        """how often torch had changed the last of them in place when it was read"""
-        self.copied: Set[str] = frozenset()
-        """sites that read a copy, since the target overwrites what it feeds to them"""
-
-    def key(self, place: Place) -> str:
-        """Under which name this pass knows a site."""
-        return place.path
-
-    def mask_of(self, place: Place) -> Mask | None:
-        """None: the site runs as in the target."""
-        return self.masks.get(self.key(place))
-
-    def read(self, place: Place, x: Tensor) -> Tensor:
-        """What a site that is called with `x` is to read."""
-        key = self.key(place)
-        if key in self.copied:
-            x = x.clone()
-        if self.inputs is not None:
-            self.inputs.setdefault(key, []).append(x)
-            if not torch.compiler.is_compiling() and not x.is_inference():
-                self.versions[key] = x._version
-        return x
-
-    def overwritten(self) -> set[str]:
-        """The sites whose kept inputs have been changed in place since they were read."""
-        inputs = self.inputs or {}
-        return {
-            key for key, version in self.versions.items() if inputs[key][-1]._version != version
-        }
-
-
-class Running:
-    """The pass that a model is in: what its sites read. Between passes there is none."""
-
-    def __init__(self) -> None:
-        self.current: Pass | None = None
-
-    @contextmanager
-    def within(self, this: Pass) -> Iterator[None]:
-        """Whatever is called in the meantime belongs to this pass."""
-        before, self.current = self.current, this
-        try:
-            yield
-        finally:
-            self.current = before
-
-
 class Site(nn.Module):
     """Stands in the target in place of one module, for good; computes exactly what that module did.
 
     In a pass that has a mask for it, it uses its subcomponents instead. `weight` and `bias` are the
-    original's, for target code that reads them directly.
+    original's, for target code that reads them directly; so is its `state_dict`, so that the target is
+    saved, and loaded into, as if it had never been decomposed.
     """
 
     def __init__(
@@ -133,6 +71,15 @@ class Site(nn.Module):
         self.importance = importance
         self.place = place
         self.running = running
+        self._register_load_state_dict_pre_hook(_as_original, with_module=True)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The original's."""
+        return self.original.state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        d_in, d_out = self.subcomponents.V.shape[0], self.subcomponents.U.shape[1]
+        return f"d_in={d_in}, d_out={d_out}, C={self.C}"
 
     @property
     def C(self) -> int:
@@ -179,21 +126,52 @@ class Site(nn.Module):
 
         return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
+    def mask_of_all(self, mask: Tensor | float, x: Tensor) -> Float[Tensor, "*rows C"]:
+        """A mask that may be the same for many inputs, for each of the inputs `x`."""
+        V = self.subcomponents.V
+        wanted = (*self.subcomponents.rows(x), self.C)
+        tensor = torch.as_tensor(mask, dtype=V.dtype, device=V.device)
+        try:
+            return tensor.expand(wanted)
+        except RuntimeError:
+            raise UserError(
+                f"masks: that of {self.place.path!r} has the shape {tuple(tensor.shape)}; one that"
+                f" broadcasts to {wanted} is needed (the last axis is that of the {self.C} subcomponents)"
+            ) from None
+
     def masked(self, x: Tensor, mask: SiteMask) -> Tensor:
-        """What the site gives out where it is replaced."""
-        h = self.subcomponents.acts(x)
+        """What the site gives out where it is replaced, in the type in which the target computes."""
+        read = x
+        own, given = self.subcomponents.V.dtype, self.weight.dtype
+        mixed = given != own and not torch.is_autocast_enabled(x.device.type)
+        if mixed and not self.subcomponents.reads_ids:
+            read = x.to(own)
+        h = self.subcomponents.acts(read)
         out = self.subcomponents.write(h, mask.components)
         if mask.delta is not None:
-            remainder = self._original_without_bias(x) - self.subcomponents.write(h, None)
+            remainder = self._original_without_bias(read) - self.subcomponents.write(h, None)
             out = out + mask.delta.to(out.dtype)[..., None] * remainder
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
+        if mixed:
+            out = out.to(given)
         if mask.routed is None:
             return out
         return torch.where(mask.routed[..., None], out, self.original(x))
 
     def _original_without_bias(self, x: Tensor) -> Tensor:
-        return self.original(x) if self.subcomponents.reads_ids else x @ self.target_weight
+        if self.subcomponents.reads_ids:
+            return self.original(x)
+        return x @ self.target_weight.to(x.dtype)
+
+
+def _as_original(site: Site, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Make of the state of what a site stands for that of the site, whose own part stays as it is."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}original.{key.removeprefix(prefix)}"] = state.pop(key)
+    for part in ("subcomponents", "importance"):
+        for name, own in nn.Module.state_dict(site.get_submodule(part)).items():
+            state[f"{prefix}{part}.{name}"] = own
 
 
 class ComponentModel(nn.Module):
@@ -217,8 +195,13 @@ class ComponentModel(nn.Module):
     ) -> None:
         super().__init__()
         self.autocast = autocast
+        _begin_anew(target)
         C_of = resolve_sites(target, sites)
+        for path in C_of:
+            check_weight(path, target.get_submodule(path))
         target.requires_grad_(False).eval()
+        if any(isinstance(module, WITH_FAST_PATH) for module in target.modules()):
+            torch.backends.mha.set_fastpath_enabled(False)
         self.target = target
         self.lower_leak: LowerLeak = lower_leak
         self.running = Running()
@@ -270,6 +253,37 @@ class ComponentModel(nn.Module):
                     )
                 parameter.copy_(tensors[name])
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """The target's entries are under `target.`; what is trained is under `sites.`."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, parameter in self.subcomponent_parameters().items():
+            destination[f"{prefix}sites.{name}"] = parameter if keep_vars else parameter.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, parameter in self.subcomponent_parameters().items():
+            key = f"{prefix}sites.{name}"
+            if key not in state_dict:
+                missing_keys.append(key)
+            elif state_dict[key].shape != parameter.shape:
+                shapes = tuple(state_dict.pop(key).shape), tuple(parameter.shape)
+                error_msgs.append(f"size mismatch for {key}: {shapes[0]}, expected {shapes[1]}")
+            else:
+                parameter.data.copy_(state_dict.pop(key))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     @torch.no_grad()
     def importances(self, batch: Tensor) -> CausalImportances:
         """g_c(x) of every site on a batch, without gradients."""
@@ -293,9 +307,10 @@ class ComponentModel(nn.Module):
             n_calls = len(kept.get(path, ()))
             if n_calls != 1:
                 names = " = ".join(map(repr, _paths_of_modules(self.target)[site]))
+                unseen = " (its weight is read, or not used at all)" if n_calls == 0 else ""
                 raise UserError(
-                    f"sites: the target calls {names} {n_calls} times in one pass; a site must be called"
-                    " once"
+                    f"sites: the target calls {names} {n_calls} times in one pass{unseen}; a site must be"
+                    " called once"
                 )
         overwritten = target_pass.overwritten()
         if overwritten:
@@ -310,6 +325,36 @@ class ComponentModel(nn.Module):
         """
         return self.run(batch, Pass(self.known_masks(masks)))
 
+    @contextmanager
+    def masked(self, masks: Mapping[str, GivenMask] | GivenMask = None) -> Iterator[nn.Module]:
+        """Whatever runs the target in the meantime (its own `generate`, hooks, other tools) runs it masked.
+
+        `masks` names sites and gives each a mask; a site not named runs as in the target. One mask alone
+        is that of every site. A mask is a number, a Tensor that broadcasts to `[..., C]` (`[C]` is one for
+        all inputs), a `SiteMask`, a function of the site's input that returns one of these, None (all on),
+        or `"importances"`: g_c of the input that the site has *in this masked run*, which is what
+        generation can have, a token at a time; for those of the target's own run see `importances`.
+        Gives the target. `UserError` if a name is no site or a mask does not fit.
+        """
+        given = masks if isinstance(masks, Mapping) else dict.fromkeys(self.sites, masks)
+        unknown = [path for path in given if path not in self.sites]
+        if unknown:
+            raise UserError(
+                f"masks: {unknown[0]!r} is no site{nearest(unknown[0], self.sites)} (sites:"
+                f" {', '.join(self.sites)})"
+            )
+        self._check_current()
+        this = GivenMasks(given, self.sites, self._lower_importances)
+        this.copied = self.overwritten
+        kind = next(self.target.parameters()).device.type
+        precision = nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast)
+        with self.running.within(this), precision:
+            yield self.target
+
+    def _lower_importances(self, path: str, x: Tensor) -> Tensor:
+        logits = {path: self.sites[path].importance_logits(x)}
+        return CausalImportances.of_logits(logits, self.lower_leak).lower[path]
+
     def known_masks(self, masks: Mapping[str, Mask | None] | None) -> dict[str, Mask]:
         """Those of the sites that a pass replaces: what the argument of `forward` means."""
         chosen = dict.fromkeys(self.sites) if masks is None else masks
@@ -320,15 +365,25 @@ class ComponentModel(nn.Module):
     def run(self, batch: Tensor, this: Pass) -> Tensor:
         """Run the target as the pass says."""
         this.copied = self.overwritten
+        self._check_current()
         before, self.running.current = self.running.current, this
         try:
             return self._run_target(batch)
         finally:
             self.running.current = before
 
+    def _check_current(self) -> None:
+        if self.running.over:
+            raise UserError(
+                "this model's target has been decomposed again since, so that its subcomponents are no part"
+                " of it any more; to keep both, decompose copies of the target (copy.deepcopy)"
+            )
+
     def _run_target(self, batch: Tensor) -> Tensor:
         if self.autocast is None:
-            return self.target(batch)
+            output = self.target(batch)
+            half = isinstance(output, Tensor) and output.dtype in HALVES
+            return output.float() if half else output
         with torch.autocast(batch.device.type, self.autocast):
             return self.target(batch).float()
 
@@ -374,6 +429,15 @@ def _check_ties(
             )
         source_of[tied] = source
     return source_of
+
+
+def _begin_anew(target: nn.Module) -> None:
+    """Put the target's own modules back in the place of sites that an earlier model has left in it."""
+    for module, paths in _paths_of_modules(target).items():
+        if isinstance(module, Site):
+            module.running.over = True
+            for path in paths:
+                target.set_submodule(path, module.original)
 
 
 def layers_of(target: nn.Module) -> list[nn.Module]:

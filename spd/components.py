@@ -2,38 +2,14 @@
 
 import fnmatch
 import sys
-from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spd.config import UserError, nearest
-
-
-class SiteMask(NamedTuple):
-    """How one site is replaced in one pass: by y = ((x V) ⊙ m) U + δ (x W − (x V) U) + bias.
-
-    With m = 1 and δ = 1 that is the target's own output, up to rounding.
-    """
-
-    components: Float[Tensor, "*rows C"] | None = None
-    """m, of the subcomponents; None: all on"""
-    delta: Float[Tensor, "*rows"] | None = None
-    """δ, of what the subcomponents leave over of W; None: that is no part of the pass"""
-    routed: Bool[Tensor, "*rows"] | None = None
-    """where the site is replaced; elsewhere it gives the original's output itself. None: everywhere"""
-
-
-Mask = SiteMask | Tensor | Callable[[], SiteMask | Tensor]
-"""What a pass says of a site. A tensor `[..., C]` stands for `SiteMask(components=tensor)`; a function
-makes either, and makes it anew in the backward pass, so that less is stored."""
-
-
-def as_site_mask(mask: SiteMask | Tensor | None) -> SiteMask:
-    """None stands for a site whose subcomponents are all on."""
-    return mask if isinstance(mask, SiteMask) else SiteMask(components=mask)
 
 
 def input_output_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
@@ -50,13 +26,54 @@ def input_output_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
 
 
 def decomposable(module: nn.Module) -> bool:
-    """Whether a module is a Linear, an Embedding or GPT-2's Conv1D.
+    """Whether a module is a Linear, an Embedding or GPT-2's Conv1D, or a subclass that acts as one.
 
-    A subclass of Linear that computes something else (a quantised one, a router) is not.
+    A subclass that computes something else (a quantised one, a router, positions counted from a mask) is
+    not; one with a `forward` of its own is tried out.
     """
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward
-    return isinstance(module, nn.Embedding) or _is_conv1d(module)
+        return type(module).forward is nn.Linear.forward or _acts_as_linear(module)
+    if isinstance(module, nn.Embedding):
+        return type(module).forward is nn.Embedding.forward or _acts_as_embedding(module)
+    return _is_conv1d(module)
+
+
+@torch.no_grad()
+def _acts_as_linear(module: nn.Linear) -> bool:
+    """Whether module(x) − module(0) = x W, on two inputs drawn at random."""
+    weight = module.weight
+    if not weight.is_floating_point() or weight.is_meta or weight.ndim != 2:
+        return False
+    drawn = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x = drawn.to(weight)
+    try:
+        found, expected = module(x) - module(torch.zeros_like(x)), x @ weight.mT
+    except Exception:  # whatever it wants to be called with, it is no linear map
+        return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    scale = expected.float().abs().max().clamp(min=1e-12)
+    off = (found.float() - expected.float()).abs().max() / scale
+    return off.item() < 8 * torch.finfo(weight.dtype).eps ** 0.75
+
+
+@torch.no_grad()
+def _acts_as_embedding(module: nn.Embedding) -> bool:
+    """Whether it gives each id a row of its own, whatever stands beside it."""
+    if module.weight.is_meta:
+        return False
+    ids = torch.arange(min(module.num_embeddings, 16), device=module.weight.device)
+    try:
+        rows, turned, batched = module(ids), module(ids.flip(0)), module(ids[None])
+    except Exception:  # learned positions of OPT and BART are called with something else
+        return False
+    shape = (len(ids), module.embedding_dim)
+    return (
+        isinstance(rows, Tensor)
+        and rows.shape == shape
+        and torch.equal(turned.flip(0), rows)
+        and torch.equal(batched[0], rows)
+    )
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -88,6 +105,44 @@ def check_nothing_is_attached(path: str, module: nn.Module) -> None:
         )
 
 
+def _why_not(module: nn.Module) -> str:
+    """What a module that cannot be decomposed is, by its full class path, and what to do."""
+    kind = type(module)
+    name = f"a {kind.__module__}.{kind.__qualname__}"
+    weight = getattr(module, "weight", None)
+    if hasattr(module, "base_layer") and not isinstance(module, nn.Linear | nn.Embedding):
+        return f"{name}, an adapter around a matrix (merge the adapter first: merge_and_unload() in peft)"
+    if isinstance(weight, Tensor) and not weight.is_floating_point():
+        return f"{name} with a weight of {weight.dtype} (load the model without quantisation)"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return (
+            f"{name} (convolutions cannot be decomposed; write one as a Linear on unfolded patches)"
+        )
+    if isinstance(module, nn.Linear):
+        return f"{name}, which computes something else than x W + b"
+    if isinstance(module, nn.Embedding):
+        return f"{name}, whose forward takes something else than the ids of its rows"
+    return f"{name} (only Linear, Embedding and Conv1D can be decomposed)"
+
+
+def check_weight(path: str, module: nn.Module) -> None:
+    """`UserError` unless the matrix is there to be decomposed."""
+    weight = module.weight
+    if isinstance(weight, nn.UninitializedParameter):
+        raise UserError(
+            f"sites: {path!r} is a {type(module).__name__} that has not seen a batch yet, so that its size"
+            " is unknown; call the target once before decomposing"
+        )
+    assert isinstance(weight, Tensor), "a module that can be decomposed has a weight"
+    if weight.is_meta:
+        raise UserError(
+            f"sites: the weight of {path!r} is on the meta device: it is offloaded, or was never loaded;"
+            " load the model whole onto one device"
+        )
+    if not weight.isfinite().all():
+        raise UserError(f"sites: the weight of {path!r} has entries that are not finite")
+
+
 def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, int]:
     """Module path → C for every pattern (`fnmatch`), in the order in which the target holds them.
 
@@ -102,7 +157,7 @@ def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, i
     for pattern, C in patterns.items():
         if C < 1:
             raise UserError(f"sites: {pattern!r} has C = {C}; at least 1 subcomponent is needed")
-        hits = [path for path in modules if fnmatch.fnmatchcase(path, pattern)]
+        hits = [pattern] if pattern in modules else fnmatch.filter(modules, pattern)
         if not hits:
             raise UserError(
                 f"sites: {pattern!r} matches no module{nearest(pattern, usable)}"
@@ -111,8 +166,8 @@ def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, i
         for path in hits:
             if path not in usable:
                 raise UserError(
-                    f"sites: {pattern!r} matches {path!r}, a {type(modules[path]).__name__}; only"
-                    f" Linear, Embedding and Conv1D can be decomposed: {', '.join(usable)}"
+                    f"sites: {pattern!r} matches {path!r}, {_why_not(modules[path])}; decomposable here:"
+                    f" {', '.join(usable) or 'nothing'}"
                 )
             if path in matched:
                 raise UserError(
@@ -144,12 +199,12 @@ class LinearSubcomponents(nn.Module):
         return x @ self.V
 
     def write(
-        self, h: Float[Tensor, "*rows C"], mask: Float[Tensor, "*rows C"] | None
+        self, h: Float[Tensor, "*rows C"], mask: Float[Tensor, "*#rows C"] | None
     ) -> Float[Tensor, "*rows d_out"]:
         """(h ⊙ m) U; without a mask every subcomponent is on."""
         return (h if mask is None else h * mask) @ self.U
 
-    def forward(self, x: Tensor, mask: Float[Tensor, "*rows C"] | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Float[Tensor, "*#rows C"] | None) -> Tensor:
         return self.write(self.acts(x), mask)
 
     @classmethod
@@ -167,7 +222,7 @@ class EmbeddingSubcomponents(LinearSubcomponents):
         return nn.functional.embedding(x, self.V)
 
     def write(
-        self, h: Float[Tensor, "*rows C"], mask: Float[Tensor, "*rows C"] | None
+        self, h: Float[Tensor, "*rows C"], mask: Float[Tensor, "*#rows C"] | None
     ) -> Float[Tensor, "*rows d_out"]:
         return super().write(h, mask).to(self.U.dtype)  # autocast leaves it in its own type
 

@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor
 
 from spd.component_model import ComponentModel, Site
-from spd.components import Mask
 from spd.config import (
     BY_TYPE,
     NAME_IS_TYPE,
@@ -24,7 +23,7 @@ from spd.config import (
 )
 from spd.importance import CausalImportances
 from spd.kernels import KLKernel, kl_per_row
-from spd.masks import stochastic_mask
+from spd.masks import Mask, stochastic_mask
 from spd.problem import ReconKind
 
 Noise = Mapping[str, Tensor]

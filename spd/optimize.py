@@ -229,7 +229,7 @@ def run_side_by_side(
         for run in runs:
             warm_up(run, config.faithfulness_warmup)
     start = earlier[0]["step"] if earlier else 0
-    with _observed(members, start, config.steps):
+    with torch.enable_grad(), _observed(members, start, config.steps):
         for step in range(start, config.steps + 1):  # one extra lap evaluates and saves last
             last, stopping = step == config.steps, agreed_maximum(int(stop_requested()))
             saving = stopping or (due(step, config.save_every, last) and step > start)

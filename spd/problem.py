@@ -83,6 +83,8 @@ class Batches:
                     raise UserError(
                         f"{self.name}: a batch is {_kind(item)}; a Tensor, or (x, y) with one, is needed"
                     )
+                if batch.numel() == 0:
+                    raise UserError(f"{self.name}: batch {n} is {_kind(batch)}: it is empty")
                 yield batch
             if not begins_again or n == 0:
                 return

@@ -195,6 +195,7 @@ def test_what_importing_does_not_load(module: str, without: tuple[str, ...]):
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_type_checkers_see_the_public_names():
     stub = ast.parse((SPD / "__init__.pyi").read_text(encoding="utf-8"))
     seen = [node for node in stub.body if isinstance(node, ast.ImportFrom)]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spd.component_model import ComponentModel
-from spd.components import SiteMask
+from spd.masks import SiteMask
 from tests.toy import TiedMLP, decompose
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spd.component_model import ComponentModel, Pass, Place, Running, Site, TargetOutput, layers_of
-from spd.components import Mask
+from spd.component_model import ComponentModel, Site, TargetOutput, layers_of
 from spd.config import UserError
+from spd.masks import Mask, Pass, Place, Running
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 """what layers are given to append to; a second time would be one too many"""

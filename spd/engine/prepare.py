@@ -1,5 +1,6 @@
 """A problem and its configuration, checked against each other, and what is looked at on held-out data."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -15,10 +16,13 @@ from spd.engine.layers import checkpoint_layers_, layers_of
 from spd.engine.silent_rows import SilentRows
 from spd.engine.step import may_compile, passes_of
 from spd.losses import State, StepContext
+from spd.masks import SiteMask
 from spd.metrics import HeldOutLosses, Metric, collect
 from spd.objective import Objective
 from spd.problem import Problem
 from spd.spd_config import SPDConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Prepared(NamedTuple):
@@ -35,6 +39,10 @@ class Prepared(NamedTuple):
 def prepare(problem: Problem, config: SPDConfig) -> Prepared:
     """Install the sites in the target and check everything a user can get wrong; writes nothing."""
     execution = config.execution
+    if torch.is_inference_mode_enabled():
+        raise UserError(
+            "torch.inference_mode is on here, in which nothing can be trained; decompose outside of it"
+        )
     model = ComponentModel(
         problem.target,
         config.sites,
@@ -65,6 +73,7 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             " activation_checkpointing: false (it is"
             f" {str(execution.activation_checkpointing).lower()})"
         )
+    warn_of_no_effect(model, eval_batches[0])
     silent_rows = SilentRows(model, problem, eval_batches)
     prepared = Prepared(problem, config, objective, eval_batches, silent_rows)
     build_metrics(prepared)
@@ -74,6 +83,8 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
 @torch.no_grad()
 def _check_output(target: nn.Module, batch: Tensor) -> None:
     """`UserError` unless the target gives one Tensor of numbers for a batch, and the same one again."""
+    if batch.numel() == 0:
+        raise UserError(f"eval_batches: the first has the shape {tuple(batch.shape)}: it is empty")
     output = target(batch)
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise UserError(
@@ -85,6 +96,44 @@ def _check_output(target: nn.Module, batch: Tensor) -> None:
             f"target: {type(target).__name__} gives two different outputs for one batch, in evaluation"
             " mode too; remove what is random in it, such as dropout in its forward, before decomposing"
         )
+
+
+def warn_of_no_effect(model: ComponentModel, batch: Tensor) -> None:
+    """Say which sites leave the output as it is even if they give out nothing but their bias."""
+    if batch.is_meta:
+        return
+    model.target_forward(batch)  # refuses a site that is not called once
+    if layers_of(model.target):
+        batch = batch[:1]  # a row of tokens shows it, in a fraction of the memory
+    for path in _without_slope(model, batch):
+        nothing = torch.zeros(model.sites[path].C, device=batch.device)
+        with torch.no_grad():
+            whole, ablated = model(batch, {}), model(batch, {path: SiteMask(nothing)})
+        if torch.equal(whole, ablated):
+            logger.warning(
+                "site %r has no effect on the output: ablating it changes nothing on the first batch of"
+                " held-out data",
+                path,
+            )
+
+
+def _without_slope(model: ComponentModel, batch: Tensor) -> list[str]:
+    """The sites on whose masks a random projection of the output does not depend, to first order."""
+    scale = {
+        path: torch.ones(site.C, device=batch.device, requires_grad=True)
+        for path, site in model.sites.items()
+    }
+    with torch.enable_grad():
+        output = model(batch, {path: SiteMask(m) for path, m in scale.items()})
+        drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        seen = output.isfinite()
+        projected = (output.where(seen, 0.0) * drawn.to(output.device)).sum()
+        slopes = torch.autograd.grad(projected, list(scale.values()), allow_unused=True)
+    return [
+        path
+        for path, slope in zip(scale, slopes, strict=True)
+        if slope is None or not slope.count_nonzero()
+    ]
 
 
 def _kind(output: object) -> str:

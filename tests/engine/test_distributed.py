@@ -100,6 +100,7 @@ def test_each_share_has_its_rows_of_the_joint_noise():
         assert torch.equal(torch.cat([own[key] for own in shares]), draw)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path):
     """Every loss there is, in one graph and one pass after another."""
     process = torchrun("-m", "tests.rank_gradients", tmp_path, folder=tmp_path)

@@ -209,6 +209,7 @@ def test_redraws_the_runs_and_puts_them_side_by_side(
     assert str(comparison) in out and all(run.name in out for run in run_dirs)
 
 
+@pytest.mark.slow
 def test_one_run_alone_is_compared_with_nothing(run_dirs: list[Path]):
     (run_dirs[0] / "result.json").unlink()
     plots.main([str(run_dirs[0])])

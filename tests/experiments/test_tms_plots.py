@@ -183,6 +183,7 @@ def test_redraws_every_figure_and_the_report_and_prints_the_table(
     assert run_dir.name in table and "MMCS" in table
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_drawn_but_not_in_the_table(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ):

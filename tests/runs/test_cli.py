@@ -34,7 +34,18 @@ DRAWN = "tms_5-2"
 """the one whose figures are drawn also where the slow tests are left out"""
 
 
-@pytest.mark.parametrize("name", [name for name in TOYS if name != DRAWN])
+QUICK_ONES = ("tms_40-10-id", "resid_mlp2")
+"""one of each family; the others are run where the slow tests are"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK_ONES else pytest.mark.slow)
+        for name in TOYS
+        if name != DRAWN
+    ],
+)
 def test_an_experiment_from_its_script_to_its_files(command: Command, name: str):
     assert_leaves_its_files(command, name, "figures={}")
 

@@ -109,7 +109,15 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("event", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(
+    "event",
+    [
+        pytest.param(
+            event, id=name, marks=pytest.mark.slow if "first" in name or "any" in name else ()
+        )
+        for name, event in PLACES.items()
+    ],
+)
 def test_killed_and_begun_again(command: Command, singles: dict[int, Path], event: str):
     """Runs whose checkpoints are of different steps go on one after the other."""
     place = ("--run_dir", str(command.out / "tms_5-2" / "x"))

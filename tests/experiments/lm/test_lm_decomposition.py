@@ -241,6 +241,7 @@ def test_importances_of_a_string_in_four_lines(little: LMConfig, tmp_path: Path)
         next(run.problem.train_batches)
 
 
+@pytest.mark.slow
 def test_a_run_on_wandb_is_loaded_and_its_target_decomposed_again(little: LMConfig, tmp_path: Path):
     whole = load_run(start(little, build))
     sent = FakeRun()

@@ -1,0 +1,170 @@
+"""A target, or what its decomposition makes of it, in the ordinary form: nothing of this package in it."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spd.component_model import ComponentModel, Site
+from spd.config import UserError, nearest
+from spd.run_files import TARGET, new_directory
+from spd.runs.run import Run
+
+What = Literal["target", "sum", "edited"]
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
+@runtime_checkable
+class HasModel(Protocol):
+    """A `Run`, what `decompose` returns, or a `Decomposition`."""
+
+    @property
+    def model(self) -> ComponentModel: ...
+
+
+def export(
+    source: HasModel | ComponentModel,
+    folder: str | Path,
+    what: What | str = "target",
+    *,
+    edits: Mapping[str, Tensor | float] | None = None,
+) -> Path:
+    """Write a model into a new folder, which is returned.
+
+    A Hugging Face target becomes a folder for `from_pretrained`, with the tokenizer that its run keeps;
+    any other one a `model.safetensors` for `load_state_dict`, with the files that its run keeps beside it.
+
+    what: "target" is the target, bit for bit. "sum" has V U in place of every decomposed W. "edited" has
+    W + V diag(m − 1) U: each subcomponent c of a site counts m_c times (0: it is taken out), and whatever
+    the subcomponents leave over of W stays. `edits` gives m: site → number or `[C]`.
+    """
+    if what not in get_args(What):
+        raise UserError(
+            f"what: {what!r} is unknown{nearest(str(what), get_args(What))} (allowed:"
+            f" {', '.join(get_args(What))})"
+        )
+    model = source if isinstance(source, ComponentModel) else source.model
+    if (what == "edited") != bool(edits):
+        raise UserError(
+            f"edits: {'needed for' if what == 'edited' else 'no part of'} what={what!r}"
+        )
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: not empty; a new folder is needed")
+    weights = _weights(model, what, edits or {})
+    inner = _pretrained(model)
+    with new_directory(folder) as partial:
+        if inner is None:
+            state = {name: _alone(value) for name, value in model.target.state_dict().items()}
+            save_file(state | _named(model.target, weights), partial / WEIGHTS_FILE)
+        else:
+            _save_pretrained(inner, weights, partial)
+        if isinstance(source, Run):
+            _copy_others(source.directory / TARGET, partial)
+    return folder
+
+
+def _weights(
+    model: ComponentModel, what: str, edits: Mapping[str, Tensor | float]
+) -> dict[nn.Module, Tensor]:
+    """Site → what stands in the place of its weight, in the layout and type of that."""
+    unknown = [path for path in edits if path not in model.sites]
+    if unknown:
+        raise UserError(
+            f"edits: {unknown[0]!r} is no site{nearest(unknown[0], model.sites)} (sites:"
+            f" {', '.join(model.sites)})"
+        )
+    weights: dict[nn.Module, Tensor] = {}
+    for path, site in model.sites.items():
+        if what == "sum" or path in edits:
+            weights[site] = _weight(path, site, edits.get(path))
+    return weights
+
+
+@torch.no_grad()
+def _weight(path: str, site: Site, m: Tensor | float | None) -> Tensor:
+    V, U = site.subcomponents.V, site.subcomponents.U
+    own, given_out = site.weight, site.target_weight
+    if m is None:
+        matrix = V @ U
+    else:
+        factors = torch.as_tensor(m, dtype=V.dtype, device=V.device)
+        if factors.ndim > 1 or (factors.ndim == 1 and len(factors) != site.C):
+            raise UserError(
+                f"edits: that of {path!r} has the shape {tuple(factors.shape)}; a number or ({site.C},),"
+                " one for each subcomponent, is needed"
+            )
+        matrix = given_out.to(V.dtype) + (V * (factors - 1)) @ U
+    if isinstance(site.original, nn.Linear):
+        return matrix.mT.to(own.dtype).contiguous()
+    if given_out is not own:  # an embedding that gives out a multiple of its rows
+        factor = (given_out.float() * own.float()).sum() / own.float().square().sum()
+        if not torch.allclose(own.float() * factor, given_out.float(), rtol=1e-2, atol=1e-6):
+            raise UserError(
+                f"sites: {path!r} gives out no multiple of its rows: it cannot be exported"
+            )
+        matrix = matrix / factor
+    return matrix.to(own.dtype).contiguous()
+
+
+def _pretrained(model: ComponentModel) -> Any | None:
+    """The Hugging Face model that holds all sites, if the target is one, or a module around one."""
+    candidates = [getattr(model.target, "inner", None), *model.target.modules()]
+    sites = set(model.sites.values())
+    for module in candidates:
+        known = isinstance(module, nn.Module) and hasattr(module, "save_pretrained")
+        if known and sites <= set(module.modules()):
+            return module
+    return None
+
+
+def _named(module: nn.Module, weights: Mapping[nn.Module, Tensor]) -> dict[str, Tensor]:
+    """The same under every name that a site has in a module."""
+    return {
+        f"{path}.weight": weights[part].cpu()
+        for path, part in module.named_modules(remove_duplicate=False)
+        if part in weights
+    }
+
+
+def _save_pretrained(inner: Any, weights: Mapping[nn.Module, Tensor], folder: Path) -> None:
+    """In its own form; a matrix at both ends of a language model becomes two where they differ now."""
+    state = inner.state_dict()
+    new = _named(inner, weights)
+    apart = _differ(state, state | new)
+    parts = [inner.config, getattr(inner.config, "text_config", None)]
+    tied = [config for config in parts if apart and getattr(config, "tie_word_embeddings", False)]
+    for config in tied:
+        config.tie_word_embeddings = False
+    try:
+        if apart:
+            new = {name: _alone(value) for name, value in (state | new).items()}
+        inner.save_pretrained(folder, state_dict=state | new)
+    finally:
+        for config in tied:
+            config.tie_word_embeddings = True
+
+
+def _differ(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+    """Whether names that stood for one tensor stand for several."""
+    first: dict[int, str] = {}
+    names = ((first.setdefault(value.data_ptr(), name), name) for name, value in before.items())
+    return any(not torch.equal(after[one], after[other]) for one, other in names)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A copy that shares its memory with nothing."""
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def _copy_others(target: Path, folder: Path) -> None:
+    """What a run keeps of its target beside the weights: tokenizer, configuration."""
+    for path in sorted(target.iterdir()) if target.is_dir() else ():
+        kept = path.is_file() and not path.name.endswith((*WEIGHTS, ".index.json"))
+        if kept and not (folder / path.name).exists():
+            shutil.copy2(path, folder / path.name)
