@@ -14,7 +14,7 @@ _MODULE_OF = {
     "SPDConfig": "spd.spd_config",
     "SiteMask": "spd.masks",
     "UserError": "spd.config",
-    "decompose": "spd.optimize",
+    "decompose": "spd.runs.library",
     "export": "spd.runs.export",
     "load_run": "spd.runs.run",
 }

@@ -9,19 +9,15 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from spd.component_model import ComponentModel
 from spd.engine.distributed import agreed_maximum, average_, is_leader
 from spd.engine.ensemble import train_together
 from spd.engine.members import NonFiniteError, restore, save, shared, step_inputs, warm_up
-from spd.engine.prepare import Prepared, check_side_by_side, eval_contexts, evaluate, prepare
+from spd.engine.prepare import Prepared, check_side_by_side, evaluate
 from spd.engine.step import execution_record, make_step
 from spd.engine.update import Update
 from spd.losses import State
-from spd.metrics import SiteUsage, site_usage
-from spd.problem import Problem
-from spd.spd_config import SPDConfig
 
 
 @runtime_checkable
@@ -63,117 +59,6 @@ class Silent:
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
     """A run was asked to stop, by what is given as second argument, and has written its checkpoint."""
-
-
-class Console:
-    """An observer that shows a bar of progress, also in a notebook, and a line for every evaluation."""
-
-    def started(self, step: int, steps: int) -> None:
-        self.bar = tqdm(total=steps, initial=step, unit="step", mininterval=0.5)
-
-    def stepped(self, step: int, values: Mapping[str, float]) -> None:
-        l0 = sum(value for key, value in values.items() if key.startswith("l0/"))
-        self.bar.set_postfix(loss=f"{values['loss/total']:.2e}", L0=f"{l0:.2f}", refresh=False)
-        self.bar.update(step + 1 - self.bar.n)
-
-    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        shown = [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in values.items()]
-        self.bar.write(f"step {step}:  {'  '.join(shown)}")
-
-    def ended(self) -> None:
-        self.bar.close()
-
-
-class _History:
-    """An observer that keeps what it is told, and tells it another one."""
-
-    def __init__(self, other: Observer) -> None:
-        self.other = other
-        self.rows: list[dict[str, float]] = []
-
-    def started(self, step: int, steps: int) -> None:
-        self.other.started(step, steps)
-
-    def stepped(self, step: int, values: Mapping[str, float]) -> None:
-        self.rows.append({"step": step, **values})
-        self.other.stepped(step, values)
-
-    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        self.rows.append({"step": step, **values})
-        self.other.evaluated(step, values)
-
-    def ended(self) -> None:
-        self.other.ended()
-
-
-@dataclass(frozen=True, repr=False)
-class Result:
-    """What `decompose` returns; a notebook shows its summary."""
-
-    model: ComponentModel
-    history: list[dict[str, float]]
-    """a flat row for every step that was logged or evaluated, for example for `pandas.DataFrame`"""
-    usage: dict[str, SiteUsage]
-    """of each site, on the held-out batches"""
-
-    def summary(self) -> str:
-        """The final losses, the subcomponents in use, and a warning where that is no decomposition."""
-        rows = [("site", "C", "L0", "alive", "always on"), *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        ]
-        return "\n".join([*self._sentences(), *table])
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    def _repr_markdown_(self) -> str:
-        """For notebooks."""
-        rows = [("site", "C", "L0", "alive", "always on"), ("---", *["---:"] * 4), *self._cells()]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        return "\n\n".join([*self._sentences(), table])
-
-    def _sentences(self) -> list[str]:
-        last = self.history[-1]
-        losses = [
-            f"{key.removeprefix('eval/loss/')} {value:.4g}"
-            for key, value in last.items()
-            if key.startswith("eval/loss/")
-        ]
-        warnings = [
-            f"Warning: {path} is not decomposed: {site.problem}."
-            for path, site in self.usage.items()
-            if site.problem
-        ]
-        return [
-            f"{last['step']:.0f} steps; losses on held-out data: {', '.join(losses)}.",
-            *warnings,
-        ]
-
-    def _cells(self) -> list[tuple[str, ...]]:
-        return [
-            (path, str(site.C), f"{site.l0:.2f}", str(site.alive), str(site.always_on))
-            for path, site in self.usage.items()
-        ]
-
-
-def decompose(
-    problem: Problem,
-    config: SPDConfig,
-    *,
-    observer: Observer | None = None,
-    quiet: bool = False,
-) -> Result:
-    """Decompose `problem.target`, in place.
-
-    Progress and evaluations are told to `observer`, by default the console, or with `quiet` to nobody.
-    """
-    prepared = prepare(problem, config)
-    history = _History(observer or (Silent() if quiet else Console()))
-    model = run_steps(prepared, history)
-    return Result(model, history.rows, site_usage(model, eval_contexts(prepared)))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What a library user sees and gets back."""
 
 import re
+from base64 import b64decode
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 import spd
 from spd.engine.prepare import eval_contexts, prepare
 from spd.metrics import SiteUsage, site_usage
-from spd.optimize import Result
+from spd.reports.figures import read_png
+from spd.runs.library import Result
 from tests.test_optimize import Recorder
 from tests.toy import MLP, make_config
 
@@ -87,7 +89,13 @@ def test_the_result_shows_itself():
     (row,) = [line for line in summary if line.startswith("first ")]
     use = result.usage["first"]
     assert row.split() == ["first", "8", f"{use.l0:.2f}", str(use.alive), str(use.always_on)]
-    assert f"| first | 8 | {use.l0:.2f} | " in result._repr_markdown_()
+    page = result._repr_html_()
+    assert f"<td>first</td><td>8</td><td>{use.l0:.2f}</td>" in page
+    pictures = re.findall(r'<img alt="(\w+)".*?base64,([^"]+)"', page)
+    assert [name for name, _ in pictures] == ["loss_curves", "mean_activity"]
+    for _, picture in pictures:
+        text, (width, height) = read_png(b64decode(picture))
+        assert text is not None and min(width, height) > 100
     assert repr(result) == result.summary()
 
 
@@ -111,8 +119,10 @@ def test_the_use_is_counted_on_held_out_data():
     ],
 )
 def test_a_result_in_which_nothing_was_decomposed_says_so(use: SiteUsage, said: str):
-    result = Result(decomposed(quiet=True).model, [{"step": 4, "eval/loss/total": 1.0}], {"a": use})
-    for text in (result.summary(), result._repr_markdown_()):
+    result = Result(
+        decomposed(quiet=True).prepared, [{"step": 4, "eval/loss/total": 1.0}], {"a": use}
+    )
+    for text in (result.summary(), result._repr_html_()):
         assert "Warning: a is not decomposed: " in text
         assert re.search(said, text)
 
@@ -121,5 +131,5 @@ def test_a_site_in_use_raises_no_warning():
     assert SiteUsage(20, 3.0, 12, 10).problem is None
     assert SiteUsage(1, 1.0, 1, 1).problem is None
     usage = {"a": SiteUsage(20, 3.0, 12, 2)}
-    result = Result(decomposed(quiet=True).model, [{"step": 4, "eval/loss/total": 1.0}], usage)
+    result = Result(decomposed(quiet=True).prepared, [{"step": 4, "eval/loss/total": 1.0}], usage)
     assert "Warning" not in result.summary()

@@ -12,8 +12,8 @@ from spd.config import RunError, UserError
 from spd.engine.prepare import prepare
 from spd.kernels import kl_per_row
 from spd.metrics import column_match
-from spd.optimize import decompose
 from spd.problem import Problem
+from spd.runs.library import decompose
 from spd.spd_config import SPDConfig
 from tests.toy import make_config
 

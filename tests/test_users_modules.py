@@ -16,7 +16,7 @@ import spd
 from spd.component_model import ComponentModel
 from spd.components import decomposable, resolve_sites
 from spd.config import UserError
-from spd.optimize import Result
+from spd.runs.library import Result
 
 LOSSES: dict[str, Any] = {
     "faithfulness": {"coeff": 1.0},

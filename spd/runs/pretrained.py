@@ -18,10 +18,11 @@ from torch import nn
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, UserError, parse
 from spd.importance import ImportanceConfig, LowerLeak
-from spd.run_files import read_json, read_meta
+from spd.run_files import META_FILE, read_json, read_meta
 from spd.runs.console import resolve_device
+from spd.runs.library import Result
 from spd.runs.provenance import import_entry
-from spd.runs.run import Run
+from spd.runs.run import Run, load_run
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -62,6 +63,19 @@ class Decomposition(ModelHubMixin, library_name="spd", tags=["stochastic-paramet
     def __init__(self, model: ComponentModel, layout: Layout) -> None:
         self.model = model
         self.layout = layout
+
+    @classmethod
+    def of(cls, found: Run | Result | str | Path) -> Self:
+        """Of what `decompose` returned, a loaded run, or the directory of one."""
+        if isinstance(found, Result):
+            config, problem = found.prepared.config, found.prepared.problem
+            return cls.of_model(
+                found.model,
+                config.importance,
+                lower_leak=config.lower_leak,
+                tied_sites=problem.tied_sites,
+            )
+        return cls.of_run(found if isinstance(found, Run) else load_run(found))
 
     @classmethod
     def of_run(cls, run: Run) -> Self:
@@ -118,8 +132,13 @@ class Decomposition(ModelHubMixin, library_name="spd", tags=["stochastic-paramet
         device: str = "cpu",
         **download: Any,
     ) -> Self:
-        """Over `target`, a module of the shape and weights of the original one, or one made as that was."""
+        """Over `target`, a module of the shape and weights of the original one, or one made as that was.
+
+        The directory of a run will do, too: its newest checkpoint, over the run's own target.
+        """
         folder = Path(model_id)
+        if target is None and (folder / META_FILE).is_file():
+            return cls.of_run(load_run(folder, device=device))
         if not folder.is_dir():
             names = [CONFIG_FILE, WEIGHTS_FILE]
             folder = Path(snapshot_download(model_id, allow_patterns=names, **download))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from spd import Problem, SPDConfig, decompose
 from spd.component_model import ComponentModel
 from spd.config import UserError, load_config
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
@@ -94,14 +95,32 @@ def test_of_a_run_over_a_target_made_as_the_run_made_it(
     monkeypatch.setenv("WANDB_MODE", "disabled")
     target = make_tms_target(tmp_path / "target")
     config = load_config(TMSConfig, TMS_CONFIG, [*QUICK, f"target={target}", "steps=2"])
-    run = load_run(start(config, build))
-    Decomposition.of_run(run).save_pretrained(tmp_path / "saved")
+    directory = start(config, build)
+    run = load_run(directory)
+    Decomposition.of(directory).save_pretrained(tmp_path / "saved")
+    batch = torch.rand(4, 5)
+    assert_same(Decomposition.of(run).model, run.model, batch)
+    assert_same(Decomposition.from_pretrained(directory).model, run.model, batch)
     shutil.rmtree(tmp_path / "out")  # the run is not needed any more, its target is
     loaded = Decomposition.from_pretrained(str(tmp_path / "saved"))
     assert_same(loaded.model, run.model, torch.rand(4, 5))
     shutil.rmtree(target)
     with pytest.raises(UserError, match=str(target)):
         Decomposition.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied"])
+def test_of_what_decompose_returned(tmp_path: Path, kind: str):
+    target, sites, batch = toy(kind)
+    losses = {"faithfulness": {"coeff": 1.0}, "importance_minimality": {"coeff": 1.0, "pnorm": 1.0}}
+    settings = {"sites": sites, "losses": losses, "steps": 2, "lr": 0.1, "lower_leak": "gradient"}
+    ties = (("enc", "dec"),) if kind == "tied" else ()
+    problem = Problem(target, [batch], [batch], tied_sites=ties)
+    config = SPDConfig.model_validate({**settings, "n_eval_batches": 1})
+    result = decompose(problem, config, quiet=True)
+    Decomposition.of(result).save_pretrained(tmp_path)
+    loaded = Decomposition.from_pretrained(tmp_path, target=toy(kind)[0])
+    assert_same(loaded.model, result.model, batch)
 
 
 def test_another_target_is_refused(tmp_path: Path):

@@ -1,0 +1,158 @@
+"""For a library user: `decompose`, what it shows on the way, and what it returns. It writes no file."""
+
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+
+from tqdm.auto import tqdm
+
+from spd.component_model import ComponentModel
+from spd.engine.prepare import Prepared, eval_contexts, prepare
+from spd.metrics import SiteUsage, site_usage
+from spd.optimize import Observer, Silent, run_steps
+from spd.problem import Problem
+from spd.spd_config import SPDConfig
+
+
+def decompose(
+    problem: Problem,
+    config: SPDConfig,
+    *,
+    observer: Observer | None = None,
+    quiet: bool = False,
+) -> "Result":
+    """Decompose `problem.target`, in place.
+
+    Progress and evaluations are told to `observer`, by default the console, or with `quiet` to nobody.
+    `UserError` if problem and configuration do not fit each other, before anything is trained.
+    """
+    prepared = prepare(problem, config)
+    history = _History(observer or (Silent() if quiet else Console()))
+    model = run_steps(prepared, history)
+    return Result(prepared, history.rows, site_usage(model, eval_contexts(prepared)))
+
+
+class Console:
+    """An observer that shows a bar of progress, also in a notebook, and a line for every evaluation."""
+
+    def started(self, step: int, steps: int) -> None:
+        self.bar = tqdm(total=steps, initial=step, unit="step", mininterval=0.5)
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        l0 = sum(value for key, value in values.items() if key.startswith("l0/"))
+        self.bar.set_postfix(loss=f"{values['loss/total']:.2e}", L0=f"{l0:.2f}", refresh=False)
+        self.bar.update(step + 1 - self.bar.n)
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        shown = [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in values.items()]
+        self.bar.write(f"step {step}:  {'  '.join(shown)}")
+
+    def ended(self) -> None:
+        self.bar.close()
+
+
+class _History:
+    """An observer that keeps what it is told, and tells it another one."""
+
+    def __init__(self, other: Observer) -> None:
+        self.other = other
+        self.rows: list[dict[str, float]] = []
+
+    def started(self, step: int, steps: int) -> None:
+        self.other.started(step, steps)
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        self.rows.append({"step": step, **values})
+        self.other.stepped(step, values)
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        self.rows.append({"step": step, **values})
+        self.other.evaluated(step, values)
+
+    def ended(self) -> None:
+        self.other.ended()
+
+
+HEADINGS = ("site", "C", "L0", "alive", "always on")
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """What `decompose` returns; a notebook shows its summary, its curves and its main figure."""
+
+    prepared: Prepared
+    """the problem and its configuration, as they were run"""
+    history: list[dict[str, float]]
+    """a flat row for every step that was logged or evaluated, for example for `pandas.DataFrame`"""
+    usage: dict[str, SiteUsage]
+    """of each site, on the held-out batches"""
+
+    @property
+    def model(self) -> ComponentModel:
+        return self.prepared.objective.model
+
+    def summary(self) -> str:
+        """The final losses, the subcomponents in use, and a warning where that is no decomposition."""
+        rows = [HEADINGS, *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in rows
+        ]
+        return "\n".join([*self._sentences(), *table])
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def figures(self) -> dict[str, bytes]:
+        """PNGs: the curves of the terms, and importances on probes, or on held-out data without any."""
+        # imported here: whoever asks for no picture needs no matplotlib
+        from spd.reports import figures
+
+        main = (
+            figures.MeanActivity()
+            if self.prepared.problem.probes is None
+            else figures.ProbeImportances()
+        )
+        drawn = figures.draw(self.prepared, {main.type: main})
+        drawn = {"loss_curves": figures.loss_curves(self.history), **drawn}
+        return {name: figures.png_bytes(figure) for name, figure in drawn.items()}
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        row = "<tr>{}</tr>".format
+        head = row("".join(f"<th>{escape(cell)}</th>" for cell in HEADINGS))
+        body = "".join(
+            row("".join(f"<td>{escape(cell)}</td>" for cell in cells)) for cells in self._cells()
+        )
+        pictures = "".join(
+            f'<p><img alt="{escape(name)}" style="max-width: 100%"'
+            f' src="data:image/png;base64,{b64encode(png).decode()}"></p>'
+            for name, png in self.figures().items()
+        )
+        sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in self._sentences())
+        return f"{sentences}<table>{head}{body}</table>{pictures}"
+
+    def _sentences(self) -> list[str]:
+        last = self.history[-1]
+        losses = [
+            f"{key.removeprefix('eval/loss/')} {value:.4g}"
+            for key, value in last.items()
+            if key.startswith("eval/loss/")
+        ]
+        warnings = [
+            f"Warning: {path} is not decomposed: {site.problem}."
+            for path, site in self.usage.items()
+            if site.problem
+        ]
+        return [
+            f"{last['step']:.0f} steps; losses on held-out data: {', '.join(losses)}.",
+            *warnings,
+        ]
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
+            (path, str(site.C), f"{site.l0:.2f}", str(site.alive), str(site.always_on))
+            for path, site in self.usage.items()
+        ]
