@@ -17,6 +17,7 @@ import torch
 
 from spd.config import UserError
 from spd.engine import reassociation
+from spd.engine.cost import nominal_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ class CompiledStep:
     """A callable that is compiled as one graph, or not.
 
     `auto` compiles where there is a C++ compiler and `n_steps` eager steps would take longer than
-    compiling does, and falls back to eager execution, with one line in the log, where compiling fails.
+    compiling does, by their nominal cost (`spd.engine.cost`), and falls back to eager execution, with one
+    line in the log, where compiling fails.
     `compiled` tells what was decided; None until the first call. Functions in `opaque` are not looked
     into, only the operations they do are recorded; `n_members` is the length of the axis over which a
     step is mapped. With `cuda_graphs` what is compiled is recorded, there and back, and launched as a
@@ -67,7 +69,7 @@ class CompiledStep:
         return WORTHWHILE_SECONDS
 
     def forward(self, *args: Any) -> Any:
-        """What is timed without gradients: half of an eager step."""
+        """What is counted without gradients: half of an eager step."""
         return self.eager(*args)
 
     def make_compiled(self) -> Callable[..., Any]:
@@ -142,7 +144,7 @@ class CompiledStep:
     def _wanted(self, *args: Any) -> bool:
         if isinstance(self.setting, bool):
             return self.setting
-        if self.n_steps * 2 * _forward_seconds(self.forward, *args) < self.worthwhile_seconds:
+        if self.n_steps * 2 * nominal_seconds(self.forward, *args) < self.worthwhile_seconds:
             return False
         if not _has_compiler():
             logger.info("no C++ compiler found: running without torch.compile, which is slower")
@@ -163,23 +165,6 @@ class CompiledStep:
 def _shapes(*args: Any) -> list[list[int]]:
     """What decides whether a graph fits: the shapes of the tensors among the arguments."""
     return [list(arg.shape) for arg in args if isinstance(arg, torch.Tensor)]
-
-
-def _forward_seconds(function: Callable[..., Any], *args: Any) -> float:
-    """Of one call without gradients, after one that is not counted.
-
-    On a CPU those that this thread has worked, which other processes on the machine do not change.
-    """
-    seconds = 0.0
-    clock = time.perf_counter if torch.cuda.is_available() else time.thread_time
-    for _ in range(2):
-        started = clock()
-        with torch.no_grad():
-            function(*args)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = clock() - started
-    return seconds
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:

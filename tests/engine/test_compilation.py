@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,9 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def slow_square(x: torch.Tensor) -> torch.Tensor:
-    """At least twenty milliseconds of work, of which 750 steps, there and back, are worth compiling."""
-    end = time.thread_time() + 0.02
-    while time.thread_time() < end:
-        pass
-    return square(x)
+    """More than twenty milliseconds by count, of which 750 steps, there and back, are worth compiling."""
+    large = torch.ones(1200, 1200)
+    return square(x) + 0 * (large @ large)[0, 0]
 
 
 @pytest.mark.parametrize(("n_steps", "tried"), [(2, False), (2000, True)])

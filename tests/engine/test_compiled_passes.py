@@ -106,7 +106,7 @@ def test_a_step_that_cannot_be_compiled_is_done_eagerly(
 
     monkeypatch.setattr("spd.engine.sequential.Sequential.compile_passes", switched)
     monkeypatch.setattr(SharedPrefix, "forward", breaking)
-    monkeypatch.setattr("spd.engine.compilation._forward_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("spd.engine.compilation.nominal_seconds", lambda *_: 1.0)
     monkeypatch.setattr("spd.engine.compilation._has_compiler", lambda: True)
     monkeypatch.setattr("spd.engine.layers.torch.compile", lambda function, **_: function)
     step = CompiledPasses(objective, "auto", 1000)
@@ -127,7 +127,7 @@ def test_auto_compiles_runs_that_are_longer_than_compiling(
     monkeypatch: pytest.MonkeyPatch, seconds: float, compiled: bool
 ):
     """A thousand eager steps of 0.2 s would not be worth it, of 0.4 s they are."""
-    monkeypatch.setattr("spd.engine.compilation._forward_seconds", lambda *_: seconds)
+    monkeypatch.setattr("spd.engine.compilation.nominal_seconds", lambda *_: seconds)
     monkeypatch.setattr("spd.engine.compilation._has_compiler", lambda: True)
     step = CompiledPasses(objective_of("llama"), "auto", 1000)
     assert step._wanted() is compiled
