@@ -17,6 +17,8 @@ from spd.config import UserError
 CONFIG_FILE, META_FILE, RESULT_FILE, LOG_FILE = "config.yaml", "meta.json", "result.json", "log.txt"
 CHECKPOINTS, TARGET, LOCK_FILE = "checkpoints", "target", ".lock"
 METRICS_FILE, TIMINGS_FILE, FIGURES = "metrics.jsonl", "timings.jsonl", "figures"
+EVALUATION_FILE = "evaluation.json"
+"""of a run that has not finished: its figures of merit at the checkpoint that its page shows"""
 META_KEYS = ("entry", "seconds")
 
 
@@ -62,6 +64,11 @@ def read_meta(directory: Path) -> dict[str, Any]:
             f"{directory / META_FILE}: not the record of a run, {missing[0]!r} is missing"
         )
     return meta
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run lies there, whatever its state."""
+    return all((directory / name).is_file() for name in (CONFIG_FILE, META_FILE))
 
 
 def has_finished(directory: Path) -> bool:
