@@ -71,6 +71,8 @@ class Image(NamedTuple):
     width: int
     """on paper, in CSS pixels"""
     height: int
+    numbers: str | None = None
+    """where its CSV lies, from the run directory"""
 
 
 def write_report(run_dir: Path, metrics: Mapping[str, MetricSpec] | None = None) -> Path:
@@ -122,7 +124,7 @@ def report_contents(
             list(config.get("figures") or {}),
             at=last_step if stopped else None,
         ),
-        "curves": _image(CURVES, png_bytes(loss_curves(history))) if history else None,
+        "curves": _curves(run_dir, history, last_step) if history else None,
         "target": _target(run_dir / TARGET / "training.json"),
         "target_config": _text(run_dir / TARGET / CONFIG_FILE),
         "config_text": config_text,
@@ -289,7 +291,24 @@ def _images(directory: Path, configured: list[str], *, at: int | None = None) ->
         newest[path.parent.relative_to(directory).as_posix()] = path
     newest.pop(CURVES, None)
     names = sorted(newest, key=lambda n: (configured.index(n) if n in configured else 10**6, n))
-    return [_image(name, newest[name].read_bytes()) for name in names]
+    return [
+        _image(name, newest[name].read_bytes())._replace(
+            numbers=_numbers_of(newest[name], directory)
+        )
+        for name in names
+    ]
+
+
+def _curves(run_dir: Path, history: Sequence[Mapping[str, float]], last_step: int) -> Image:
+    png = run_dir / FIGURES / CURVES / f"{last_step:08d}.png"
+    curves = _image(CURVES, png_bytes(loss_curves(history)))
+    return curves._replace(numbers=_numbers_of(png, run_dir / FIGURES))
+
+
+def _numbers_of(png: Path, figures: Path) -> str | None:
+    """The table beside a drawing, where there is one: older runs have none."""
+    table = png.with_suffix(".csv")
+    return table.relative_to(figures.parent).as_posix() if table.is_file() else None
 
 
 def _image(name: str, png: bytes) -> Image:
@@ -398,7 +417,8 @@ def look_at_checkpoint(
     device = prepared.eval_batches[0].device
     values = evaluate(prepared, {key: value.to(device) for key, value in state.items()})
     write_json(run_dir / EVALUATION_FILE, {"step": step, **values})
-    save_figures(run_dir / FIGURES, step, draw(prepared, figures))
+    curves = loss_curves(_until_checkpoint(read_metrics(run_dir), {"step": step, **values}))
+    save_figures(run_dir / FIGURES, step, {**draw(prepared, figures), CURVES: curves})
 
 
 def report_on(run_dir: Path, prepared: Prepared, n_batches: int | None = None) -> Path:
