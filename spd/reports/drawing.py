@@ -46,7 +46,7 @@ class DescribedFigure(Figure):
     def __init__(self, description: FigureText, *, figsize: tuple[float, float]) -> None:
         super().__init__(figsize=figsize, layout="constrained")
         self.description = description
-        self.numbers: dict[Artist, list[tuple[object, object, object]]] = {}
+        self.numbers: dict[Artist, Sequence[tuple[object, object, object]]] = {}
         """x, y and value of what is drawn, where that alone does not tell them"""
 
 
@@ -277,7 +277,7 @@ def heat_map(
     return image
 
 
-def keep_numbers(artist: Artist, rows: list[tuple[object, object, object]]) -> None:
+def keep_numbers(artist: Artist, rows: Sequence[tuple[object, object, object]]) -> None:
     """Remember x, y and value of what an artist shows, for the table beside its figure."""
     figure = artist.get_figure(root=True)
     if isinstance(figure, DescribedFigure):
