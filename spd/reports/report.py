@@ -45,6 +45,8 @@ from spd.run_files import (
 
 TEMPLATE = "report.html.j2"
 REPORT_FILE = "report.html"
+SIDE_BY_SIDE = "side_by_side"
+"""the key of meta.json for the page and the names of runs that were trained together"""
 CURVES = "loss_curves"
 LOSS = "loss/"
 """The keys of the held-out losses begin so."""
@@ -133,6 +135,7 @@ def report_contents(
         "dirty": bool(meta.get("dirty")),
         "commands": _commands(meta, run_dir, outside=bool(config.get("module"))),
         "finished": meta.get("status") == "finished",
+        "siblings": _siblings(meta, run_dir),
     }
 
 
@@ -369,6 +372,14 @@ def _commands(meta: Mapping[str, Any], run_dir: Path, *, outside: bool) -> dict[
     load = ["from spd.runs.run import load_run", f"run = load_run({json.dumps(str(run_dir))})"]
     commands["The decomposition, in Python"] = "\n".join([*load, "print(run.model.sites)"])
     return commands
+
+
+def _siblings(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
+    """Name → link of the page of all seeds and of the other runs of it, as far as these are there."""
+    known = meta.get(SIDE_BY_SIDE) or {"runs": []}
+    others = [name for name in known["runs"] if name != run_dir.name]
+    links = {n: f"../{n}/{REPORT_FILE}" for n in others if (run_dir.parent / n).is_dir()}
+    return {"all of them": f"../{known['page']}", **links} if links else {}
 
 
 def _duration(seconds: float) -> str:

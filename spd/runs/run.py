@@ -26,6 +26,8 @@ from spd.engine.compilation import require_compiler
 from spd.engine.fingerprint import objective_fingerprint
 from spd.engine.prepare import Prepared, check_side_by_side, prepare
 from spd.problem import Problem
+from spd.reports.report import SIDE_BY_SIDE
+from spd.reports.seeds import seeds_page, write_seeds_page
 from spd.run_files import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -117,7 +119,8 @@ def run_seeds(
     """Run all of `config.seeds` side by side; the run directories, and the failures among them.
 
     Each lies in `seed_directory(base, seed)` and is a run like any other; what is there already goes
-    on. Runs that are not at the same step, as after a crash, go on one group after the other.
+    on. Runs that are not at the same step, as after a crash, go on one group after the other. A
+    page beside them shows all (`seeds_page`).
     """
     base = base or _new_name(config)
     own = {
@@ -138,10 +141,11 @@ def run_seeds(
     check_side_by_side([run.prepared for run in runs])
     for run in runs:
         if run.directory not in begun:
-            _create(run, build)
-    failures = {}
+            _create(run, build, {"page": seeds_page(base).name, "runs": [d.name for d in own]})
+    failures: dict[Path, RunError] = {}
     for _, group in groupby(sorted(runs, key=_step), key=_step):
         failures |= execute(list(group), go_on_with=f"--run_dir {base} and the same configuration")
+    write_seeds_page(base, list(own), {run: str(error) for run, error in failures.items()})
     return list(own), failures
 
 
@@ -225,8 +229,8 @@ def _prepared(
     return Ready(directory, config, prepare(problem, config), earlier)
 
 
-def _create(run: Ready, build: Build) -> None:
-    """Write what a run can begin with."""
+def _create(run: Ready, build: Build, side_by_side: dict[str, Any] | None = None) -> None:
+    """Write what a run can begin with, and the names of those that it is trained side by side with."""
     config, problem = run.config, run.prepared.problem
     with new_directory(run.directory) as partial:
         (partial / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
@@ -241,6 +245,8 @@ def _create(run: Ready, build: Build) -> None:
         }
         meta["objective"] = objective_fingerprint()
         meta[MATRICES] = digest(run.prepared.objective.model)
+        if side_by_side is not None:
+            meta[SIDE_BY_SIDE] = side_by_side
         meta["num_threads"] = torch.get_num_threads()
         meta["n_processes"] = distributed.own_share().of
         meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")

@@ -134,7 +134,7 @@ def test_a_job_that_did_not_finish_is_not_as_expected(tmp_path: Path, state: str
     page = found.page.read_text(encoding="utf-8")
     assert "a &lt;reason&gt;" in page
     at = page.index("a &lt;reason&gt;")
-    assert page.index("class=\"verdict") < at < page.index("<table>"), "seen first, however narrow"
+    assert page.index('class="verdict') < at < page.index("<table>"), "seen first, however narrow"
 
 
 def test_the_page_opens_from_disk_and_leads_to_the_reports(tmp_path: Path):
