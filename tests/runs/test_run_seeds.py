@@ -211,12 +211,13 @@ def test_a_page_shows_the_seeds_side_by_side_and_each_report_leads_to_the_others
         (row,) = (row for row in found.rows if row.key == "loss/total")
         assert f'<td class="number">{found.own(row)}</td>' in page
     report = (first / "report.html").read_text(encoding="utf-8")
+    assert "with other seeds" in report
     assert '<a href="../x.seeds.html">all of them</a>' in report
     assert f'<a href="../{second.name}/report.html">{second.name}</a>' in report
     assert f"../{first.name}/report.html" not in report
     shutil.rmtree(second)
     write_report(first)
-    assert "side by side" not in (first / "report.html").read_text(encoding="utf-8")
+    assert "with other seeds" not in (first / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_page_names_a_run_that_failed_first(command: Command):
