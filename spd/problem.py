@@ -134,7 +134,7 @@ class Problem:
     def save_target(self, directory: Path) -> None:
         """Write what a run needs to load its target again; `directory` is made if there is any."""
         if self.target_dir is not None:
-            shutil.copytree(self.target_dir, directory)
+            shutil.copytree(self.target_dir, directory, copy_function=shutil.copyfile)
 
 
 def _kind(given: Any) -> str:

@@ -3,7 +3,8 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,8 @@ from spd.config import UserError
 CONFIG_FILE, META_FILE, RESULT_FILE, LOG_FILE = "config.yaml", "meta.json", "result.json", "log.txt"
 CHECKPOINTS, TARGET, LOCK_FILE = "checkpoints", "target", ".lock"
 METRICS_FILE, TIMINGS_FILE, FIGURES = "metrics.jsonl", "timings.jsonl", "figures"
+EVALUATION_FILE = "evaluation.json"
+"""of a run that has not finished: its figures of merit at the checkpoint that its page shows"""
 META_KEYS = ("entry", "seconds")
 
 
@@ -48,7 +51,11 @@ def cut_lines(path: Path, step: int) -> None:
 def read_meta(directory: Path) -> dict[str, Any]:
     """What is recorded about a run, or a `UserError` if `directory` does not hold one."""
     for name in (CONFIG_FILE, META_FILE):
-        if not (directory / name).is_file():
+        try:
+            there = (directory / name).is_file()
+        except PermissionError:
+            raise _denied(directory / name) from None
+        if not there:
             raise UserError(f"{directory}: no {name} there; a run directory is expected")
     meta = read_json(directory / META_FILE)
     missing = [key for key in META_KEYS if not isinstance(meta, dict) or key not in meta]
@@ -57,6 +64,11 @@ def read_meta(directory: Path) -> dict[str, Any]:
             f"{directory / META_FILE}: not the record of a run, {missing[0]!r} is missing"
         )
     return meta
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run lies there, whatever its state."""
+    return all((directory / name).is_file() for name in (CONFIG_FILE, META_FILE))
 
 
 def has_finished(directory: Path) -> bool:
@@ -69,7 +81,31 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+        found = forbidden(path, error) or UserError(f"{path}: not valid JSON: {error}")
+        raise found from None
+
+
+def forbidden(path: Path, error: Exception) -> UserError | None:
+    """What to raise if it is a lack of permission that keeps a file from being read, else None.
+
+    The error may hide it: safetensors says of such a file that there is none.
+    """
+    if not isinstance(error, PermissionError):
+        try:
+            path.open("rb").close()
+        except PermissionError:
+            pass
+        except OSError:
+            return None
+        else:
+            return None
+    return _denied(path)
+
+
+def _denied(path: Path) -> UserError:
+    return UserError(
+        f"{path}: may not be read: permission denied; its owner can allow it (chmod -R a+rX, on the folder)"
+    )
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
@@ -77,6 +113,27 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
+) -> None:
+    """Write named tensors, whole or not at all, into a file with the mode that the umask gives."""
+    # imported here: it imports torch, which not all readers of runs need
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(dict(tensors), partial, metadata=metadata)
+    give_usual_mode(partial)
+    partial.replace(path)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Give a file the mode that the umask gives to new ones; safetensors writes for the owner alone."""
+    new = path.with_name(f".{path.name}.mode")
+    new.touch()
+    path.chmod(stat.S_IMODE(new.stat().st_mode))
+    new.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -139,7 +196,10 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
     path = directory / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run directory is expected")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except PermissionError:
+        raise _denied(path) from None
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:

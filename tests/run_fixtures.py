@@ -139,7 +139,7 @@ class Command:
 
     def runs(self) -> list[Path]:
         """The run directories there are."""
-        return sorted(self.out.glob("*/*-*-*"))
+        return sorted(path for path in self.out.glob("*/*-*-*") if path.is_dir())
 
     def only_run(self) -> Path:
         (directory,) = self.runs()

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spd.config import UserError
+from spd.run_files import forbidden, write_safetensors
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "training_state"
@@ -40,7 +41,7 @@ def save(
     partial = directory / f".{step:08d}{PARTIAL}"
     partial.mkdir()
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-    save_file(tensors, partial / MODEL_FILE, metadata={"step": str(step)})
+    write_safetensors(partial / MODEL_FILE, tensors, {"step": str(step)})
     torch.save({**state, "step": step}, partial / STATE_FILE)
     for path in (*partial.iterdir(), partial):
         _sync(path)
@@ -66,12 +67,12 @@ def latest(directory: Path) -> Path | None:
 
 
 def load_parameters(checkpoint: Path) -> dict[str, Tensor]:
-    """The parameters of one checkpoint, on the CPU; `UserError` if the file is damaged."""
+    """The parameters of one checkpoint, on the CPU; `UserError` if it cannot be read."""
     path = checkpoint / MODEL_FILE
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from None
+        raise (forbidden(path, error) or _damaged(path, error)) from None
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged pickle raises almost anything
-        raise _damaged(path, error) from None
+        raise (forbidden(path, error) or _damaged(path, error)) from None
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

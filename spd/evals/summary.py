@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from spd.launch.job import Job, Status
 from spd.launch.watch import duration
 from spd.reports.page import render_page
-from spd.reports.results import Result, ResultRow, format_value, read_result
+from spd.reports.results import Result, read_result
+from spd.reports.seeds import Figure, figures_over
 from spd.run_files import (
     RESULT_FILE,
     has_finished,
@@ -18,31 +19,6 @@ from spd.run_files import (
 )
 
 PAGE, DATA = "summary.html", "summary.json"
-
-
-class Figure(NamedTuple):
-    """One figure of an experiment over its seeds."""
-
-    key: str
-    label: str
-    mean: float | None
-    sd: float | None
-    """over the seeds; None for a single one"""
-    published: float | None
-    published_spread: float | None
-    headline: bool
-    """stands in the table of all experiments"""
-    format: str
-    """how it is written, as Python's `format` takes it"""
-
-    @property
-    def own(self) -> str:
-        sd = "" if self.sd is None else f" ± {format_value(self.sd, None, self.format)}"
-        return format_value(self.mean, None, self.format) + sd
-
-    @property
-    def beside(self) -> str:
-        return format_value(self.published, self.published_spread, self.format)
 
 
 class Seed(NamedTuple):
@@ -145,14 +121,7 @@ def write_summary(
 def summarise(name: str, seeds: list[Seed]) -> Row:
     """The figures of one experiment over its finished seeds, and in what they are not as expected."""
     results = [seed.result for seed in seeds if seed.result is not None]
-    rows = [{row.key: row for row in result.rows} for result in results]
-    keys = dict.fromkeys(key for of_seed in rows for key in of_seed)
-    figures = [
-        _figure(
-            [(result, own[key]) for result, own in zip(results, rows, strict=True) if key in own]
-        )
-        for key in keys
-    ]
+    figures = figures_over(results)
     verdicts = [result.solved for result in results if result.solved is not None]
     n_solved = sum(verdicts) if verdicts else None
     return Row(name, figures, seeds, n_solved, _misses(results, figures))
@@ -174,24 +143,6 @@ def format_rows(rows: Sequence[Row]) -> str:
     ]
     details = [f"{row.experiment}: {detail}" for row in rows for detail in row.details]
     return "\n".join([*lines, *details])
-
-
-def _figure(found: Sequence[tuple[Result, ResultRow]]) -> Figure:
-    """One figure over the runs that have it."""
-    values = [row.value for _, row in found]
-    result, row = found[-1]
-    quantity = result.quantity(row.key)
-    finite = len(values) > 1 and all(math.isfinite(value) for value in values)
-    return Figure(
-        row.key,
-        row.metric,
-        statistics.fmean(values),
-        statistics.stdev(values) if finite else None,
-        row.published,
-        row.published_spread,
-        quantity.headline,
-        quantity.format,
-    )
 
 
 def _misses(results: Sequence[Result], figures: Sequence[Figure]) -> list[str]:

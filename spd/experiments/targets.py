@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spd import settings
@@ -35,6 +35,7 @@ from spd.config import (
     to_yaml,
 )
 from spd.experiments.target_training import seed_table
+from spd.run_files import forbidden, write_safetensors
 from spd.runs.console import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def save_target(directory: Path, config: BaseConfig, target: TrainedTarget) -> N
         (partial / RECORD_FILE).write_text(record + "\n", encoding="utf-8")
         for name, text in target.files.items():
             (partial / name).write_text(text, encoding="utf-8")
-        save_file(target.weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_safetensors(partial / WEIGHTS_FILE, target.weights, {"format": "pt"})
         partial.rename(directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -177,7 +178,7 @@ def read_target(directory: Path, config_class: type[Config]) -> tuple[Config, di
     try:
         return config, load_file(directory / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
-        raise UserError(
+        raise forbidden(directory / WEIGHTS_FILE, error) or UserError(
             f"target {directory / WEIGHTS_FILE}: not a readable safetensors file: {error}"
         ) from None
 

@@ -4,11 +4,12 @@ Knows no spec, no run and no file. Nothing goes through pyplot: a figure lives a
 holds it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.gridspec import SubplotSpec
@@ -45,6 +46,8 @@ class DescribedFigure(Figure):
     def __init__(self, description: FigureText, *, figsize: tuple[float, float]) -> None:
         super().__init__(figsize=figsize, layout="constrained")
         self.description = description
+        self.numbers: dict[Artist, Sequence[tuple[object, object, object]]] = {}
+        """x, y and value of what is drawn, where that alone does not tell them"""
 
 
 class ColumnOrder(NamedTuple):
@@ -111,7 +114,7 @@ def probe_figure(
     images = []
     for ax, (path, g) in zip(axes, importances.items(), strict=True):
         shown = g[:, orders[path].columns].clamp(0, 1).numpy(force=True)
-        images.append(heat_map(ax, shown, "viridis", 0.0, 1.0))
+        images.append(heat_map(ax, shown, "viridis", 0.0, 1.0, columns=orders[path].columns))
         title = f"{path}\n{count(errors[path], 'error')}" if path in errors else path
         ax.set_title(title, fontsize=10)
         _row_ticks(ax, n_rows, height - 1.6)
@@ -246,7 +249,7 @@ def _matrix_pair(
     for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
         values = matrix.detach().float().numpy(force=True)
         limit = max(float(np.abs(values).max()), 1e-12)
-        image = heat_map(ax, values, "RdBu_r", -limit, limit)
+        image = heat_map(ax, values, "RdBu_r", -limit, limit, columns=order.columns)
         colour_bar(figure, image, [ax])
         _row_ticks(ax, len(values), heights[name])
         ax.set_ylabel(f"{labels[name]} dimension", fontsize=9)
@@ -257,9 +260,28 @@ def _matrix_pair(
         axes[0].axvline(order.n_expected - 0.5, color=GREY, linewidth=1, linestyle=(0, (3, 2)))
 
 
-def heat_map(ax: Axes, values: np.ndarray, cmap: str, low: float, high: float) -> AxesImage:
-    """A matrix as colours, one cell per entry, whatever the shape of the axes."""
-    return ax.imshow(values, vmin=low, vmax=high, cmap=cmap, aspect="auto", interpolation="none")
+def heat_map(
+    ax: Axes,
+    values: np.ndarray,
+    cmap: str,
+    low: float,
+    high: float,
+    *,
+    columns: Sequence[int] | None = None,
+) -> AxesImage:
+    """A matrix as colours, a cell per entry, whatever the shape of the axes; `columns` are named so."""
+    image = ax.imshow(values, vmin=low, vmax=high, cmap=cmap, aspect="auto", interpolation="none")
+    if columns is not None:
+        cells = [(c, y, row[x]) for y, row in enumerate(values) for x, c in enumerate(columns)]
+        keep_numbers(image, cells)
+    return image
+
+
+def keep_numbers(artist: Artist, rows: Sequence[tuple[object, object, object]]) -> None:
+    """Remember x, y and value of what an artist shows, for the table beside its figure."""
+    figure = artist.get_figure(root=True)
+    if isinstance(figure, DescribedFigure):
+        figure.numbers[artist] = rows
 
 
 def colour_bar(

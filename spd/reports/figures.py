@@ -48,6 +48,7 @@ from spd.reports.drawing import (
     panels_size,
     probe_figure,
 )
+from spd.reports.numbers import figure_csv
 from spd.run_files import atomic_write
 
 DPI = 150
@@ -68,11 +69,15 @@ class Drawable(Protocol):
 
 
 def save_figures(directory: Path, step: int, figures: Mapping[str, Figure]) -> dict[str, Path]:
-    """Write each figure as `<directory>/<name>/<step>.png`, whole or not at all, and release it."""
+    """Write each figure as `<directory>/<name>/<step>.png`, its numbers beside it as `.csv`; release it.
+
+    Each file is there whole or not at all.
+    """
     paths = {}
     for name, figure in figures.items():
         path = directory / name / f"{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path.with_suffix(".csv"), figure_csv(figure))
         atomic_write(path, png_bytes(figure))
         paths[name] = path
     return paths

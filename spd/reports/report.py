@@ -12,33 +12,41 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from spd.config import UserError, parse_yaml
-from spd.engine.prepare import Prepared
+from spd.engine import checkpoint
+from spd.engine.prepare import Prepared, evaluate
 from spd.metrics import MetricSpec
 from spd.registry import EXPERIMENTS
 from spd.reports.drawing import FigureText
-from spd.reports.figures import loss_curves, png_bytes, read_png
+from spd.reports.figures import Drawable, draw, loss_curves, png_bytes, read_png, save_figures
 from spd.reports.page import render_page
 from spd.reports.results import (
     Evaluation,
     ResultRow,
+    cut_short,
     evaluation_of,
     last_evaluation,
     read_result,
 )
 from spd.run_files import (
+    CHECKPOINTS,
     CONFIG_FILE,
+    EVALUATION_FILE,
     FIGURES,
     META_FILE,
     METRICS_FILE,
     RESULT_FILE,
     TARGET,
     TIMINGS_FILE,
+    has_finished,
     read_json,
     read_metrics,
+    write_json,
 )
 
 TEMPLATE = "report.html.j2"
 REPORT_FILE = "report.html"
+SIDE_BY_SIDE = "side_by_side"
+"""the key of meta.json for the page and the names of runs that were trained together"""
 CURVES = "loss_curves"
 LOSS = "loss/"
 """The keys of the held-out losses begin so."""
@@ -51,6 +59,8 @@ class Verdict(NamedTuple):
     """solved, unsolved, or open where there is no answer (yet)"""
     headline: str
     detail: str
+    reason: str = ""
+    """why the run failed"""
 
 
 class Image(NamedTuple):
@@ -63,6 +73,8 @@ class Image(NamedTuple):
     width: int
     """on paper, in CSS pixels"""
     height: int
+    numbers: str | None = None
+    """where its CSV lies, from the run directory"""
 
 
 def write_report(run_dir: Path, metrics: Mapping[str, MetricSpec] | None = None) -> Path:
@@ -82,25 +94,39 @@ def report_contents(
     config_text = _text(run_dir / CONFIG_FILE)
     config = parse_yaml(config_text) or {}
     meta = _json(run_dir / META_FILE)
-    history = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
+    logged = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
+    stopped = _json(run_dir / EVALUATION_FILE) if meta.get("status") != "finished" else {}
+    history = _until_checkpoint(logged, stopped)
     result = _evaluation(run_dir, history, metrics or {})
     experiment = str(config.get("experiment", run_dir.parent.name))
-    last_step = int(max((line["step"] for line in history), default=0))
+    last_step, logged_step = _last_step(history), _last_step(logged)
     known = EXPERIMENTS.get(experiment)
     return {
         "experiment": experiment,
         "run_name": run_dir.name,
         "seed": config.get("seed", "?"),
         "steps": config.get("steps", "?"),
-        "verdict": verdict(meta.get("status", "unknown"), result, last_step, config.get("steps")),
+        "verdict": verdict(
+            meta.get("status", "unknown"),
+            result,
+            last_step,
+            config.get("steps"),
+            logged=logged_step if stopped else None,
+            reason=str(meta.get("reason") or ""),
+        ),
+        "cut_short": cut_short(experiment, config.get("steps")),
         "expected": known.expected if known else None,
         "merits": merits(result, config.get("sites", {})),
         "any_published": any(row.published is not None for row in result.rows),
         "site_table": site_table(result, config.get("sites", {})),
         "loss_rows": _loss_rows(result, config.get("losses", {})),
         "evaluated": bool(result.rows),
-        "figures": _images(run_dir / FIGURES, list(config.get("figures") or {})),
-        "curves": _image(CURVES, png_bytes(loss_curves(history))) if history else None,
+        "figures": _images(
+            run_dir / FIGURES,
+            list(config.get("figures") or {}),
+            at=last_step if stopped else None,
+        ),
+        "curves": _curves(run_dir, history, last_step) if history else None,
         "target": _target(run_dir / TARGET / "training.json"),
         "target_config": _text(run_dir / TARGET / CONFIG_FILE),
         "config_text": config_text,
@@ -109,11 +135,24 @@ def report_contents(
         "dirty": bool(meta.get("dirty")),
         "commands": _commands(meta, run_dir, outside=bool(config.get("module"))),
         "finished": meta.get("status") == "finished",
+        "siblings": _siblings(meta, run_dir),
     }
 
 
-def verdict(status: str, result: Evaluation, step: int, steps: int | None) -> Verdict:
-    """The first thing a reader wants to know."""
+def verdict(
+    status: str,
+    result: Evaluation,
+    step: int,
+    steps: int | None,
+    *,
+    logged: int | None = None,
+    reason: str = "",
+) -> Verdict:
+    """The first thing a reader wants to know.
+
+    A run that has not finished is shown as it was at `step`, which is that of a checkpoint if it is known
+    to which step the run has `logged`.
+    """
     found = result.conclusion
     if status != "finished":
         words = {"interrupted": "Interrupted", "failed": "Failed", "running": "Not finished"}
@@ -124,7 +163,12 @@ def verdict(status: str, result: Evaluation, step: int, steps: int | None) -> Ve
         )
         of_all = f" of {steps:,}" if isinstance(steps, int) else ""
         headline = f"{words.get(status, 'Not finished')} at step {step:,}{of_all}"
-        return Verdict("open", headline, f"What follows is the state until then. {so_far}")
+        shown = "What follows is the state until then."
+        if logged is not None:
+            beyond = f" The run had come to step {logged:,}." if logged > step else ""
+            shown = f"All of this page shows the checkpoint of step {step:,}.{beyond}"
+        reason = reason if status == "failed" else ""
+        return Verdict("open", headline, f"{shown} {so_far}", reason)
     unknown = "What the decomposition should look like is not known for this target."
     if found is None:
         return Verdict("open", "No known solution", unknown)
@@ -132,6 +176,19 @@ def verdict(status: str, result: Evaluation, step: int, steps: int | None) -> Ve
     sentences = [f"{_capital(found.detail)}."] if found.detail else []
     detail = " ".join(sentences + [unknown] * (kind == "open"))
     return Verdict(kind, _capital(found.headline), detail)
+
+
+def _until_checkpoint(
+    logged: list[dict[str, float]], stopped: Mapping[str, float]
+) -> list[dict[str, float]]:
+    """The lines before a checkpoint and its evaluation; all, if none is shown."""
+    if not stopped:
+        return logged
+    return [*(line for line in logged if line["step"] < stopped["step"]), dict(stopped)]
+
+
+def _last_step(history: Sequence[Mapping[str, float]]) -> int:
+    return int(max((line["step"] for line in history), default=0))
 
 
 def _capital(text: str) -> str:
@@ -229,14 +286,32 @@ def _loss_rows(result: Evaluation, losses: Mapping[str, Mapping[str, Any]]) -> l
 # --- figures -------------------------------------------------------------------------------------
 
 
-def _images(directory: Path, configured: list[str]) -> list[Image]:
-    """The newest drawing of each figure, in the configured order; the curves come apart."""
+def _images(directory: Path, configured: list[str], *, at: int | None = None) -> list[Image]:
+    """The drawing of each figure `at` a step, or the newest, in the configured order; not the curves."""
     newest: dict[str, Path] = {}
-    for path in sorted(directory.rglob("*.png"), key=lambda path: path.name):
+    drawn = directory.rglob("*.png" if at is None else f"{at:08d}.png")
+    for path in sorted(drawn, key=lambda path: path.name):
         newest[path.parent.relative_to(directory).as_posix()] = path
     newest.pop(CURVES, None)
     names = sorted(newest, key=lambda n: (configured.index(n) if n in configured else 10**6, n))
-    return [_image(name, newest[name].read_bytes()) for name in names]
+    return [
+        _image(name, newest[name].read_bytes())._replace(
+            numbers=_numbers_of(newest[name], directory)
+        )
+        for name in names
+    ]
+
+
+def _curves(run_dir: Path, history: Sequence[Mapping[str, float]], last_step: int) -> Image:
+    png = run_dir / FIGURES / CURVES / f"{last_step:08d}.png"
+    curves = _image(CURVES, png_bytes(loss_curves(history)))
+    return curves._replace(numbers=_numbers_of(png, run_dir / FIGURES))
+
+
+def _numbers_of(png: Path, figures: Path) -> str | None:
+    """The table beside a drawing, where there is one: older runs have none."""
+    table = png.with_suffix(".csv")
+    return table.relative_to(figures.parent).as_posix() if table.is_file() else None
 
 
 def _image(name: str, png: bytes) -> Image:
@@ -299,6 +374,14 @@ def _commands(meta: Mapping[str, Any], run_dir: Path, *, outside: bool) -> dict[
     return commands
 
 
+def _siblings(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
+    """Name → link of the page of all seeds and of the other runs of it, as far as these are there."""
+    known = meta.get(SIDE_BY_SIDE) or {"runs": []}
+    others = [name for name in known["runs"] if name != run_dir.name]
+    links = {n: f"../{n}/{REPORT_FILE}" for n in others if (run_dir.parent / n).is_dir()}
+    return {"all of them": f"../{known['page']}", **links} if links else {}
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -330,6 +413,23 @@ class OwnReport(Protocol):
     def write_report(
         self, run_dir: Path, prepared: Prepared, n_batches: int | None = None
     ) -> Path: ...
+
+
+def look_at_checkpoint(
+    run_dir: Path, prepared: Prepared, step: int, figures: Mapping[str, Drawable]
+) -> None:
+    """Evaluate a run at the checkpoint of `step`, which is loaded, and draw its figures.
+
+    The page of a run that has not finished shows that state and no other.
+    """
+    if has_finished(run_dir):
+        return
+    state = checkpoint.load_state(run_dir / CHECKPOINTS / f"{step:08d}")["carried"]
+    device = prepared.eval_batches[0].device
+    values = evaluate(prepared, {key: value.to(device) for key, value in state.items()})
+    write_json(run_dir / EVALUATION_FILE, {"step": step, **values})
+    curves = loss_curves(_until_checkpoint(read_metrics(run_dir), {"step": step, **values}))
+    save_figures(run_dir / FIGURES, step, {**draw(prepared, figures), CURVES: curves})
 
 
 def report_on(run_dir: Path, prepared: Prepared, n_batches: int | None = None) -> Path:

@@ -11,9 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from spd.config import UserError
+from spd.config import UserError, read_yaml
 from spd.metrics import Conclusion, HeldOutLosses, MetricSpec, Quantity, quantity_of
+from spd.registry import EXPERIMENTS
 from spd.run_files import read_json
+from spd.settings import PACKAGE_DIR
 
 
 class ResultRow(BaseModel):
@@ -159,6 +161,17 @@ def verdict(result: Evaluation) -> str:
     return f"{headline} ({detail})" if detail else headline
 
 
+def cut_short(experiment: str, steps: object) -> str:
+    """A sentence on a run with fewer steps than its registered experiment has; empty for any other."""
+    known = EXPERIMENTS.get(experiment)
+    if known is None or not isinstance(steps, int):
+        return ""
+    usual = read_yaml(PACKAGE_DIR / known.config)["steps"]
+    if steps >= usual:
+        return ""
+    return f"Cut short: {steps:,} steps, where {experiment} has {usual:,}."
+
+
 def format_result(result: Result) -> str:
     """One run as text: its figures, the published ones beside them, the verdict."""
     lines = [
@@ -168,7 +181,8 @@ def format_result(result: Result) -> str:
     for row in result.rows:
         lines.append(f"  {row.metric:34} {result.own(row):>18} {result.published(row):>18}")
     lines.append(f"  {verdict(result)}")
-    return "\n".join(lines)
+    short = cut_short(result.experiment, result.steps)
+    return "\n".join([*lines, *([f"  {short}"] if short else [])])
 
 
 def format_table(results: Mapping[str, Result]) -> str:

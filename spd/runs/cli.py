@@ -1,6 +1,7 @@
 """The command lines of runs: an experiment's own, `spd-report`, and the one that draws figures anew."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,17 +10,19 @@ from typing import NoReturn
 
 from spd import settings
 from spd.config import RunError, UserError
-from spd.engine import distributed
+from spd.engine import checkpoint, distributed
 from spd.registry import get_experiment
 from spd.reports.figures import draw, loss_curves, save_figures
-from spd.reports.report import report_on, write_report
+from spd.reports.report import look_at_checkpoint, report_on, write_report
 from spd.reports.results import format_result, format_table, read_result
-from spd.run_files import FIGURES, META_FILE, RESULT_FILE, read_meta
+from spd.run_files import CHECKPOINTS, FIGURES, META_FILE, RESULT_FILE, is_run, read_meta
 from spd.runs.console import console_log, resolve_device, user_errors
 from spd.runs.execution import ExperimentConfig, load_experiment
 from spd.runs.provenance import import_entry
 from spd.runs.run import Build, Run, load_run, resume, run_seeds, start
 from spd.settings import PACKAGE_DIR
+
+logger = logging.getLogger(__name__)
 
 
 def cli(
@@ -149,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def report(argv: Sequence[str] | None = None) -> None:
-    """Write report.html anew, from the newest checkpoint of each run."""
+    """Write report.html anew, from the newest checkpoint of each run; what is no run is passed over."""
     parser = argparse.ArgumentParser(prog="spd-report", description=report.__doc__)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run directory or wandb:entity/project/run"
@@ -167,13 +170,35 @@ def report(argv: Sequence[str] | None = None) -> None:
         if args.batches is not None and args.batches < 1:
             raise UserError(f"--batches: {args.batches}; at least 1 is needed")
         device = str(resolve_device(args.device))
-        runs = [load_run(reference, device=device) for reference in args.runs]
+        runs = [load_run(reference, device=device) for reference in _those_with_a_state(args.runs)]
         for run in runs:  # all are loaded before anything is written
+            look_at_checkpoint(run.directory, run.prepared, run.step, run.config.figures)
             print(f"report: {report_on(run.directory, run.prepared, args.batches)}")
+
+
+def _those_with_a_state(references: Sequence[str]) -> list[str]:
+    """The runs that have a checkpoint; one line says how many are passed over. If none is a run, all."""
+    local = [name for name in references if not name.startswith("wandb:")]
+    no_run = [name for name in local if not is_run(Path(name))]
+    if len(no_run) == len(references):
+        return list(references)  # loading the first says what is wrong with it
+    runs = [name for name in local if name not in no_run]
+    new = [name for name in runs if checkpoint.latest(Path(name) / CHECKPOINTS) is None]
+    if len(new) == len(references) - len(no_run):
+        new = []  # here too
+    for names, what in ((no_run, "hold no run"), (new, "hold a run without a checkpoint")):
+        if names:
+            logger.info("report: passed over, as they %s: %d (%s)", what, len(names), _few(names))
+    return [name for name in references if name not in (*no_run, *new)]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def redraw(run: Run) -> None:
     """Draw every figure of a run anew, from its newest checkpoint, and write its report."""
+    look_at_checkpoint(run.directory, run.prepared, run.step, run.config.figures)
     figures = {**draw(run.prepared, run.config.figures), "loss_curves": loss_curves(run.metrics)}
     save_figures(run.directory / FIGURES, run.step, figures)
     write_report(run.directory, run.config.metrics)

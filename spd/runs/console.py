@@ -29,6 +29,11 @@ def user_errors() -> Iterator[None]:
             isinstance(error, RunError) and not is_leader()
         )
         raise SystemExit(error.status if said_elsewhere else report_error(error)) from None
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        denied = UserError(f"{error.filename}: {error.strerror}")
+        raise SystemExit(report_error(denied)) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(Exit.INTERRUPTED) from None

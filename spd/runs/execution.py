@@ -18,6 +18,7 @@ from spd.reports.report import report_on
 from spd.reports.results import result_of
 from spd.run_files import (
     CHECKPOINTS,
+    EVALUATION_FILE,
     FIGURES,
     LOG_FILE,
     META_FILE,
@@ -134,6 +135,8 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
             run_id=meta["wandb_id"],
         )
         meta |= {"status": "running", "tracker": wandb_run.place if wandb_run else None}
+        meta.pop("reason", None)  # of a failure before
+        (directory / EVALUATION_FILE).unlink(missing_ok=True)
         write_json(directory / META_FILE, meta)
         observer = RunTracker(
             directory,
@@ -152,8 +155,13 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
             if member.failure is None:
                 _finish(directory, config, time.perf_counter() - begun)
                 status = "finished"
+            else:
+                meta["reason"] = str(member.failure)
         except (SystemExit, KeyboardInterrupt):
             status = "interrupted"
+            raise
+        except Exception as error:
+            meta["reason"] = f"{type(error).__name__}: {error}"
             raise
         finally:
             meta |= {"status": status, "seconds": time.perf_counter() - begun}

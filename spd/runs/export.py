@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, Site
 from spd.config import UserError, nearest
-from spd.run_files import TARGET, new_directory
+from spd.run_files import TARGET, give_usual_mode, new_directory, write_safetensors
 from spd.runs.run import Run
 
 What = Literal["target", "sum", "edited"]
@@ -61,9 +60,11 @@ def export(
     with new_directory(folder) as partial:
         if inner is None:
             state = {name: _alone(value) for name, value in model.target.state_dict().items()}
-            save_file(state | _named(model.target, weights), partial / WEIGHTS_FILE)
+            write_safetensors(state | _named(model.target, weights), partial / WEIGHTS_FILE)
         else:
             _save_pretrained(inner, weights, partial)
+            for path in partial.glob("*.safetensors"):
+                give_usual_mode(path)
         if isinstance(source, Run):
             _copy_others(source.directory / TARGET, partial)
     return folder

@@ -3,7 +3,6 @@
 The target's weights stay where they are; what is kept of them is where they came from and a fingerprint.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -12,17 +11,18 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from pydantic import ConfigDict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, UserError, parse
 from spd.importance import ImportanceConfig, LowerLeak
-from spd.run_files import META_FILE, read_json, read_meta
+from spd.run_files import META_FILE, forbidden, read_json, read_meta, write_safetensors
 from spd.runs.console import resolve_device
 from spd.runs.library import Result
 from spd.runs.provenance import import_entry
 from spd.runs.run import Run, load_run
+from spd.runs.target import digest
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -50,7 +50,7 @@ class Layout(BaseConfig):
     lower_leak: LowerLeak
     tied_sites: tuple[tuple[str, str], ...]
     fingerprint: str
-    """of the decomposed matrices of the target"""
+    """of the decomposed matrices of the target, in float32"""
     target: TargetReference | None = None
 
 
@@ -111,7 +111,7 @@ class Decomposition(ModelHubMixin, library_name="spd", tags=["stochastic-paramet
             importance=importance,
             lower_leak=lower_leak,
             tied_sites=tied_sites,
-            fingerprint=fingerprint(model),
+            fingerprint=digest(model, torch.float32),
             target=target,
         )
         return cls(model, layout)
@@ -121,7 +121,7 @@ class Decomposition(ModelHubMixin, library_name="spd", tags=["stochastic-paramet
         (save_directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         parameters = self.model.subcomponent_parameters()
         tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-        save_file(tensors, save_directory / WEIGHTS_FILE)
+        write_safetensors(save_directory / WEIGHTS_FILE, tensors)
 
     @classmethod
     def _from_pretrained(
@@ -152,7 +152,7 @@ class Decomposition(ModelHubMixin, library_name="spd", tags=["stochastic-paramet
             tied_sites=layout.tied_sites,
             lower_leak=layout.lower_leak,
         )
-        if fingerprint(model) != layout.fingerprint:
+        if digest(model, torch.float32) != layout.fingerprint:
             raise UserError(
                 f"{model_id}: the matrices of this target are others than those that were decomposed"
             )
@@ -165,16 +165,6 @@ class Decomposition(ModelHubMixin, library_name="spd", tags=["stochastic-paramet
         return cls(model, layout)
 
 
-def fingerprint(model: ComponentModel) -> str:
-    """A digest of every decomposed matrix of the target, in float32."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path, site in model.sites.items():
-        weight = site.target_weight.detach().to("cpu", torch.float32).contiguous()
-        digest.update(f"{path} {tuple(weight.shape)}".encode())
-        digest.update(weight.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _read(folder: Path) -> tuple[Layout, Mapping[str, torch.Tensor]]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -184,7 +174,8 @@ def _read(folder: Path) -> tuple[Layout, Mapping[str, torch.Tensor]]:
     try:
         return layout, load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS_FILE}: damaged: {error}") from None
+        weights = folder / WEIGHTS_FILE
+        raise forbidden(weights, error) or UserError(f"{weights}: damaged: {error}") from None
 
 
 def _make_target(layout: Layout, folder: Path, device: str) -> nn.Module:

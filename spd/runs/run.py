@@ -2,7 +2,7 @@
 
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from itertools import groupby
 from logging.handlers import MemoryHandler
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from spd import settings
 from spd.component_model import ComponentModel
@@ -25,6 +26,8 @@ from spd.engine.compilation import require_compiler
 from spd.engine.fingerprint import objective_fingerprint
 from spd.engine.prepare import Prepared, check_side_by_side, prepare
 from spd.problem import Problem
+from spd.reports.report import SIDE_BY_SIDE
+from spd.reports.seeds import seeds_page, write_seeds_page
 from spd.run_files import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -49,6 +52,7 @@ from spd.runs.execution import (
     load_experiment,
 )
 from spd.runs.provenance import entry_of, import_entry, provenance
+from spd.runs.target import MATRICES, Build, Given, digest, reopen
 from spd.runs.wandb_run import download_run
 
 
@@ -70,9 +74,6 @@ class Run(NamedTuple):
     @property
     def problem(self) -> Problem:
         return self.prepared.problem
-
-
-Build = Callable[[Any, torch.device], Problem]
 
 
 def start(
@@ -118,7 +119,8 @@ def run_seeds(
     """Run all of `config.seeds` side by side; the run directories, and the failures among them.
 
     Each lies in `seed_directory(base, seed)` and is a run like any other; what is there already goes
-    on. Runs that are not at the same step, as after a crash, go on one group after the other.
+    on. Runs that are not at the same step, as after a crash, go on one group after the other. A
+    page beside them shows all (`seeds_page`).
     """
     base = base or _new_name(config)
     own = {
@@ -139,17 +141,31 @@ def run_seeds(
     check_side_by_side([run.prepared for run in runs])
     for run in runs:
         if run.directory not in begun:
-            _create(run, build)
-    failures = {}
+            _create(run, build, {"page": seeds_page(base).name, "runs": [d.name for d in own]})
+    failures: dict[Path, RunError] = {}
     for _, group in groupby(sorted(runs, key=_step), key=_step):
         failures |= execute(list(group), go_on_with=f"--run_dir {base} and the same configuration")
+    write_seeds_page(base, list(own), {run: str(error) for run, error in failures.items()})
     return list(own), failures
 
 
-def load_run(directory: str | Path, *, device: str = "cpu") -> Run:
+def load_run(
+    directory: str | Path,
+    *,
+    device: str | None = None,
+    target: str | Path | nn.Module | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+) -> Run:
     """A run from its directory or `wandb:entity/project/run-id`, at its newest checkpoint.
 
-    `UserError` if it is no run directory, has no checkpoint yet, or holds a damaged one.
+    Its subcomponents are laid over its own target, or over `target`, a path or a module with the matrices
+    that were decomposed; a module gets the sites in place. A target of Hugging Face is loaded in `dtype`
+    (float32 or bfloat16; its run says which if it is None) and put onto devices by `device_map`, as
+    transformers takes it. The `device` is the CPU if nothing is said, or that of a given module.
+
+    `UserError` if it is no run directory, has no checkpoint yet, or holds a damaged one, if an argument
+    means nothing for this run, or the matrices are others.
     """
     reference = str(directory)
     path = download_run(reference) if reference.startswith("wandb:") else Path(directory)
@@ -157,12 +173,12 @@ def load_run(directory: str | Path, *, device: str = "cpu") -> Run:
     module = import_entry(entry["module"])
     config = load_config(getattr(module, entry["config"]), path / CONFIG_FILE)
     build: Build = getattr(module, entry["build"])
-    problem = build(_with_own_target(config, path), resolve_device(device))
-    prepared = prepare(problem, config)
+    prepared = reopen(config, build, path, Given(target, dtype, device, device_map))
     newest = checkpoint.latest(path / CHECKPOINTS)
     if newest is None:
         raise UserError(f"{path}: the run has no checkpoint yet")
-    _load_parameters(prepared, newest)
+    what = f"the run's {CONFIG_FILE}" if target is None else "the given target"
+    _load_parameters(prepared, newest, what)
     return Run(path, config, prepared, int(newest.name), read_metrics(path))
 
 
@@ -213,8 +229,8 @@ def _prepared(
     return Ready(directory, config, prepare(problem, config), earlier)
 
 
-def _create(run: Ready, build: Build) -> None:
-    """Write what a run can begin with."""
+def _create(run: Ready, build: Build, side_by_side: dict[str, Any] | None = None) -> None:
+    """Write what a run can begin with, and the names of those that it is trained side by side with."""
     config, problem = run.config, run.prepared.problem
     with new_directory(run.directory) as partial:
         (partial / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
@@ -228,6 +244,9 @@ def _create(run: Ready, build: Build) -> None:
             "build": build.__name__,
         }
         meta["objective"] = objective_fingerprint()
+        meta[MATRICES] = digest(run.prepared.objective.model)
+        if side_by_side is not None:
+            meta[SIDE_BY_SIDE] = side_by_side
         meta["num_threads"] = torch.get_num_threads()
         meta["n_processes"] = distributed.own_share().of
         meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -254,9 +273,8 @@ def _reopened(
             + "\n  ".join(changed)
         )
     distributed.on_leader(lambda: _check_divisible(config))
-    device = resolve_device(config.device)
     torch.set_num_threads(meta.get("num_threads", torch.get_num_threads()))
-    prepared = prepare(build(_with_own_target(config, directory), device), config)
+    prepared = reopen(config, build, directory, Given(device=config.device))
     newest = checkpoint.latest(directory / CHECKPOINTS)
     if newest is not None:  # all that can be wrong with it, before anything is written
         _load_parameters(prepared, newest)
@@ -278,14 +296,11 @@ def _with_target_beside(config: ExperimentConfig, folder: Path | None) -> Experi
     return config.model_copy(update={"target": str(beside)}) if beside.exists() else config
 
 
-def _with_own_target(config: ExperimentConfig, directory: Path) -> ExperimentConfig:
-    own = directory / TARGET
-    return config.model_copy(update={"target": str(own)}) if own.is_dir() else config
-
-
-def _load_parameters(prepared: Prepared, newest: Path) -> None:
+def _load_parameters(
+    prepared: Prepared, newest: Path, what: str = f"the run's {CONFIG_FILE}"
+) -> None:
     parameters = checkpoint.load_parameters(newest)
     try:
         prepared.objective.model.load_subcomponents(parameters)
     except ValueError as error:
-        raise UserError(f"{newest}: does not fit the run's {CONFIG_FILE}: {error}") from None
+        raise UserError(f"{newest}: does not fit {what}: {error}") from None

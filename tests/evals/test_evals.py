@@ -133,6 +133,8 @@ def test_a_job_that_did_not_finish_is_not_as_expected(tmp_path: Path, state: str
     assert f"1 {state}" in found.text and "seed 1" in found.text and "1 of 1" in found.text
     page = found.page.read_text(encoding="utf-8")
     assert "a &lt;reason&gt;" in page
+    at = page.index("a &lt;reason&gt;")
+    assert page.index('class="verdict') < at < page.index("<table>"), "seen first, however narrow"
 
 
 def test_the_page_opens_from_disk_and_leads_to_the_reports(tmp_path: Path):

@@ -196,7 +196,8 @@ def test_saved_figures_are_whole_carry_their_text_and_are_released(tmp_path: Pat
     figure.subplots()
     paths = save_figures(tmp_path, 1200, {"some_name": figure})
     assert paths == {"some_name": tmp_path / "some_name" / "00001200.png"}
-    assert [path.name for path in (tmp_path / "some_name").iterdir()] == ["00001200.png"]
+    names = {path.name for path in (tmp_path / "some_name").iterdir()}
+    assert names == {"00001200.png", "00001200.csv"}
     png = paths["some_name"].read_bytes()
     assert png.startswith(b"\x89PNG") and read_png(png) == (text, (288, 192))
     assert figure.axes == []

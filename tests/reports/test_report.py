@@ -92,7 +92,12 @@ def test_the_page_is_self_contained_and_well_formed(tmp_path: Path):
     assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
-    assert {a["href"].removeprefix("#") for a in page.all("a")} <= set(ids)
+    links = [a["href"] for a in page.all("a")]
+    assert {link.removeprefix("#") for link in links if link.startswith("#")} <= set(ids)
+    tables = [link for link in links if not link.startswith("#")]
+    assert tables == ["figures/second/00001200.csv", "figures/first/00001200.csv"]
+    for table in tables:
+        assert (run / table).read_text().startswith("panel,series,x,y,value\n")
     assert page.all("html") == [{"lang": "en"}]
 
 

@@ -74,7 +74,11 @@ def assert_leaves_its_files(command: Command, name: str, *args: str) -> None:
             *("report.html", "result.json", "timings.jsonl"),
             *(f"target/{path}" for path in listing(target)),
             *(f"checkpoints/00000002/{file}" for file in ("model.safetensors", "training_state")),
-            *(f"figures/{figure}/00000002.png" for figure in (*config["figures"], "loss_curves")),
+            *(
+                f"figures/{figure}/00000002.{kind}"
+                for figure in (*config["figures"], "loss_curves")
+                for kind in ("png", "csv")
+            ),
         ]
     )
     assert config["steps"] == 2 and config["target"] == str(target)
@@ -160,7 +164,7 @@ def test_overrides_reach_every_depth(command: Command):
 def test_figures_are_drawn_on_the_way_where_that_is_wanted(command: Command):
     finished_run(command, "figures={mean_activity: {}}", "figures_every=4")
     figures = command.only_run() / "figures" / "mean_activity"
-    assert sorted(p.name for p in figures.iterdir()) == [f"0000000{n}.png" for n in (0, 4, 6)]
+    assert sorted(p.name for p in figures.glob("*.png")) == [f"0000000{n}.png" for n in (0, 4, 6)]
 
 
 # --- .env ----------------------------------------------------------------------------------------

@@ -107,6 +107,8 @@ def test_a_hugging_face_model(kind: str, wrapped: bool, tmp_path: Path):
         expected = model(IDS)
         assert (expected - target).abs().max() > 1e-3
         found = logits(spd.export(model, tmp_path / "sum", "sum"))
+        modes = {path.stat().st_mode for path in (tmp_path / "sum").iterdir()}
+        assert len(modes) == 1, "weights may be read by whoever may read the rest"
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         m = {path: torch.linspace(0, 2, site.C) for path, site in model.sites.items()}
         edited = logits(spd.export(model, tmp_path / "edited", "edited", edits=m))

@@ -11,6 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from spd.reports.report import write_report
+from spd.reports.results import read_result
+from spd.reports.seeds import write_seeds_page
 from spd.runs.run import load_run
 from tests.run_fixtures import (
     TMS_CONFIG,
@@ -203,3 +206,34 @@ def test_another_configuration_does_not_go_on(command: Command):
     assert done.status == 2 and "lr is 0.0001 here, but 0.001 in the run's config.yaml" in done.err
     done = command.run(TMS_SCRIPT, TMS_CONFIG, "seeds=[0]", "--resume", members(command)[0])
     assert done.status == 2 and "seeds is [0] here, but [] in the run's" in done.err
+
+
+def test_a_page_shows_the_seeds_side_by_side_and_each_report_leads_to_the_others(command: Command):
+    base = command.out / "tms_5-2" / "x"
+    assert side_by_side(command, "--run_dir", str(base)).status == 0
+    first, second = members(command)
+    page = (base.parent / "x.seeds.html").read_text(encoding="utf-8")
+    for run in (first, second):
+        assert f'<a href="{run.name}/report.html">{run.name}</a>' in page
+        found = read_result(run / "result.json")
+        (row,) = (row for row in found.rows if row.key == "loss/total")
+        assert f'<td class="number">{found.own(row)}</td>' in page
+    report = (first / "report.html").read_text(encoding="utf-8")
+    assert "with other seeds" in report
+    assert '<a href="../x.seeds.html">all of them</a>' in report
+    assert f'<a href="../{second.name}/report.html">{second.name}</a>' in report
+    assert f"../{first.name}/report.html" not in report
+    shutil.rmtree(second)
+    write_report(first)
+    assert "with other seeds" not in (first / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_names_a_run_that_failed_first(command: Command):
+    base = command.out / "tms_5-2" / "x"
+    assert side_by_side(command, "--run_dir", str(base)).status == 0
+    runs = members(command)
+    shutil.rmtree(runs[1])
+    page = write_seeds_page(base, runs, {runs[1]: "step 3: loss/total = nan"})
+    text = page.read_text(encoding="utf-8")
+    assert text.index(f"<li>{runs[1].name}: step 3: loss/total = nan</li>") < text.index("<table>")
+    assert '<td class="number">–</td>' in text

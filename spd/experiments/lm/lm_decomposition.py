@@ -9,11 +9,11 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from spd.config import (
@@ -86,8 +86,17 @@ class LMConfig(ExperimentConfig):
         return self
 
 
-def build(config: LMConfig, device: torch.device) -> LMProblem:
-    """Target, tokenizer, and text to train on and held-out text."""
+def build(
+    config: LMConfig,
+    device: torch.device,
+    *,
+    target: str | Path | nn.Module | None = None,
+    device_map: Any = None,
+) -> LMProblem:
+    """Target, tokenizer, and text to train on and held-out text.
+
+    `target`, a place or a module, gives the model alone; `device_map` is what transformers takes.
+    """
     wanted = Wanted(
         target=config.target,
         revision=config.revision,
@@ -97,7 +106,10 @@ def build(config: LMConfig, device: torch.device) -> LMProblem:
         tokenizer=config.tokenizer,
         needs_tokenizer=config.data is None or not config.data.tokenized,
     )
-    loaded = load_lm(wanted, device, folders=(Path(__file__).parent,))
+    loaded = load_lm(
+        wanted, device, folders=(Path(__file__).parent,), instead=target, device_map=device_map
+    )
+    device = loaded.device
     settings = BatchSettings(
         text=_text(config, loaded),
         tokenizer=loaded.tokenizer,
@@ -176,7 +188,7 @@ def _write(
 ) -> None:
     source = loaded.origin.directory
     if source is not None and is_trained_here(source):
-        shutil.copytree(source, directory)
+        shutil.copytree(source, directory, copy_function=shutil.copyfile)
     else:
         save_copy(
             loaded.model,

@@ -14,11 +14,12 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from spd.component_model import Site
 from spd.config import UserError
+from spd.experiments.lm.data.batches import HELD_OUT_FILE
 from spd.experiments.lm.hub import hub_commit, unreachable
 from spd.experiments.lm.model import TokenModel, check_output
 from spd.experiments.lm.train_lm import LM_TARGET
 from spd.experiments.targets import WANDB_PREFIX, resolve_target, target_directory
-from spd.run_files import read_json, write_json
+from spd.run_files import forbidden, give_usual_mode, read_json, write_json
 from spd.runs.wandb_run import download_run
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class LoadedTarget(NamedTuple):
     """path of the output embedding"""
     n_vocab: int
     """token ids are below it"""
+    device: torch.device
+    """where token ids are expected"""
 
 
 class Wanted(NamedTuple):
@@ -64,22 +67,49 @@ class Wanted(NamedTuple):
     needs_tokenizer: bool
 
 
-def load_lm(wanted: Wanted, device: torch.device, *, folders: tuple[Path, ...]) -> LoadedTarget:
-    """The target, frozen, in evaluation mode and of the dtype that is wanted, on the device."""
-    model_class = import_class(wanted.model_class)
+def load_lm(
+    wanted: Wanted,
+    device: torch.device,
+    *,
+    folders: tuple[Path, ...],
+    instead: str | Path | nn.Module | None = None,
+    device_map: Any = None,
+) -> LoadedTarget:
+    """The target, frozen, in evaluation mode and of the dtype that is wanted, on the device.
+
+    `instead`, a place or a module, is what the model is taken from: tokenizer and origin stay those of the
+    target. With a `device_map` transformers puts it onto its devices.
+    """
+    model_class = None if isinstance(instead, nn.Module) else import_class(wanted.model_class)
     origin = find_target(wanted, device, folders)
-    inner = _load_model(model_class, origin, wanted)
+    if isinstance(instead, nn.Module):
+        inner: Any = instead.inner if isinstance(instead, TokenModel) else instead
+    else:
+        place = wanted if instead is None else wanted._replace(target=str(instead), revision=None)
+        found = origin if instead is None else find_target(place, device, folders)
+        inner = _load_model(model_class, found, wanted, device_map)
     if getattr(getattr(inner, "config", None), "use_cache", False):
         inner.config.use_cache = False  # keys and values kept for generation would only fill memory
-    inner = inner.requires_grad_(False).eval().to(device)
+    inner = inner.requires_grad_(False).eval()
+    if device_map is None:
+        inner = inner.to(device)
+    else:
+        device = next(inner.parameters()).device
     model = TokenModel(inner, wanted.output).eval()
-    check_output(model, torch.zeros((1, 2), dtype=torch.long, device=device))
+    try:
+        check_output(model, torch.zeros((1, 2), dtype=torch.long, device=device))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        if not isinstance(instead, nn.Module):
+            raise
+        kind = type(instead).__name__
+        raise UserError(f"target: a {kind} does not read token ids: {_one_line(error)}") from None
     return LoadedTarget(
         model,
         _load_tokenizer(origin, wanted),
         origin,
         unembed_path(inner),
         _n_vocab(inner),
+        device,
     )
 
 
@@ -150,6 +180,8 @@ def save_copy(
     if save is not None and n_bytes <= max_megabytes * 2**20:
         with original_modules(model):
             save(directory)
+        for weights in directory.glob("*.safetensors"):
+            give_usual_mode(weights)
     else:
         logger.info(
             "target: %.0f MB are not copied into the run (copy_target_mb: %d); it will be loaded from"
@@ -176,22 +208,35 @@ def original_modules(model: TokenModel) -> Iterator[None]:
             model.set_submodule(path, site)
 
 
-def _load_model(model_class: Any, origin: Origin, wanted: Wanted) -> Any:
+def _load_model(model_class: Any, origin: Origin, wanted: Wanted, device_map: Any = None) -> Any:
     place, revision = origin.reference, origin.revision
     if origin.directory is not None and _has_weights(origin.directory):
         place, revision = str(origin.directory), None
+    elif Path(place).is_absolute() and not Path(place).is_dir():
+        raise UserError(
+            f"target {place}: is no longer there, and the run holds no copy of its weights"
+            " (copy_target_mb); put it back there, or name its new place or a module: load_run(…, target=…)"
+        )
     dtype: torch.dtype = getattr(torch, wanted.dtype)
     arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
     reports = issubclass(model_class, PreTrainedModel | _BaseAutoModelClass)
     if reports:
         arguments |= {"dtype": dtype, "output_loading_info": True}
+        arguments |= {} if device_map is None else {"device_map": device_map}
+    elif device_map is not None:
+        raise UserError(
+            f"device_map: {device_map!r}; {wanted.model_class} is no model of transformers; name a device"
+        )
     try:
         loaded = model_class.from_pretrained(place, **arguments)
     except OSError as error:
         if Path(place).is_dir():
+            for path in sorted(Path(place).iterdir()):
+                if denied := forbidden(path, FileNotFoundError()):
+                    raise denied from None
             raise UserError(f"target {place}: {_one_line(error)}") from None
         raise unreachable(place, "target", error) from None
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(
             f"target {place!r} as {wanted.model_class}: cannot be loaded: {_one_line(error)}"
         ) from None
@@ -243,7 +288,8 @@ def _no_revision(wanted: Wanted) -> None:
 
 
 def _has_weights(directory: Path) -> bool:
-    return any(directory.glob("*.safetensors")) or any(directory.glob("pytorch_model*.bin"))
+    found = (*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin"))
+    return any(path.name != HELD_OUT_FILE for path in found)
 
 
 def _has_tokenizer(directory: Path, origin: Origin, wanted: Wanted) -> bool:

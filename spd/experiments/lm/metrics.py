@@ -18,6 +18,9 @@ from spd.noise import seeded, uniform
 from spd.problem import Problem
 
 ROUNDING_THRESHOLD = 0.5
+MOST_BIAS = 0.1
+"""nats by which the entropy of a sample may lie below that of the text, as far as can be told"""
+FEW_TOKENS = 5000
 
 
 # --- the mathematics -------------------------------------------------------------------------------
@@ -37,6 +40,11 @@ def entropy_of_counts(counts: Int[Tensor, " vocab"]) -> float:
     """Entropy in nats of the distribution that these counts make."""
     p = counts[counts > 0].double() / counts.sum()
     return -(p * p.log()).sum().item()
+
+
+def entropy_bias(counts: Int[Tensor, " vocab"]) -> float:
+    """How much too low the entropy of counts is in the mean, about: (K − 1) / 2n (Miller and Madow)."""
+    return max(int((counts > 0).sum()) - 1, 0) / (2 * counts.sum().item())
 
 
 def share_recovered(cross_entropy: float, *, zero: float, target: float) -> float:
@@ -81,9 +89,10 @@ class CrossEntropyMetric(MetricSpec):
 
     `ce/…` of the target and with the masks `unmasked` (all subcomponents on), `masked` (g itself),
     `stochastic`, `rounded` (g > 0.5) and `zero` (every site ablated); `ce/unigram` is the entropy of the
-    predicted tokens by their frequency in the held-out text. `kl/…` is KL(target ‖ masked). `recovered/…`
-    is the share of what zero ablation costs that is avoided; left out where that costs nothing. Where
-    tokens are excluded, neither their positions count nor the predictions of them.
+    predicted tokens by their frequency in the held-out text, left out where these are too few to tell (see
+    `entropy_bias`). `scored` is how many predictions there are. `kl/…` is KL(target ‖ masked).
+    `recovered/…` is the share of what zero ablation costs that is avoided; left out where that costs
+    nothing. Where tokens are excluded, neither their positions count nor the predictions of them.
     """
 
     quantities = {
@@ -94,6 +103,12 @@ class CrossEntropyMetric(MetricSpec):
             headline=False,
         ),
         "kl": Quantity(label="KL from the target", headline=False),
+        "scored": Quantity(
+            label="tokens scored",
+            meaning="the predictions of held-out text that cross-entropies are means over",
+            format=",.0f",
+            headline=False,
+        ),
         "recovered": Quantity(
             label="cross-entropy recovered",
             meaning="the share of what ablating every site costs that is avoided",
@@ -113,10 +128,12 @@ class CrossEntropyMetric(MetricSpec):
     def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
         if not {"recovered/masked", "recovered/rounded"} <= values.keys():
             return None
+        n = values.get("scored", FEW_TOKENS)
+        few = f"; from {n:,.0f} tokens only" if n < FEW_TOKENS else ""
         return Conclusion(
             headline=f"{values['recovered/masked']:.1%} of the cost of ablation avoided",
             detail="with the importances as masks;"
-            f" {values['recovered/rounded']:.1%} with rounded ones, g > {ROUNDING_THRESHOLD}",
+            f" {values['recovered/rounded']:.1%} with rounded ones, g > {ROUNDING_THRESHOLD}{few}",
         )
 
 
@@ -149,7 +166,9 @@ class _CrossEntropy:
         assert self.counts is not None, "no batch was seen"
         ce = {kind: total / self.counts.sum().item() for kind, total in self.ce.items()}
         values = {f"ce/{kind}": value for kind, value in ce.items()}
-        values["ce/unigram"] = entropy_of_counts(self.counts)
+        if entropy_bias(self.counts) <= MOST_BIAS:
+            values["ce/unigram"] = entropy_of_counts(self.counts)
+        values["scored"] = self.counts.sum().item()
         values |= {f"kl/{kind}": total / self.n_positions for kind, total in self.kl.items()}
         if ce["zero"] > ce["target"]:
             for kind in ("unmasked", "masked", "stochastic", "rounded"):

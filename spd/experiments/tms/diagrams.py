@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import SubFigure
 from torch import Tensor
 
-from spd.reports.drawing import BLUE, GREY, ORANGE
+from spd.reports.drawing import BLUE, GREY, ORANGE, keep_numbers
 
 DARK = "#333333"
 LEAST_SHOWN = 0.02
@@ -127,17 +127,21 @@ def draw_network(
     height = len(layers)
     reached = [np.zeros(n, dtype=bool) for n in sizes]
     for i, layer in enumerate(layers):
-        strength = layer.detach().numpy(force=True) / scale.largest[i]
-        ax.add_collection(_edges(strength, top=height - i))
+        weights = layer.detach().numpy(force=True)
+        strength = weights / scale.largest[i]
+        edges = ax.add_collection(_edges(strength, top=height - i))
+        edges.set_label(f"{scale.row_names[i]} to {scale.row_names[i + 1]}")
+        keep_numbers(edges, [(j, k, x) for (j, k), x in np.ndenumerate(weights)])
         strong = np.abs(strength) > 0.1
         reached[i] |= strong.any(axis=1)
         reached[i + 1] |= strong.any(axis=0)
     for i, n in enumerate(sizes):
         faces = np.where(reached[i], DARK, "white")
         size = min(26.0, 420.0 / n)
-        ax.scatter(
+        nodes = ax.scatter(
             node_places(n), np.full(n, height - i), s=size, c=faces, edgecolors=GREY, linewidths=0.7
         )
+        keep_numbers(nodes, [])
         if named:
             ax.text(-0.08, height - i, scale.row_names[i], fontsize=7.5, ha="right", va="center")
     ax.set_xlim(-0.05, 1.05)

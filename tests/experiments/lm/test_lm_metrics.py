@@ -15,6 +15,7 @@ from spd.engine.prepare import eval_contexts, evaluate, prepare
 from spd.experiments.lm.metrics import (
     CrossEntropyMetric,
     MaskKind,
+    entropy_bias,
     entropy_of_counts,
     masks_of,
     next_token_cross_entropy,
@@ -149,9 +150,28 @@ def test_every_kind_of_mask_over_batches_of_unequal_size():
         assert values[f"ce/{kind}"] == pytest.approx(ce, rel=1e-5)
         assert values[f"kl/{kind}"] == pytest.approx(kl, rel=1e-4)
     assert len({round(values[f"ce/{kind}"], 6) for kind in KINDS}) == len(KINDS)
+    assert values["scored"] == 24 and "ce/unigram" not in values, "so few tell nothing of it"
+
+
+def test_the_entropy_of_the_tokens_is_told_where_there_are_enough_of_them():
+    texts = [
+        torch.randint(VOCAB, (40, 4), generator=torch.Generator().manual_seed(seed))
+        for seed in (5, 6)
+    ]
+    _, held_out, values = measured(language_problem(eval_batches=texts))
     predicted = torch.cat([batch[:, 1:].flatten() for batch in held_out]).tolist()
     shares = [predicted.count(token) / len(predicted) for token in set(predicted)]
+    assert values["scored"] == len(predicted) == 240
     assert values["ce/unigram"] == pytest.approx(-sum(p * math.log(p) for p in shares))
+    assert entropy_bias(torch.tensor([3, 0, 1, 4])) == 2 / 16
+
+
+def test_a_conclusion_from_few_tokens_says_so():
+    values = {"recovered/masked": 0.9, "recovered/rounded": 0.8, "scored": 128.0}
+    few = CrossEntropyMetric().conclusion(values)
+    assert few is not None and few.detail.endswith("g > 0.5; from 128 tokens only")
+    many = CrossEntropyMetric().conclusion({**values, "scored": 5000.0})
+    assert many is not None and many.detail.endswith("g > 0.5")
 
 
 EXCLUDED = (3, 7)

@@ -11,16 +11,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from spd.analysis.contexts import OUTSIDE, Contexts
 from spd.config import UserError
 from spd.engine.prepare import prepare
 from spd.experiments.lm.report.directions import look_around, token_directions
 from spd.experiments.lm.report.page import (
+    context_lists,
     gather,
     inline_json,
     page_data,
     write_subcomponents,
 )
-from spd.experiments.lm.report.token_texts import readable_tokens, token_text
+from spd.experiments.lm.report.token_texts import TokenTexts, readable_tokens, token_text
 from spd.problem import Problem
 from spd.reports.report import report_on
 from spd.runs import cli as report_command
@@ -77,7 +79,7 @@ def test_a_directory_that_is_no_run_and_a_senseless_number_are_mistakes(
 ):
     before = (run / "report.html").read_bytes()
     for arguments, message in (
-        ([str(run), str(tmp_path)], f"{tmp_path}: no config.yaml there"),
+        ([str(tmp_path)], f"{tmp_path}: no config.yaml there"),
         ([str(run), "--batches", "0"], "--batches: 0; at least 1 is needed"),
         ([str(run), "--device", "abacus"], "device: 'abacus' cannot be used"),
     ):
@@ -244,3 +246,59 @@ def test_a_finite_held_out_set_is_shown_once(tmp_path: Path, monkeypatch: pytest
     prepared = prepare(replace(build(config, torch.device("cpu")), eval_batches=few), config)
     with pytest.raises(UserError, match="--batches: 5 are wanted, but .* keeps 4"):
         report_on(run, prepared, 5)
+
+
+def byte_level(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with few merges: most characters beyond ASCII are several tokens."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def test_characters_of_several_bytes_are_shown_whole():
+    tokenizer = byte_level(
+        [("Ġ", "â"), ("e", "Ì")]
+    )  # one ends, the other begins within a character
+    ids = tokenizer('a ”e\u0301é”"')["input_ids"]
+    assert [tokenizer.convert_ids_to_tokens(i) for i in ids][1] == "Ġâ"
+    texts = TokenTexts(tokenizer)
+    groups = texts.whole(ids)
+    assert [texts.texts[texts(*group)] for group in groups] == [
+        *("a", " ”", "e\u0301", "é", "”", '"'),
+    ]
+    assert [token for group in groups for token in group] == ids
+    assert texts(*groups[1]) == 1 and len(texts.texts) == 6, "each text once"
+
+
+def test_a_part_of_a_character_is_given_as_bytes():
+    tokenizer = byte_level([("Ġ", "â")])
+    ids = tokenizer(" ”é")["input_ids"]
+    texts = TokenTexts(tokenizer)
+    cut = texts.whole([ids[1], ids[2], *ids[3:4]])
+    assert cut == [(ids[1],), (ids[2],), (ids[3],)], "nothing whole begins there"
+    assert token_text(tokenizer, ids[0]) == " <0xE2>" and token_text(tokenizer, ids[1]) == "<0x80>"
+    assert TokenTexts(None).whole([3, 4]) == [(3,), (4,)]
+    assert texts.whole([9999, ids[0]]) == [(9999,), (ids[0],)]
+
+
+def test_a_context_shades_a_character_by_the_highest_of_its_tokens():
+    tokenizer = byte_level([])
+    model = decomposed(little_model("llama"), {"model.embed_tokens": 5})
+    gathered = gather(model, [next(RandomBatches(0))], None)
+    assert gathered is not None
+    ids = torch.tensor(tokenizer("ab”c")["input_ids"])  # a b, three bytes, c
+    statistics = gathered.statistics
+    kept = statistics.contexts
+    window = torch.full_like(kept.tokens[:1, :1], OUTSIDE)
+    levels = torch.zeros_like(kept.importances[:1, :1])
+    begin = statistics.left - 3  # the middle token is the second byte
+    window[0, 0, begin : begin + 6] = ids
+    levels[0, 0, begin : begin + 6] = torch.tensor([0.0, 0.2, 0.4, 1.0, 0.6, 0.0])
+    one = Contexts(torch.ones(1, 1), window, levels)
+    texts = TokenTexts(tokenizer)
+    ((context,),) = context_lists(statistics._replace(contexts=one), torch.tensor([0]), texts)
+    middle, shades, *shown = context
+    assert [texts.texts[token] for token in shown] == ["a", "b", "”", "c"]
+    assert list(bytes.fromhex(shades)) == [0, 51, 255, 0] and middle == 2

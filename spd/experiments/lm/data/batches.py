@@ -12,8 +12,7 @@ import datasets
 import numpy as np
 import torch
 from jaxtyping import Int
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +34,7 @@ from spd.experiments.lm.data.tokens import (
     tokenizer_hash,
 )
 from spd.problem import Resumable
+from spd.run_files import forbidden, write_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class LateBatches:
 def write_held_out(directory: Path, held_out: Tensor, settings: BatchSettings) -> None:
     """Keep the held-out sequences beside a run's target."""
     ids = held_out.to("cpu", torch.int32).contiguous()
-    save_file({"ids": ids}, directory / HELD_OUT_FILE, metadata={"key": _key(settings)})
+    write_safetensors(directory / HELD_OUT_FILE, {"ids": ids}, {"key": _key(settings)})
 
 
 def read_held_out(directory: Path, settings: BatchSettings) -> Int[Tensor, "n length"] | None:
@@ -132,10 +132,13 @@ def read_held_out(directory: Path, settings: BatchSettings) -> Int[Tensor, "n le
     path = directory / HELD_OUT_FILE
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("key") != _key(settings):
-            return None
-        return file.get_tensor("ids").long().to(settings.device)
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != _key(settings):
+                return None
+            return file.get_tensor("ids").long().to(settings.device)
+    except (OSError, SafetensorError) as error:
+        raise forbidden(path, error) or UserError(f"{path}: damaged: {error}") from None
 
 
 def _say_begin(settings: BatchSettings) -> None:

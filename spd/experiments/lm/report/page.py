@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +154,7 @@ def page_data(
     row_of = {c: row for row, c in enumerate(alive.tolist())}
     texts = TokenTexts(tokenizer)
     words = _token_lists(statistics, alive, texts)
-    contexts = _context_lists(statistics, alive, texts)
+    contexts = context_lists(statistics, alive, texts)
     around = gathered.around
     readable = None if around is None else readable_tokens(tokenizer, around.n_vocab)
     sites, rows, start = [], [], 0
@@ -233,10 +233,13 @@ def _token_lists(
     return lists
 
 
-def _context_lists(
+def context_lists(
     statistics: Statistics, alive: Int[Tensor, " alive"], texts: TokenTexts
 ) -> list[list[list[Any]]]:
-    """Of each context: place of the middle token, importances as two hex digits each, tokens."""
+    """Of each context: place of the middle token, importances as two hex digits each, tokens.
+
+    Tokens that make a character together stand as one, with the highest of their importances.
+    """
     kept = statistics.contexts
     scores = kept.scores[alive].tolist()
     tokens = kept.tokens[alive].tolist()
@@ -249,9 +252,13 @@ def _context_lists(
             if score == -torch.inf:
                 continue
             inside = [place for place, token in enumerate(window) if token != OUTSIDE]
-            shades = bytes(level[place] for place in inside).hex()
-            shown = [texts(window[place]) for place in inside]
-            contexts.append([middle - inside[0], shades, *shown])
+            groups = texts.whole([window[place] for place in inside])
+            sizes = [len(group) for group in groups]
+            ends = [inside[0] + end for end in accumulate(sizes)]
+            spans = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+            shades = bytes(max(level[place] for place in span) for span in spans).hex()
+            at = next(index for index, span in enumerate(spans) if middle in span)
+            contexts.append([at, shades, *(texts(*group) for group in groups)])
         lists.append(contexts)
     return lists
 

@@ -1,0 +1,151 @@
+"""The target of a run that is opened again: the run's copy, what it was made from, or one that is given."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from spd.component_model import ComponentModel, Site
+from spd.config import UserError, parse
+from spd.engine.prepare import Prepared, prepare
+from spd.problem import Problem
+from spd.run_files import META_FILE, TARGET, read_meta
+from spd.runs.console import resolve_device
+from spd.runs.execution import ExperimentConfig
+
+Build = Callable[..., Problem]
+"""`build(config, device)` of an experiment; it may also take `target` and `device_map` by name"""
+MATRICES = "matrices"
+"""the key of meta.json under which the digest of the decomposed matrices stands"""
+
+
+class Given(NamedTuple):
+    """What whoever opens a run says about its target; None: as the run has it."""
+
+    target: str | Path | nn.Module | None = None
+    dtype: str | torch.dtype | None = None
+    device: str | None = None
+    """None: that of a given module, else the CPU"""
+    device_map: Any = None
+
+
+AS_IT_IS = Given()
+
+
+def reopen(
+    config: ExperimentConfig, build: Build, directory: Path, given: Given = AS_IT_IS
+) -> Prepared:
+    """The problem of the run in `directory`, prepared over its target or over the one that is given.
+
+    `UserError` if an argument means nothing for this run, or the matrices are not those that were
+    decomposed.
+    """
+    takes = inspect.signature(build).parameters
+    _check_arguments(given, config, takes)
+    config = _with_dtype(config, given.dtype)
+    own, target = directory / TARGET, given.target
+    made_from = config.model_copy(update={"target": str(own)}) if own.is_dir() else config
+    options = {} if given.device_map is None else {"device_map": given.device_map}
+    if target is not None and "target" in takes:
+        options["target"] = target
+    elif target is not None and not isinstance(target, nn.Module):
+        made_from = config.model_copy(update={"target": str(target)})
+    problem = build(made_from, _device(given), **options)
+    if isinstance(target, nn.Module) and "target" not in takes:
+        problem = replace(problem, target=target.to(problem.device))
+    try:
+        prepared = prepare(problem, config)
+    except UserError as error:
+        if target is None:
+            raise
+        raise UserError(
+            f"{_name(given, config)} does not fit the run {directory}: {error}"
+        ) from None
+    recorded = read_meta(directory).get(MATRICES)
+    own_work = (
+        target is None and config.target is None
+    )  # `build` makes it: on another CPU, not bit for bit
+    if recorded is not None and not own_work and recorded != digest(prepared.objective.model):
+        raise UserError(
+            f"{_name(given, config)}: its matrices are others than those that were decomposed (their"
+            f" digest differs from {MATRICES!r} in {directory / META_FILE})"
+        )
+    return prepared
+
+
+def digest(model: ComponentModel, dtype: torch.dtype = torch.bfloat16) -> str:
+    """A digest of every decomposed matrix of the target, rounded to a type.
+
+    Rounded to bfloat16, it is that of the same target loaded in either precision.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for path, site in model.sites.items():
+        weight = site.target_weight.detach().to("cpu", dtype).contiguous()
+        found.update(f"{path} {tuple(weight.shape)}".encode())
+        found.update(weight.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _check_arguments(
+    given: Given, config: ExperimentConfig, takes: Mapping[str, inspect.Parameter]
+) -> None:
+    target = given.target
+    if isinstance(target, nn.Module):
+        for name in ("dtype", "device_map"):
+            if getattr(given, name) is not None:
+                raise UserError(
+                    f"{name}: {getattr(given, name)}; a target that is given as a module is taken as it is"
+                )
+        if any(isinstance(module, Site) for module in target.modules()):
+            raise UserError(
+                f"target: the {type(target).__name__} that is given is decomposed already; give a module of"
+                " its own to each run"
+            )
+    elif target is not None and config.target is None:
+        raise UserError(
+            f"target: {str(target)!r}; the experiment {config.experiment!r} makes its target itself, which"
+            " has no place; an nn.Module is allowed"
+        )
+    if given.device_map is not None and "device_map" not in takes:
+        raise UserError(
+            f"device_map: {given.device_map!r}; the target of {config.experiment!r} is no model of Hugging"
+            " Face's transformers; name a device"
+        )
+    if given.device_map is not None and given.device is not None:
+        raise UserError(
+            f"device: {given.device!r} and device_map: {given.device_map!r}; one of them is allowed"
+        )
+    if given.dtype is not None and "dtype" not in type(config).model_fields:
+        raise UserError(
+            f"dtype: {given.dtype}; the target of {config.experiment!r} is no model of Hugging Face's"
+            " transformers, it has the type that it was trained in"
+        )
+
+
+def _with_dtype(config: ExperimentConfig, dtype: str | torch.dtype | None) -> ExperimentConfig:
+    """With the target in another type; subcomponents stay float32, which takes autocast."""
+    if dtype is None:
+        return config
+    raw = config.model_dump(mode="json")
+    name = str(dtype).removeprefix("torch.")
+    if name != "float32" and raw["execution"]["autocast"] is None:
+        raw["execution"]["autocast"] = "bf16"
+    return parse(type(config), {**raw, "dtype": name}, "load_run")
+
+
+def _device(given: Given) -> torch.device:
+    if given.device is None and isinstance(given.target, nn.Module):
+        first = next(given.target.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+    return resolve_device(given.device or "cpu")
+
+
+def _name(given: Given, config: ExperimentConfig) -> str:
+    target = config.target if given.target is None else given.target
+    name = f"a {type(target).__name__}" if isinstance(target, nn.Module) else f"'{target}'"
+    return f"target {name}"
