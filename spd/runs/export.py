@@ -60,7 +60,7 @@ def export(
     with new_directory(folder) as partial:
         if inner is None:
             state = {name: _alone(value) for name, value in model.target.state_dict().items()}
-            write_safetensors(state | _named(model.target, weights), partial / WEIGHTS_FILE)
+            write_safetensors(partial / WEIGHTS_FILE, state | _named(model.target, weights))
         else:
             _save_pretrained(inner, weights, partial)
             for path in partial.glob("*.safetensors"):

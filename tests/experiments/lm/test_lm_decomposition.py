@@ -301,7 +301,7 @@ def test_a_target_of_half_precision_needs_autocast(little: LMConfig):
     [
         ({"data": None}, "data: a value is required: .* was not trained here"),
         ({"n_eval_batches": 500}, "1000 held-out sequences are wanted, but"),
-        ({"sites": {"model.layers.0.mlp": 3}}, "matches 'model.layers.0.mlp', a LlamaMLP"),
+        ({"sites": {"model.layers.0.mlp": 3}}, "matches 'model.layers.0.mlp', a transformers"),
         ({"target": "./nothing"}, "no such directory"),
         ({"model_class": "transformers.Nothing"}, "model_class"),
     ],
