@@ -113,9 +113,10 @@ def test_a_step_waits_for_nothing_and_copies_nothing_from_the_host(
                 inputs.batch, inputs.progress, noise, inputs.row_weights, inputs.state
             )
             total.backward()
+            norms = trained.gradient_norms()
             trained.clip_gradients_(trained.parameters, 1.0)
         assert all(p.grad is not None and p.grad.device == META for p in trained.parameters)
-        assert all(term.device == META for term in terms.values())
+        assert all(term.device == META for term in (*terms.values(), *norms.values()))
     with pytest.raises(RuntimeError):  # the test would see it
         torch.zeros(3, device=META).sum().item()
     with pytest.raises(AssertionError, match="of the host"), NothingFromTheHost():
