@@ -43,10 +43,10 @@ Made by `python scripts/results.py page` from the records in `docs/results/`, on
 not edit it. `python scripts/results.py record RUN_DIR` makes a record. *Pattern* counts the runs in which
 every site shows the known importance pattern on one-hot inputs of 0.75 without an error. That is the
 published criterion, and a weak one: a run can match and be wrong, and a right one can miss a threshold.
-Cosine and length (MMCS, ML2R) are of `linear1`, inert subcomponents left out, and ± is over the features of
-one run. In a headline figures are means over the seeds. A commit with a `+` had changes in its checkout.
-A *stale* record is of a run whose code computed other numbers for the objective than this code does.
-Minutes are those of the whole run without its target's training, whatever else the machine did.
+Cosine and length (MMCS, ML2R) are of `linear1`, inert subcomponents left out, and ± is over the features
+(n − 1) of one run. In a headline figures are means over the seeds. A commit with a `+` had changes in its
+checkout. A *stale* record is of a run whose code computed other numbers for the objective than this code
+does. Minutes are those of the whole run without its target's training, whatever else the machine did.
 """
 EARLIER_HEAD = """\
 ## Measured before records were kept

@@ -262,7 +262,7 @@ class ColumnMatchMetric(MetricSpec):
             label="MMCS",
             meaning="how well the direction of each column of the target's matrix is met by a single"
             " subcomponent (cosine; 1 is perfect), mean over the input features ± their standard"
-            " deviation; subcomponents shorter than a tenth of the column do not compete",
+            " deviation (n − 1); subcomponents shorter than a tenth of the column do not compete",
             spread="mmcs_sd",
         ),
         "ml2r": Quantity(
@@ -313,7 +313,8 @@ class _ColumnMatch:
             for name in ("mmcs", "ml2r"):
                 per_feature = getattr(match, name)
                 values[f"{name}{suffix}/{self.path}"] = per_feature.mean().item()
-                values[f"{name}{suffix}_sd/{self.path}"] = per_feature.std(correction=0).item()
+                spread = per_feature.std().item() if len(per_feature) > 1 else 0.0
+                values[f"{name}{suffix}_sd/{self.path}"] = spread
         return values
 
 

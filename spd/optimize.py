@@ -130,11 +130,13 @@ def run_side_by_side(
             joint = trained.inputs([step_inputs(run, step, state) for run, state in inputs])
             terms, new_state = take_step(joint)  # gradients are set
             average_(p.grad for p in trained.parameters if p.grad is not None)
+            logging = due(step, config.log_every, step + 1 == config.steps)
+            norms = trained.gradient_norms() if logging else {}
             rates = update(step)
             states = trained.taken_apart(shared(new_state))
-            if due(step, config.log_every, step + 1 == config.steps):
+            if logging:
                 average_(terms.values())
-                _log(members, terms, step, rates)
+                _log(members, {**terms, **norms}, step, rates)
 
 
 @contextmanager

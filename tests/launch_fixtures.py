@@ -19,7 +19,11 @@ EVALS, SWEEP = "spd.evals.run_evals", "spd.sweeps.sweep"
 QUICK = (
     *("log_every=1", "eval_every=4", "save_every=2", "batch_size=16", "eval_batch_size=16"),
     *("n_eval_batches=1", "figures={}", "compile=false", "sites={linear1: 6, linear2: 6}"),
-    *("losses={stochastic_recon: {coeff: 1}}", "data.feature_probability=0.5"),
+    *(
+        "losses={stochastic_recon: {coeff: 1}}",
+        "data.feature_probability=0.5",
+        "data.unlike_target=true",
+    ),
 )
 """a run of a moment, but for its start"""
 TARGETS = ("tms_5-2", "tms_40-10")

@@ -31,7 +31,11 @@ TMS_CONFIG = EXPERIMENTS / "tms" / "tms_5-2_config.yaml"
 QUICK = (
     *("steps=6", "log_every=1", "eval_every=4", "save_every=2", "sites={linear1: 6, linear2: 6}"),
     *("batch_size=16", "eval_batch_size=16", "n_eval_batches=1", "figures={}", "metrics={}"),
-    *("losses={stochastic_recon: {coeff: 1}}", "data.feature_probability=0.5"),
+    *(
+        "losses={stochastic_recon: {coeff: 1}}",
+        "data.feature_probability=0.5",
+        "data.unlike_target=true",
+    ),
 )
 """a run of less than a second that logs, evaluates and saves several times"""
 

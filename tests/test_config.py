@@ -86,6 +86,28 @@ def test_overrides(override: str, expected: dict[str, object]):
     assert apply_overrides(raw, [override]) == {**raw, **expected}
 
 
+@pytest.mark.parametrize("key", ['sites."layers.0.mlp_in"', "sites.layers.0.mlp_in"])
+def test_a_site_is_named_by_its_dotted_path_on_the_command_line(key: str):
+    """With quotes, as a shell leaves them inside of others, and without them."""
+    from spd.components import resolve_sites
+    from spd.experiments.resid_mlp.model import ResidMLPModelConfig, empty_model
+    from spd.runs.cli import checked_config
+
+    model = empty_model(ResidMLPModelConfig(n_features=4, d_embed=6, d_mlp=3, n_layers=2))
+    rest = "sites={layers.*.mlp_out: 7, layers.1.mlp_in: 8}"
+    config = checked_config("resid_mlp2", [rest, f"{key}=50"])
+    assert resolve_sites(model, config.sites) == {
+        **{"layers.0.mlp_in": 50, "layers.0.mlp_out": 7},
+        **{"layers.1.mlp_in": 8, "layers.1.mlp_out": 7},
+    }
+    config = checked_config("resid_mlp2", [f"{key}=50"])  # beside the pattern of the file
+    said = "sites: 'layers.0.mlp_in' is matched by both 'layers.*.mlp_in' and 'layers.0.mlp_in'"
+    with pytest.raises(UserError, match=re.escape(said)):
+        resolve_sites(model, config.sites)
+    with pytest.raises(UserError, match=r"sites.layers.0.mlp_in: .*integer.*'few'"):
+        checked_config("resid_mlp2", [f"{key}=few"])
+
+
 def test_overrides_leave_what_they_are_given_alone_and_the_last_one_counts():
     raw = {"style": {"colour": "red"}, "list": [1]}
     changed = apply_overrides(raw, ["style.colour=blue", "style.colour=green", "list=[2]"])

@@ -1,4 +1,4 @@
-"""Every setting has a reader: whoever sets it changes something."""
+"""Every setting has a reader; what it changes: `test_knobs_change_something.py`."""
 
 import ast
 from collections.abc import Iterator

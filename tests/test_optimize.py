@@ -1,5 +1,6 @@
 """The step as a pure callable, and the loop around it as a library."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from spd import kernels
 from spd.component_model import ComponentModel
 from spd.config import UserError, parse
 from spd.engine.compilation import CompiledStep
+from spd.engine.members import step_inputs
 from spd.engine.prepare import eval_contexts, evaluate, prepare
 from spd.experiments.targets import TrainedTarget, save_target
 from spd.experiments.tms.model import TMSModel
@@ -267,6 +269,38 @@ def test_logging_and_evaluation_at_their_steps():
             assert set(values) >= {"loss/total", "loss/faithfulness", "loss/stochastic_recon"}
     optimizer_moves = [v["loss/faithfulness"] for s, v in recorder.lines if "lr" in v]
     assert len(set(optimizer_moves)) == len(optimizer_moves)
+
+
+@pytest.mark.parametrize("grad_clip", [None, 1e-3])
+def test_gradient_norms_of_both_groups_are_those_of_the_first_step(grad_clip: float | None):
+    """Before any clipping, of what backward leaves."""
+    config = make_config(TRAIN, steps=3, log_every=2, grad_clip=grad_clip)
+    recorder = Recorder()
+    spd.decompose(problem(), config, observer=recorder)
+    assert recorder.steps_with("grad_norm/components") == recorder.steps_with("lr") == [0, 2]
+    run = prepare(problem(), config)
+    inputs = step_inputs(run, 0, {})
+    total, _, _ = run.objective(inputs.batch, inputs.progress, dict(inputs.noise), None)
+    total.backward()
+    of_group = {"components": [], "importances": []}
+    for name, parameter in run.objective.model.subcomponent_parameters().items():
+        own = name.endswith(("subcomponents.V", "subcomponents.U"))
+        of_group["components" if own else "importances"].append(parameter)
+    _, first = next(line for line in recorder.lines if "lr" in line[1])
+    for group, parameters in of_group.items():
+        assert len(parameters) > 2
+        squares = [(p.grad**2).sum().item() for p in parameters if p.grad is not None]
+        assert first[f"grad_norm/{group}"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
+        assert first[f"grad_norm/{group}"] > 0
+
+
+def test_without_a_gradient_the_norm_is_zero():
+    recorder = Recorder()
+    spd.decompose(
+        problem(), make_config({"faithfulness": {"coeff": 1}}, steps=1), observer=recorder
+    )
+    row = next(values for _, values in recorder.lines if "lr" in values)
+    assert row["grad_norm/importances"] == 0.0 and row["grad_norm/components"] > 0
 
 
 def test_the_first_step_with_a_warm_up_changes_nothing():

@@ -18,8 +18,8 @@ from spd.settings import PACKAGE_DIR, REPO_DIR
 TMS = {
     "data.feature_probability": 0.05,
     "data.value_range": [0.0, 1.0],
-    "data.generation": "at_least_zero_active",
-    "data.synced_inputs": [],
+    "data.generation": None,  # as the target was trained
+    "data.synced_inputs": None,
     "importance": {"type": "mlp", "n_hidden": 16},
     "lower_leak": "both",
     "lr": 1e-3,

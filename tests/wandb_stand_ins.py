@@ -14,6 +14,7 @@ class FakeRun:
         self.calls: list[str] = []
         self.history: list[Mapping[str, Any]] = []
         self.files: dict[str, Path] = {}
+        self.summary: dict[str, Any] = {}
         self.offline, self.url = False, "https://wandb.example/me/project/runs/1"
 
     def _note(self, name: str) -> None:

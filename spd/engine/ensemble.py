@@ -49,6 +49,15 @@ class Alone:
         """Scale down the gradients of these parameters where their norm together is above `max_norm`."""
         nn.utils.clip_grad_norm_(parameters, max_norm)
 
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Of each group of parameters together, before any clipping, by the names they are logged by."""
+        norms = {}
+        for name, parameters in self.groups.items():
+            grads = [p.grad for p in parameters if p.grad is not None]
+            none = self.parameters[0].new_zeros(())
+            norms[f"grad_norm/{name}"] = nn.utils.get_total_norm(grads) if grads else none
+        return norms
+
     def stacked(self, states: Sequence[State]) -> State:
         """What all runs carry from step to step, as the step takes it."""
         (own,) = states
@@ -129,10 +138,17 @@ class Ensemble:
     def clip_gradients_(self, parameters: Sequence[nn.Parameter], max_norm: float) -> None:
         """What `nn.utils.clip_grad_norm_` does, for each member by itself."""
         grads = [stack.grad for stack in parameters if stack.grad is not None]
-        norms = torch.stack([grad.flatten(start_dim=1).norm(dim=1) for grad in grads]).norm(dim=0)
-        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        factors = (max_norm / (_norms(grads) + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(factors.reshape(-1, *[1] * (grad.dim() - 1)))
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        norms = {}
+        for name, stacks in self.groups.items():
+            grads = [stack.grad for stack in stacks if stack.grad is not None]
+            none = self.parameters[0].new_zeros(self.n_members)
+            norms[f"grad_norm/{name}"] = _norms(grads) if grads else none
+        return norms
 
     def stacked(self, states: Sequence[State]) -> State:
         return {key: torch.stack([state[key] for state in states]) for key in states[0]}
@@ -154,6 +170,11 @@ class Ensemble:
             lambda *values: torch.stack(values), *(state["state"] for state in states)
         )
         return {**states[0], "state": inner}
+
+
+def _norms(grads: Sequence[Float[Tensor, "members ..."]]) -> Float[Tensor, " members"]:
+    """Of each member's gradients together."""
+    return torch.stack([grad.flatten(start_dim=1).norm(dim=1) for grad in grads]).norm(dim=0)
 
 
 def train_together(objectives: Sequence[Objective]) -> Alone | Ensemble:

@@ -113,7 +113,7 @@ def _run(arguments: Arguments) -> int:
     earlier = [name for name in ("collect", "resume", "cancel") if getattr(options, name)]
     if not earlier:
         return _new(arguments.positional, options)
-    new = ("experiments", "seeds", "ensemble", "nodes", "processes")
+    new = ("experiments", "seeds", "ensemble", "retries", "nodes", "processes")
     if len(earlier) > 1 or arguments.positional or given.keys() & set(new):
         raise UserError(f"--{earlier[0]} takes the study as it is: no {', '.join(new)}, overrides")
     study = find_study(KIND, getattr(options, earlier[0]))
@@ -286,6 +286,7 @@ def _job(
         run_dir=run_dir,
         seeds=tuple(seeds) if several else (),
         slurm_name=f"spd-eval-{named}-{max(1, round(minutes))}min",
+        retries=options.n_retries,
     )
 
 

@@ -4,10 +4,10 @@ from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from spd.config import BaseConfig
+from spd.config import BaseConfig, UserError
 from spd.noise import derive_seed
 
 
@@ -48,6 +48,67 @@ class SparseFeatureConfig(BaseConfig):
                     raise ValueError(
                         f"synced_inputs names input {index}; allowed are 0 to {n_features - 1}"
                     )
+
+
+class InheritedFeatures(BaseConfig):
+    """The inputs of a decomposition: whatever is null is as the target was trained on."""
+
+    feature_probability: float | None = Field(default=None, ge=0.0, le=1.0)
+    value_range: tuple[float, float] | None = None
+    generation: Literal["at_least_zero_active", "exactly_n_active"] | None = None
+    n_active: int | None = Field(default=None, ge=1)
+    synced_inputs: tuple[tuple[int, ...], ...] | None = None
+    unlike_target: bool = False
+    """what is given may differ from what the target was trained on"""
+
+    @model_validator(mode="after")
+    def _consistent_as_far_as_given(self) -> Self:
+        given = self._given()
+        if "n_active" in given:
+            given.setdefault("generation", "exactly_n_active")
+        if given.get("generation") == "exactly_n_active":
+            given.setdefault("n_active", 1)
+        _features(given)
+        return self
+
+    def like(self, trained: SparseFeatureConfig, n_features: int) -> SparseFeatureConfig:
+        """These inputs, completed by those of the target's training; `UserError` where they differ."""
+        given = self._given()
+        free = {"n_active": None} if given.get("generation") == "at_least_zero_active" else {}
+        try:
+            joint = _features({**trained.model_dump(), **given, **free})
+            joint.check_n_features(n_features)
+        except ValueError as error:
+            raise UserError(f"data: {error}") from None
+        different = [
+            f"data.{key}: {_plain(value)} here, but the target was trained with"
+            f" {_plain(getattr(trained, key))}"
+            for key, value in given.items()
+            if value != getattr(trained, key)
+        ]
+        if different and not self.unlike_target:
+            raise UserError(
+                "\n  ".join(different)
+                + "\n  left out, it is that of the target; data.unlike_target=true allows the difference"
+            )
+        return joint
+
+    def _given(self) -> dict[str, Any]:
+        own = SparseFeatureConfig.model_fields
+        return {key: value for key in own if (value := getattr(self, key)) is not None}
+
+
+def _features(values: dict[str, Any]) -> SparseFeatureConfig:
+    """`ValueError` with the reason alone if they do not go together."""
+    try:
+        return SparseFeatureConfig(**values)
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def _plain(value: Any) -> Any:
+    """As it stands in a YAML file."""
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 class SparseFeatures:

@@ -77,7 +77,7 @@ def resolve_target(
     *,
     device: torch.device,
     folders: Iterable[Path] = (),
-    check: Callable[[Any], None] = lambda config: None,
+    check: Callable[[Any], object] = lambda config: None,
 ) -> Path:
     """The local directory of the target that a decomposition names.
 

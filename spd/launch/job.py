@@ -64,6 +64,8 @@ class Job(NamedTuple):
     seeds: tuple[int, ...] = ()
     """where it makes several side by side: `run_dir` is then what each `seed_directory` is made of"""
     slurm_name: str = "spd"
+    retries: int = 0
+    """how often the command is started again after it failed: it goes on in the run that it began"""
 
     @property
     def run_dirs(self) -> list[Path]:
@@ -102,6 +104,12 @@ class Ended(NamedTuple):
     reason: str | None
     signum: int | None
     """the signal that asked this process to stop, if one did"""
+    mistake: bool = False
+    """in what it was given: the same command fails again"""
+
+    @property
+    def worth_another_try(self) -> bool:
+        return self.state == "failed" and self.signum is None and not self.mistake
 
 
 def load_job(directory: Path) -> Job:
@@ -153,7 +161,15 @@ def run_job(directory: Path, *, patience: float = PATIENCE) -> Ended:
         write_status(directory, status)
         for run_dir in job.run_dirs:
             wait_until_free(run_dir)
-        ended = supervise(job.command, directory / OUTPUT_FILE, {**os.environ, **job.env})
+        env = {**os.environ, **job.env}
+        ended = supervise(job.command, directory / OUTPUT_FILE, env)
+        for _ in range(job.retries):
+            if not ended.worth_another_try:
+                break
+            reason = f"failed once: {ended.reason}"
+            status = status._replace(attempts=status.attempts + 1, reason=reason)
+            write_status(directory, status)
+            ended = supervise(job.command, directory / OUTPUT_FILE, env)
         seconds = before.seconds + time.monotonic() - started
         status = status._replace(state=ended.state, reason=ended.reason, seconds=seconds)
         write_status(directory, status)
@@ -212,13 +228,13 @@ def supervise(
     stopped = any(name in text[-LAST_WORDS:] for name in ("KeyboardInterrupt", "SignalException"))
     if (noted or given_up) and state == "failed" and stopped:
         state, reason = "interrupted", None  # it ended before it heeded signals, or by torchrun
-    return Ended(state, reason, noted[0] if noted else None)
+    mistake = state == "failed" and _own_status(child.returncode, text) == Exit.MISTAKE
+    return Ended(state, reason, noted[0] if noted else None, mistake)
 
 
 def outcome(status: int, output: str) -> tuple[State, str | None]:
     """What an exit status of an experiment means, and why, from the last words of its output."""
-    if status == 1 and (of_workers := WORKER_STATUS.findall(output)):
-        status = int(of_workers[-1])
+    status = _own_status(status, output)
     state = STATES.get(status, "failed")
     if state in ("finished", "interrupted"):
         return state, None
@@ -226,6 +242,13 @@ def outcome(status: int, output: str) -> tuple[State, str | None]:
     if status < 0:
         reason = f"killed by {signal.Signals(-status).name}"
     return state, reason or f"exit status {status}"
+
+
+def _own_status(status: int, output: str) -> int:
+    """Of the command itself, where torchrun started it."""
+    if status == 1 and (of_workers := WORKER_STATUS.findall(output)):
+        return int(of_workers[-1])
+    return status
 
 
 def _last_words(output: str) -> str:

@@ -77,6 +77,11 @@ class LaunchOptions(Resources):
     )
     cpu: bool = Field(default=False, description="no GPU: run on the CPU even where one is visible")
     local: bool = Field(default=False, description="on this machine even where there is SLURM")
+    retries: int = Field(
+        default=1,
+        ge=0,
+        description="how often what failed goes on in its own run directory; not over several machines",
+    )
     dry_run: bool = Field(default=False, description="print what would be run or submitted")
     slurm: Path | None = Field(default=None, description="YAML file with any of these options")
 
@@ -94,6 +99,11 @@ class LaunchOptions(Resources):
                 f" {self.processes} do the contrary"
             )
         return self
+
+    @property
+    def n_retries(self) -> int:
+        """Of a job: torchrun on several machines would have to begin anew on all of them at once."""
+        return self.retries if self.nodes == 1 else 0
 
     @property
     def joined(self) -> bool:

@@ -94,8 +94,11 @@ def find_study(kind: str, name: str) -> Study:
 def job_environment(code: Path, options: LaunchOptions) -> dict[str, str]:
     """What every job gets: the study's copy of the code, the output root, how many threads."""
     path = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
+    study = code.parent
     return {
         "PYTHONPATH": path,
+        "WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or study.name,
+        "WANDB_JOB_TYPE": os.environ.get("WANDB_JOB_TYPE") or study.parent.name,
         "SPD_OUT_DIR": str(output_root().absolute()),
         "PYTHONSAFEPATH": "1",  # also for what torchrun starts
         "OMP_NUM_THREADS": str(options.cpus),

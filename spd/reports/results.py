@@ -102,6 +102,23 @@ def result_of(config: Any, history: Sequence[Mapping[str, float]], seconds: floa
     )
 
 
+def summary_of(
+    result: Result, history: Sequence[Mapping[str, float]]
+) -> dict[str, float | bool | str]:
+    """What a table of many runs wants to know of one: the verdict, the last figures, the best losses.
+
+    A loss is at its best where it is lowest; of other figures nobody says which way is better.
+    """
+    best: dict[str, float] = {}
+    for line in history:
+        for key, value in line.items():
+            if key.startswith("eval/loss/"):
+                best[f"best/{key}"] = min(value, best.get(f"best/{key}", math.inf))
+    solved = {} if result.solved is None else {"verdict/solved": result.solved}
+    last = {f"eval/{key}": value for key, value in last_evaluation(history).items()}
+    return {**solved, "verdict/text": verdict(result), **last, **best}
+
+
 def last_evaluation(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The figures of the last evaluation in metrics.jsonl by key; empty where there was none."""
     evaluations = [line for line in history if any(key.startswith("eval/") for key in line)]

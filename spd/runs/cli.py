@@ -1,6 +1,7 @@
 """The command lines of runs: an experiment's own, `spd-report`, and the one that draws figures anew."""
 
 import argparse
+import inspect
 import logging
 import os
 import sys
@@ -18,8 +19,8 @@ from spd.reports.results import format_result, format_table, read_result
 from spd.run_files import CHECKPOINTS, FIGURES, META_FILE, RESULT_FILE, is_run, read_meta
 from spd.runs.console import console_log, resolve_device, user_errors
 from spd.runs.execution import ExperimentConfig, load_experiment
-from spd.runs.provenance import import_entry
-from spd.runs.run import Build, Run, load_run, resume, run_seeds, start
+from spd.runs.provenance import import_entry, is_interactive
+from spd.runs.run import Build, Run, check_entry, load_run, resume, run_seeds, start
 from spd.settings import PACKAGE_DIR
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,12 @@ def cli(
 
     It ends with one of the statuses of `spd.config.Exit`.
     """
+    if argv is None and is_interactive():
+        with user_errors():
+            raise UserError(
+                "cli reads the command line, which in a notebook belongs to the kernel: call"
+                " spd.runs.run.start(config, build), or cli(config_class, build, ['CONFIG.yaml', ...])"
+            )
     parser = argparse.ArgumentParser(description=(build.__doc__ or "").partition("\n")[0])
     parser.add_argument("config", nargs="?", help="YAML configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, YAML values")
@@ -126,13 +133,29 @@ def parts_of(name: str) -> tuple[type[ExperimentConfig], Build]:
         and value.__module__ == module.__name__
     ]
     build: Build | None = getattr(module, "build", None)
+    if build is not None and (named := _config_of(build)) is not None:
+        classes = [named]
     if len(classes) != 1 or build is None:
         found = ", ".join(found.__name__ for found in classes) or "none"
         raise UserError(
             f"{name}: an experiment is one subclass of ExperimentConfig (found: {found}) and a function"
-            f" build(config, device) ({'none found' if build is None else 'found'})"
+            f" build(config, device) ({'none found' if build is None else 'found'}); of several classes"
+            " it is the one that build names, as in build(config: MyConfig, device)"
         )
+    check_entry(classes[0], build)
     return classes[0], build
+
+
+def _config_of(build: Build) -> type[ExperimentConfig] | None:
+    """The class that the first argument of `build` is annotated with, if it is a configuration."""
+    try:
+        first = next(iter(inspect.signature(build, eval_str=True).parameters.values()), None)
+    except NameError:
+        return None
+    found = None if first is None else first.annotation
+    if isinstance(found, type) and issubclass(found, ExperimentConfig):
+        return None if found is ExperimentConfig else found
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

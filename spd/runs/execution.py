@@ -1,12 +1,13 @@
 """Runs in their directories, from a prepared problem to a finished report: one, or several side by side."""
 
 import logging
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator
 
@@ -15,7 +16,7 @@ from spd.engine.prepare import Prepared
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side
 from spd.reports.figures import Figures, draw, loss_curves, save_figures
 from spd.reports.report import report_on
-from spd.reports.results import result_of
+from spd.reports.results import read_result, result_of, summary_of
 from spd.run_files import (
     CHECKPOINTS,
     EVALUATION_FILE,
@@ -31,7 +32,7 @@ from spd.run_files import (
 )
 from spd.runs.console import caught_signals, file_log
 from spd.runs.tracking import RunTracker
-from spd.runs.wandb_run import new_run_id, start_wandb
+from spd.runs.wandb_run import Labels, new_run_id, start_wandb
 from spd.spd_config import SPDConfig
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,14 @@ class ExperimentConfig(SPDConfig):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """runs side by side in one process, one for each of these instead of `seed`; each is an ordinary run"""
     wandb_project: str | None = None
+    wandb_group: str | None = Field(default=None, min_length=1, max_length=128)
+    """None: the study that the run belongs to, else the experiment"""
+    wandb_job_type: str | None = Field(default=None, min_length=1, max_length=64)
+    """None: `evals` or `sweeps` in a study, else `decomposition`"""
+    wandb_tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] | None = None
+    """None: the experiment and the seed"""
+    wandb_notes: str | None = None
+    """None: the command, the commit and the run directory"""
     device: str = "auto"
 
     @field_validator("seeds")
@@ -133,6 +142,7 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
             directory=directory,
             config=config.model_dump(mode="json"),
             run_id=meta["wandb_id"],
+            labels=_labels(config, directory, meta),
         )
         meta |= {"status": "running", "tracker": wandb_run.place if wandb_run else None}
         meta.pop("reason", None)  # of a failure before
@@ -170,8 +180,23 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
                 report_on(directory, prepared)
             if wandb_run is not None:
                 if status == "finished":
+                    result = read_result(directory / RESULT_FILE)
+                    wandb_run.summarise(summary_of(result, read_metrics(directory)))
                     wandb_run.upload(directory)
                 wandb_run.finish(exit_code=0 if status == "finished" else 1)
+
+
+def _labels(config: ExperimentConfig, directory: Path, meta: Mapping[str, Any]) -> Labels:
+    """By what W&B groups and finds the run."""
+    commit = f"commit {meta.get('commit')}{' with changes' if meta.get('dirty') else ''}"
+    notes = f"{meta.get('command')}\n{directory.absolute()} on {meta.get('host')}, {commit}"
+    tags = (config.experiment[:64], f"seed{config.seed}")
+    return Labels(
+        group=config.wandb_group or os.environ.get("WANDB_RUN_GROUP") or config.experiment,
+        job_type=config.wandb_job_type or os.environ.get("WANDB_JOB_TYPE") or "decomposition",
+        tags=tags if config.wandb_tags is None else config.wandb_tags,
+        notes=notes if config.wandb_notes is None else config.wandb_notes,
+    )
 
 
 def _label(run: Ready, runs: Sequence[Ready]) -> str | None:

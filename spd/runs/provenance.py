@@ -1,5 +1,6 @@
 """Where a run comes from: the code, the machine, the command. Reads, never writes."""
 
+import builtins
 import importlib
 import importlib.util
 import json
@@ -32,6 +33,12 @@ def provenance(device: str) -> dict[str, Any]:
         "device": device,
         "host": platform.node(),
     }
+
+
+def is_interactive() -> bool:
+    """Whether this is a notebook or a session at a prompt, whose code lies in no file."""
+    at_a_prompt = hasattr(builtins, "get_ipython") or hasattr(sys, "ps1")
+    return at_a_prompt and not hasattr(sys.modules["__main__"], "__file__")
 
 
 def entry_of(module: ModuleType) -> str:

@@ -87,6 +87,7 @@ def start(
 
     A target that is not found as it is named is looked for in `folder`, where the YAML file lies.
     """
+    check_entry(type(config), build)
     directory = distributed.on_leader(lambda: _place_for(config, directory))
     with kept_log() as earlier, distributed.leader_first():
         run = _prepared(config, build, folder, directory, earlier)
@@ -122,6 +123,7 @@ def run_seeds(
     on. Runs that are not at the same step, as after a crash, go on one group after the other. A
     page beside them shows all (`seeds_page`).
     """
+    check_entry(type(config), build)
     base = base or _new_name(config)
     own = {
         seed_directory(base, seed): config.model_copy(update={"seed": seed, "seeds": ()})
@@ -180,6 +182,27 @@ def load_run(
     what = f"the run's {CONFIG_FILE}" if target is None else "the given target"
     _load_parameters(prepared, newest, what)
     return Run(path, config, prepared, int(newest.name), read_metrics(path))
+
+
+def check_entry(config_class: type[ExperimentConfig], build: Build) -> None:
+    """`UserError` unless both are found again, by name and in one module, when the run is loaded."""
+    module = sys.modules[build.__module__]
+    if module.__name__ == "__main__" and getattr(module, "__file__", None) is None:
+        raise UserError(
+            f"{build.__name__} is defined in a notebook or at a prompt, where a run cannot find it again:"
+            " put it and its configuration class into a .py file and import them, or call"
+            " spd.decompose(problem, config), which keeps no run"
+        )
+    if getattr(module, build.__name__, None) is None:
+        raise UserError(
+            f"{build.__module__}: {build.__qualname__} is no function of the module itself, so that a"
+            " run cannot find it again"
+        )
+    if getattr(module, config_class.__name__, None) is None:
+        raise UserError(
+            f"{config_class.__name__} is defined in {config_class.__module__} and {build.__name__} in"
+            f" {build.__module__}: import the class there too, so that a run finds both in one module"
+        )
 
 
 def _new_name(config: ExperimentConfig) -> Path:

@@ -10,9 +10,9 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spd.config import Unreachable, UserError
 from spd.run_files import CONFIG_FILE
@@ -69,6 +69,10 @@ class WandbRun:
 
         self._try(send)
 
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        """What stands in the run's summary, for the table of many runs."""
+        self._try(lambda run: run.summary.update(dict(values)))
+
     def finish(self, exit_code: int) -> None:
         self._try(lambda run: run.finish(exit_code=exit_code))
 
@@ -82,8 +86,23 @@ class WandbRun:
             self.run = None
 
 
+class Labels(NamedTuple):
+    """By what W&B groups and finds a run."""
+
+    group: str
+    job_type: str
+    tags: Sequence[str]
+    notes: str
+
+
 def start_wandb(
-    project: str | None, *, name: str, directory: Path, config: Mapping[str, Any], run_id: str
+    project: str | None,
+    *,
+    name: str,
+    directory: Path,
+    config: Mapping[str, Any],
+    run_id: str,
+    labels: Labels,
 ) -> WandbRun | None:
     """A W&B run where one is wanted and possible, else None and one line that says why."""
     if project is None:
@@ -112,6 +131,10 @@ def start_wandb(
             id=run_id,
             resume="allow",
             dir=str(directory),
+            group=labels.group,
+            job_type=labels.job_type,
+            tags=list(labels.tags),
+            notes=labels.notes,
             config=dict(config),
             settings=quiet,
         )

@@ -39,11 +39,12 @@ from spd.sweeps.trials import (
     definition_of,
     run_seeds,
     run_trial,
+    set_aside,
     try_lock,
 )
 
 JOURNAL, CLAIM_LOCK = "journal.log", ".claim.lock"
-POINT, AGENT = "point", "agent"
+POINT, AGENT, VOID = "point", "agent", "void"
 SUPPORTED = (
     *("constant", "categorical", "int_uniform", "uniform", "q_uniform", "log_uniform"),
     "log_uniform_values",
@@ -81,25 +82,36 @@ def create(study: Study) -> None:
         made = optuna.create_study(
             study_name=study.id, storage=_storage(study), direction=direction
         )
-        _enqueue(made, definition)
+        _enqueue(made, definition, [])
 
 
 def extend(study: Study) -> int:
     """Add the points that the study's definition now has and the journal has not; how many."""
     with _quiet(), FileLock(study.directory / CLAIM_LOCK):
-        return _enqueue(_load(study), definition_of(study))
+        return _enqueue(_load(study), definition_of(study), _void(study))
+
+
+def begin_anew(study: Study) -> None:
+    """What failed so far counts no more, and its points wait again: the metric had a wrong name.
+
+    They get new numbers, and so new runs. Waits for `extend`; the study is to be saved after it.
+    """
+    trials = _load(study).get_trials(deepcopy=False)
+    failed = [trial.number for trial in trials if trial.state == TrialState.FAIL]
+    study.record[VOID] = failed
+    set_aside(study, [_name(number) for number in failed])
 
 
 def n_waiting(study: Study) -> int:
     """Points that no agent has begun, and those that an agent has left unfinished."""
     definition, trials = definition_of(study), _load(study).get_trials(deepcopy=False)
-    n_left = 0
+    n_begun, n_left = len(trials) - len(_void(study)), 0
     for trial in trials:
         if trial.state == TrialState.RUNNING and (lock := try_lock(study, _name(trial.number))):
             lock.release()
             n_left += 1
     if definition.method != "grid":
-        return max(0, (definition.run_cap or 0) - len(trials)) + n_left
+        return max(0, (definition.run_cap or 0) - n_begun) + n_left
     return sum(trial.state == TrialState.WAITING for trial in trials) + n_left
 
 
@@ -175,13 +187,20 @@ def _name(number: int) -> str:
     return f"trial{number}"
 
 
-def _enqueue(made: optuna.Study, definition: Definition) -> int:
+def _void(study: Study) -> list[int]:
+    """The numbers of trials that count no more."""
+    return study.record.get(VOID, [])
+
+
+def _enqueue(made: optuna.Study, definition: Definition, void: Sequence[int]) -> int:
     if definition.method != "grid":
         return 0
-    known = [trial.user_attrs[POINT] for trial in made.get_trials(deepcopy=False)]
+    trials = made.get_trials(deepcopy=False)
+    known = [trial.user_attrs[POINT] for trial in trials if trial.number not in void]
     new = [point for point in definition.points() if point not in known]
     cap = definition.run_cap
-    for point in new if cap is None else new[: max(0, cap - len(known))]:
+    new = new if cap is None else new[: max(0, cap - len(known))]
+    for point in new:
         made.enqueue_trial({}, user_attrs={POINT: point})
     return len(new)
 
@@ -200,7 +219,8 @@ def claim(study: Study, agent: str) -> Claim | None:
             if trial.state == TrialState.RUNNING and (lock := try_lock(study, _name(trial.number))):
                 return _claimed(made, definition, trial, agent, lock)
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
-        ended = definition.method == "grid" or len(trials) >= (definition.run_cap or 0)
+        n_begun = len(trials) - len(_void(study))
+        ended = definition.method == "grid" or n_begun >= (definition.run_cap or 0)
         if not waiting and ended:
             return None
         made.sampler = _sampler(definition, len(trials))

@@ -16,6 +16,7 @@ from spd.sweeps.trials import (
     Trial,
     by_value,
     definition_of,
+    log_of,
     shown,
     trials_of,
 )
@@ -23,6 +24,8 @@ from spd.sweeps.trials import (
 PAGE = "sweep.html"
 N_LISTED = 20
 """runs in the table on the terminal; the page lists all"""
+LONG_REASON = 80
+"""characters from which on a reason stands below the table"""
 
 
 def write_page(
@@ -34,6 +37,7 @@ def write_page(
     keys = [key for key, parameter in definition.parameters.items() if parameter.kind != "constant"]
     keys = keys or list(definition.parameters)
     counts = _counts(trials, n_waiting)
+    shared = shared_reasons(trials)
     contents = {
         "study": study.id,
         "record": study.record,
@@ -44,21 +48,56 @@ def write_page(
         "counts": counts,
         "agents": agents,
         "shown": shown,
+        "words": [reason_in_row(trial, shared) for trial in trials],
+        "notes": _notes(study, trials, shared),
     }
     path = render_page(study.directory / PAGE, f"{PAGE}.j2", contents, folder=Path(__file__).parent)
     unwell = [f"{name}: {s.state}: {s.reason}" for name, s in agents.items() if s.state == "failed"]
-    text = "\n".join([format_trials(trials, keys, definition), counts, *unwell])
+    table = format_trials(trials, keys, definition, shared)
+    notes = [f"({number}) {reason}\n    log: {log}" for number, reason, log in contents["notes"]]
+    text = "\n".join([table, *notes, counts, *unwell])
     good = not unwell and not n_waiting and bool(trials)
     good = good and all(trial.state in ("finished", "pruned") for trial in trials)
     return text, path, good
 
 
-def format_trials(trials: Sequence[Trial], keys: Sequence[str], definition: Definition) -> str:
+def shared_reasons(trials: Sequence[Trial]) -> list[str]:
+    """What several trials say, or one at length: it stands once, below the table, under its number."""
+    said = [trial.reason for trial in trials if trial.reason]
+    return [
+        reason
+        for reason in dict.fromkeys(said)
+        if said.count(reason) > 1 or len(reason) > LONG_REASON or "\n" in reason
+    ]
+
+
+def reason_in_row(trial: Trial, shared: Sequence[str]) -> str:
+    """The number of a reason that stands below the table, or the reason itself."""
+    if trial.reason in shared:
+        return f"({shared.index(trial.reason) + 1})"
+    return trial.reason or ""
+
+
+def _notes(
+    study: Study, trials: Sequence[Trial], shared: Sequence[str]
+) -> list[tuple[int, str, str]]:
+    """Each reason that is shared, by its number, and where more of it can be read."""
+    notes = []
+    for number, reason in enumerate(shared, start=1):
+        log = log_of(study, [trial for trial in trials if trial.reason == reason])
+        notes.append((number, reason, str(log)))
+    return notes
+
+
+def format_trials(
+    trials: Sequence[Trial], keys: Sequence[str], definition: Definition, shared: Sequence[str]
+) -> str:
     """One line per trial, the best first."""
     table = [("trial", *keys, definition.metric.name, "state")]
     for trial in trials[:N_LISTED]:
         value = "–" if trial.value is None else f"{trial.value:.6g}"
-        reason = f": {trial.reason.splitlines()[0]}" if trial.reason else ""
+        words = reason_in_row(trial, shared)
+        reason = f" {words}" if trial.reason in shared else f": {words}" if words else ""
         table.append(
             (trial.name, *(shown(trial.point[key]) for key in keys), value, trial.state + reason)
         )

@@ -40,6 +40,7 @@ from spd.launch.study import (
 from spd.registry import expected_minutes, get_experiment
 from spd.settings import PACKAGE_DIR, output_root
 from spd.sweeps.definition import Definition, check, read_definition
+from spd.sweeps.trials import trials_of
 
 KIND = "sweeps"
 SHIPPED = PACKAGE_DIR / "sweeps" / "sweep_params.yaml"
@@ -112,6 +113,8 @@ def _run(arguments: Arguments) -> int:
     if action == "status":
         return _show(study)
     n_agents = _n_agents(words[0]) if words else study.record["n_agents"]
+    if "retries" in given:
+        study.record["retries"] = options.retries
     extended = read_definition(options.params) if "params" in given else None
     return _go_on(study, n_agents, extended, options)
 
@@ -133,6 +136,7 @@ def _new(words: Sequence[str], options: SweepOptions) -> int:
         "project": project,
         "name": _job_name(options.job_suffix),
         "n_agents": n_agents,
+        "retries": options.n_retries,
     }
     directory = output_root().absolute() / KIND / name
     n = definition.n_points if definition.n_points is not None else n_agents
@@ -163,11 +167,14 @@ def _go_on(study: Study, n_agents: int, extended: Definition | None, options: Sw
     if busy:
         raise UserError(f"{study.id}: {', '.join(busy)} still at work; --status shows them")
     if extended is not None:
-        _check_extension(study, extended, str(options.params))
+        corrected = check_extension(study, extended, str(options.params))
         module.check(extended)
+        if corrected:
+            module.begin_anew(study)
         study.record["definition"] = extended.model_dump(mode="json", exclude_unset=True)
+        n_added = module.extend(study)
         study.save()
-        print(f"{module.extend(study)} points added")
+        print(f"{n_added} points added")
     left = module.n_waiting(study)
     n = n_agents if left is None else left
     if n == 0:
@@ -222,6 +229,7 @@ def _agents(
             env=job_environment(directory / "code", options),
             minutes=each,
             slurm_name=asked["name"],
+            retries=asked.get("retries", 0),
         )
         for number in numbers
     ]
@@ -280,17 +288,29 @@ def _tracks(project: str | None) -> bool:
     return project is not None and not offline and has_credentials()
 
 
-def _check_extension(study: Study, extended: Definition, source: str) -> None:
-    """The same search with other values or more of them."""
+def check_extension(study: Study, extended: Definition, source: str) -> bool:
+    """The same search with other values or more of them; whether its metric has another name.
+
+    That may be as long as no trial has a value.
+    """
     check(extended, study.record["experiment"], study.record["overrides"], source)
     before = Definition.model_validate(study.record["definition"])
+    corrected = before.metric.name != extended.metric.name
     for place, old, new in (
         ("method", before.method, extended.method),
-        ("metric", before.metric, extended.metric),
+        ("metric.goal", before.metric.goal, extended.metric.goal),
+        ("metric.target", before.metric.target, extended.metric.target),
         ("parameters", list(before.parameters), list(extended.parameters)),
     ):
         if old != new:
             raise UserError(f"{source}: {place}: the sweep has {old}, so it cannot become {new}")
+    valued = [trial.name for trial in trials_of(study) if trial.value is not None]
+    if corrected and valued:
+        raise UserError(
+            f"{source}: metric.name: the sweep has {before.metric.name!r}, so it cannot become"
+            f" {extended.metric.name!r}: {', '.join(valued)} ended with a value of it"
+        )
+    return corrected
 
 
 def _module(study: Study):

@@ -32,6 +32,8 @@ from spd.sweeps.definition import Definition, overrides_of
 
 TRIALS = "trials"
 OUTPUT = "output.txt"
+EARLIER = "earlier"
+"""trials that ended under another metric, none of which had a value"""
 
 
 class Trial(NamedTuple):
@@ -60,6 +62,21 @@ class Watcher(NamedTuple):
 
 def ignore() -> Watcher:
     return Watcher(lambda n, value: None, lambda: False)
+
+
+def log_of(study: Study, trials: Sequence[Trial]) -> Path:
+    """What the first of these trials printed that began a process; of seeds side by side one did."""
+    logs = [study.directory / TRIALS / f"{trial.name}.{OUTPUT}" for trial in trials]
+    return next((log for log in logs if log.is_file()), study.directory / TRIALS)
+
+
+def set_aside(study: Study, names: Sequence[str]) -> None:
+    """These trials stand in no table from now on; their records, logs and runs stay."""
+    (study.directory / TRIALS / EARLIER).mkdir(exist_ok=True)
+    for name in names:
+        path = study.directory / TRIALS / f"{name}.json"
+        if path.is_file():
+            path.rename(path.parent / EARLIER / path.name)
 
 
 def definition_of(study: Study) -> Definition:
@@ -138,12 +155,16 @@ def _run(
     now = {"label": label, "run_dir": first.run_dir}
     write_json(study.directory / JOBS / str(first.agent) / NOW_FILE, now)
     output = study.directory / TRIALS / f"{first.name}.{OUTPUT}"
-    ended = supervise(
-        command,
-        output,
-        {**os.environ, **first.env},
-        hopeless=lambda: any([own.hopeless() for own in watched]),
-    )
+    env = {**os.environ, **first.env}
+
+    def hopeless() -> bool:
+        return any([own.hopeless() for own in watched])
+
+    ended = supervise(command, output, env, hopeless=hopeless)
+    for _ in range(study.record.get("retries", 0)):
+        if not ended.worth_another_try or any(own.problem for own in watched):
+            break
+        ended = supervise(command, output, env, hopeless=hopeless)
     judged = [_judged(*pair, ended, len(trials)) for pair in zip(trials, watched, strict=True)]
     for trial in judged:
         _write(study, trial)

@@ -79,6 +79,10 @@ def extend(study: Study) -> int:
     raise UserError(f"{study.id}: a sweep on W&B is extended there")
 
 
+def begin_anew(study: Study) -> None:
+    raise UserError(f"{study.id}: the metric of a sweep on W&B is set there")
+
+
 def n_waiting(study: Study) -> int | None:
     """W&B knows; here only what was begun is known."""
     n, trials = definition_of(study).n_points, trials_of(study)

@@ -4,6 +4,7 @@ Tensors of the `meta` device have shapes and no values: whatever asks for a valu
 would make a GPU wait.
 """
 
+from dataclasses import replace
 from typing import Any, Self
 
 import pytest
@@ -113,15 +114,69 @@ def test_a_step_waits_for_nothing_and_copies_nothing_from_the_host(
                 inputs.batch, inputs.progress, noise, inputs.row_weights, inputs.state
             )
             total.backward()
+            norms = trained.gradient_norms()
             trained.clip_gradients_(trained.parameters, 1.0)
         assert all(p.grad is not None and p.grad.device == META for p in trained.parameters)
-        assert all(term.device == META for term in terms.values())
+        assert all(term.device == META for term in (*terms.values(), *norms.values()))
     with pytest.raises(RuntimeError):  # the test would see it
         torch.zeros(3, device=META).sum().item()
     with pytest.raises(AssertionError, match="of the host"), NothingFromTheHost():
         torch.zeros(3)
     with pytest.raises(AssertionError, match="of the host"), NothingFromTheHost():
         torch.full((), 0.5).to(META)
+
+
+class Waits:
+    """Counts what makes the host wait for a device: a number, a truth value or a copy that is asked for."""
+
+    NAMES = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: list[str] = []
+        for name in self.NAMES:
+            monkeypatch.setattr(Tensor, name, self._noting(name, getattr(Tensor, name)))
+
+    def _noting(self, name: str, original: Any) -> Any:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            self.found.append(name)
+            return original(*args, **kwargs)
+
+        return noting
+
+
+class Watched:
+    """Batches that keep what was found before each of them."""
+
+    def __init__(self, inner: Any, waits: Waits) -> None:
+        self.inner, self.waits, self.before = inner, waits, []
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Tensor:
+        self.before.append(list(self.waits.found))
+        self.waits.found.clear()
+        return next(self.inner)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("n_members", [1, 2])
+def test_the_loop_waits_for_the_device_where_it_logs_and_nowhere_else(
+    name: str, n_members: int, monkeypatch: pytest.MonkeyPatch
+):
+    changes = {"steps": 8, "log_every": 3, "eval_every": 100, "compile": False}
+    groups = {"components": {"grad_clip": 0.5}, "importances": {"lr": 1e-2}}
+    runs = [prepared_run(name, seed, **changes, **groups) for seed in range(n_members)]
+    for run in runs:  # what merges rows may look at a number of the CPU itself, and there alone
+        run.silent_rows.share = None
+    waits = Waits(monkeypatch)
+    watched = Watched(runs[0].problem.train_batches, waits)
+    runs[0] = runs[0]._replace(problem=replace(runs[0].problem, train_batches=watched))
+    loop.run_side_by_side([loop.Member(run, Silent()) for run in runs])
+    after = watched.before[1:]  # of every step but the last, from its batch to the next
+    assert after == [["tolist"], [], [], ["tolist"], [], [], ["tolist"]]
+    before = len(waits.found)
+    assert bool(torch.ones(())) and len(waits.found) == before + 1, "it would be seen"
 
 
 def test_cuda_graphs_are_asked_for_by_the_configuration_and_on_a_gpu_alone(

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from spd.config import UserError
+from spd.engine.compilation import CompiledStep
+from spd.engine.ensemble import Alone, StepInputs
 from spd.engine.prepare import Prepared, prepare
 from spd.engine.sequential import Sequential
-from spd.engine.step import passes_of
+from spd.engine.step import JointStep, passes_of
 from spd.experiments.sparse_features import SparseFeatureConfig, SparseFeatures
 from spd.losses import Noise
 from spd.noise import StepNoise
@@ -129,6 +131,39 @@ def test_one_pass_is_gone_before_the_next_begins():
     # what stays is of the target: its output, and its hidden layer as the input of a site
     assert watched_step(together=False) == [0] + [2] * (passes - 1)
     assert max(watched_step(together=True)) > 3 * N_SAMPLES
+
+
+class Kept:
+    """What a graph keeps of the forward pass for the way back."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_a_joint_step_keeps_nothing_of_its_graph():
+    """Nothing retains it: what was saved is released by the way back, though the terms are still held."""
+    torch.manual_seed(0)
+    objective = make_objective(decompose(MLP(), MLP_SITES), ALL_LOSSES)
+    trained, batch = Alone(objective), torch.randn(8, 4)
+    noise = objective.noise(batch, stream="train", seed=0, step=0)
+    inputs = StepInputs(batch, PROGRESS, noise, None, objective.initial_state())
+    saved: list[weakref.ref[Kept]] = []
+
+    def keep(tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        saved.append(weakref.ref(kept))
+        return kept
+
+    step = JointStep(trained, CompiledStep(trained.function, False, 1), tf32=False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+        terms, state = step(inputs)
+    assert len(saved) > 50 and not any(ref() is not None for ref in saved)
+    assert "loss/total" in terms and all(p.grad is not None for p in trained.parameters)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+        total, *_ = trained.function(batch, PROGRESS, dict(noise), None, state)
+        assert any(ref() is not None for ref in saved), "before the way back it is there"
+        total.backward(retain_graph=True)
+    assert any(ref() is not None for ref in saved), "and it would be seen if it were retained"
 
 
 # --- noise -----------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ TARGET = {
 QUICK = (
     *("steps=3", "log_every=1", "eval_every=2", "save_every=2", "batch_size=16"),
     *("eval_batch_size=16", "n_eval_batches=2", "wandb_project=null", "importance.n_hidden=4"),
-    *("sites.layers.*.mlp_in=9", "sites.layers.*.mlp_out=7"),
+    *("sites.layers.*.mlp_in=9", "sites.layers.*.mlp_out=7", "data.unlike_target=true"),
 )
 
 

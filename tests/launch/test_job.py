@@ -141,6 +141,51 @@ def test_a_job_that_ends_leaves_its_status_and_output(tmp_path: Path):
     assert (status.state, status.attempts, status.reason) == ("failed", 2, "no good")
 
 
+FAILS_ONCE = """
+import pathlib, sys
+begun = pathlib.Path("{}")
+if not begun.exists():
+    begun.touch()
+    sys.exit("error: out of memory")
+print("goes on")
+"""
+
+
+def test_a_job_that_failed_goes_on_and_counts_once(tmp_path: Path):
+    job = make_job(tmp_path, FAILS_ONCE.format(tmp_path / "begun"))._replace(retries=1)
+    job.save()
+    assert load_job(job.directory).retries == 1
+    assert run_job(job.directory).state == "finished"
+    status = read_status(job.directory)
+    assert (status.state, status.attempts, status.reason) == ("finished", 2, None)
+    assert output(job) == "error: out of memory\ngoes on\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "attempts", "state"),
+    [
+        ("raise SystemExit(1)", 3, "failed"),
+        ("import os; os.kill(os.getpid(), 9)", 3, "failed"),
+        ("raise SystemExit(2)", 1, "failed"),  # a mistake stays one
+        ("raise SystemExit(3)", 1, "skipped"),
+        ("raise SystemExit(143)", 1, "interrupted"),
+    ],
+)
+def test_what_is_tried_again_and_how_often(tmp_path: Path, code: str, attempts: int, state: State):
+    job = make_job(tmp_path, f"print('begun', flush=True); {code}")._replace(retries=2)
+    job.save()
+    assert run_job(job.directory).state == state
+    assert read_status(job.directory).attempts == attempts
+    assert output(job).count("begun") == attempts
+
+
+def test_the_mistake_of_a_process_that_torchrun_started_is_not_tried_again(tmp_path: Path):
+    said = FROM_TORCHRUN.format(2, 2)
+    job = make_job(tmp_path, f"print({said!r}); raise SystemExit(1)")._replace(retries=1)
+    job.save()
+    assert run_job(job.directory).mistake and read_status(job.directory).attempts == 1
+
+
 @pytest.mark.parametrize("signals", [["USR2"], ["TERM", "TERM", "USR2"]])
 def test_a_request_to_stop_is_handed_on_once(tmp_path: Path, signals: list[str]):
     """Whatever comes, and however often: the second one of a kind would end a run at once."""

@@ -120,6 +120,55 @@ def test_a_sweep_over_seeds_runs_them_side_by_side(launcher: Launcher):
     assert values[0] == values[1] and len(values[0]) == 3
 
 
+KILLED_ONCE = """
+import os, pathlib, sys, threading, time
+words = sys.orig_argv
+run = pathlib.Path(words[words.index("--run_dir") + 1]) if "--run_dir" in words else None
+
+def kill(mark):
+    while not list(run.glob("checkpoints/0*")):
+        time.sleep(0.005)
+    mark.touch()
+    os.kill(os.getpid(), 9)
+
+if run is not None:
+    mark = pathlib.Path.home() / f"{run.name}.killed"
+    if not mark.exists():
+        threading.Thread(target=kill, args=(mark,), daemon=True).start()
+"""
+"""a `sitecustomize` by which every run is killed once, after its first checkpoint"""
+
+
+def test_what_was_killed_goes_on_in_its_own_directory_and_counts_once(launcher: Launcher):
+    folder = launcher.home / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(KILLED_ONCE)
+    env = {"PYTHONPATH": f"{folder}:{launcher.package}"}
+    args = ("--experiments", "tms_5-2", "--local", "--cpu", *LONG)
+    killed = launcher.run(EVALS, *args, env=env)
+    undisturbed = launcher.run(EVALS, *args)
+    assert table(killed.stdout) == table(undisturbed.stdout), killed.stdout + killed.stderr
+    one, two = (path.read_bytes() for path in launcher.out.glob("tms_5-2/*/metrics.jsonl"))
+    assert one == two and len(list(launcher.home.glob("*.killed"))) == 1
+    study = launcher.studies("evals")[0]
+    (status,) = study.glob("jobs/*/status.json")
+    assert json.loads(status.read_text())["attempts"] == 2
+    once = launcher.run(EVALS, *args, "--retries", "0", env=env)
+    assert once.returncode == 1 and "killed by SIGKILL" in once.stdout
+
+    params = launcher.home / "params.yaml"
+    grid = "method: grid\nmetric: {name: eval/loss/total}\nparameters: {seed: {values: [0]}}\n"
+    params.write_text(grid)
+    done = launcher.run(SWEEP, "tms_5-2", "1", "--local", "--params", str(params), *LONG, env=env)
+    assert done.returncode == 0 and "1 finished" in done.stdout, done.stdout + done.stderr
+    (study,) = launcher.studies("sweeps")
+    (log,) = study.glob("trials/*.output.txt")
+    assert log.read_text().count("run directory: ") == 2
+    (record,) = study.glob("trials/*.json")
+    run = Path(json.loads(record.read_text())["run_dir"])
+    assert (launcher.home / f"{run.name}.killed").exists() and (run / "result.json").is_file()
+
+
 def test_a_metric_that_is_not_logged_is_refused_before_anything_runs(launcher: Launcher):
     params = launcher.home / "params.yaml"
     params.write_text(

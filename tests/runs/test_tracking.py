@@ -12,7 +12,7 @@ from spd.config import UserError
 from spd.run_files import read_metrics
 from spd.runs.run import load_run
 from spd.runs.tracking import RunTracker
-from spd.runs.wandb_run import WandbRun, download_run, new_run_id, start_wandb
+from spd.runs.wandb_run import Labels, WandbRun, download_run, new_run_id, start_wandb
 from tests.run_fixtures import (
     Command,
     command_fixture,
@@ -153,6 +153,7 @@ def test_without_a_key_or_switched_off_it_is_one_line(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     settings = {"name": "n", "directory": tmp_path, "config": {}, "run_id": "i"}
+    settings["labels"] = Labels("group", "job type", (), "notes")
     assert start_wandb("p", **settings) is None
     assert caplog.messages == [line] and list(tmp_path.iterdir()) == []
     assert start_wandb(None, **settings) is None  # no project: nobody asked for it

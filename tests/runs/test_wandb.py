@@ -65,7 +65,7 @@ def history(run: Path) -> list[dict[str, Any]]:
 def offline_fixture(tmp_path_factory: pytest.TempPathFactory, tms_target: Path) -> Path:
     command = Command(tmp_path_factory.mktemp("offline"), tms_target)
     command.environment.update(OFFLINE)
-    done = finished_run(command, "figures={mean_activity: {}}")
+    done = finished_run(command, "figures={mean_activity: {}}", "metrics={pattern_errors: {}}")
     run = command.only_run()
     sync = next(run.glob("wandb/offline-run-*"))
     assert f"W&B: {sync} (offline; `wandb sync {sync}` sends all of it)\n" in done.err
@@ -90,6 +90,53 @@ def test_the_recorded_run_bears_name_project_and_settings(offline: Path):
     assert config["steps"] == 6 and config["sites"] == {"linear1": 6, "linear2": 6}
     exits = [record.exit.exit_code for record in recorded(path) if record.HasField("exit")]
     assert exits == [0]
+
+
+def labels(run: Path) -> tuple[str, str, list[str], str]:
+    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    (record, *_) = [record.run for record in recorded(path) if record.HasField("run")]
+    return record.run_group, record.job_type, list(record.tags), record.notes
+
+
+def test_group_job_type_tags_and_notes_are_set_by_themselves(offline: Path):
+    group, job_type, tags, notes = labels(offline)
+    assert (group, job_type, tags) == ("tms_5-2", "decomposition", ["tms_5-2", "seed0"])
+    meta = json.loads((offline / "meta.json").read_text())
+    assert notes.startswith(f"{meta['command']}\n{offline} on ") and meta["commit"] in notes
+
+
+def test_labels_are_those_of_the_command_line_or_of_the_study(command: Command):
+    given = ("wandb_group=mine", "wandb_job_type=trial", "wandb_tags=[a, b]", "wandb_notes=why")
+    in_study = {**OFFLINE, "WANDB_RUN_GROUP": "20261126-a", "WANDB_JOB_TYPE": "evals"}
+    assert command.tms(*given, env=in_study).status == 0
+    run = command.only_run()
+    assert labels(run) == ("mine", "trial", ["a", "b"], "why")
+    study = command.out / "study"
+    done = command.tms("--run_dir", str(study), env=in_study)
+    assert done.status == 0 and labels(study)[:2] == ("20261126-a", "evals")
+    refused = command.tms("wandb_tags=['']", env=OFFLINE)
+    assert refused.status == 2 and "wandb_tags.0: " in refused.err
+
+
+def test_the_summary_holds_the_verdict_the_last_figures_and_the_best_losses(offline: Path):
+    (path,) = offline.glob("wandb/offline-run-*/*.wandb")
+    summary = {
+        item.key or "/".join(item.nested_key): json.loads(item.value_json)
+        for record in recorded(path)
+        if record.HasField("summary")
+        for item in record.summary.update
+    }
+    result = json.loads((offline / "result.json").read_text())
+    assert summary["verdict/solved"] is result["solved"] is False
+    conclusion = result["conclusion"]
+    assert summary["verdict/text"].startswith(conclusion["headline"]) and conclusion["headline"]
+    evaluations = [line for line in log_lines(offline) if "eval/loss/total" in line]
+    assert len(evaluations) > 1
+    for key, value in evaluations[-1].items():
+        if key.startswith("eval/"):
+            assert summary[key] == value
+    lowest = min(line["eval/loss/total"] for line in evaluations)
+    assert summary["best/eval/loss/total"] == lowest
 
 
 def test_the_run_directory_is_as_without_wandb_but_for_its_folder(offline: Path):

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from spd.config import UserError
 from spd.launch import study as launch
 from spd.launch.job import Status
 from spd.sweeps import optuna_backend as local_study
+from spd.sweeps import sweep
 from spd.sweeps.definition import Definition, Metric
 from spd.sweeps.figures import Scale, against_each, parallel_coordinates
 from spd.sweeps.page import write_page
@@ -102,6 +104,53 @@ def test_a_journal_that_lost_half_a_line_goes_on(
         claim.lock.release()
     assert local_study.n_waiting(study) == 0 and local_study.claim(study, "agent0") is None
     assert [json.loads(line) for line in journal.read_text().splitlines()]
+
+
+def finish(study: launch.Study, claim: local_study.Claim | None, state: str, value: float | None):
+    assert claim is not None
+    one = ended(claim, state, value)
+    local_study.tell(study, claim, one)
+    path = study.directory / "trials" / f"{one.name}.json"
+    path.write_text(json.dumps(one._asdict()))
+    claim.lock.release()
+
+
+@pytest.mark.parametrize("raw", [GRID, {**SEARCH, "run_cap": 3}], ids=["grid", "random"])
+def test_a_sweep_without_any_value_goes_on_under_a_corrected_metric(
+    tmp_path: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    study = make_study(tmp_path, raw)
+    n_points = local_study.n_waiting(study)
+    finish(study, local_study.claim(study, "agent0"), "failed", None)
+    finish(study, local_study.claim(study, "agent0"), "failed", None)
+    assert local_study.n_waiting(study) == n_points - 2
+    monkeypatch.setattr(sweep, "check", lambda *args: None)
+    renamed = {**raw, "metric": {**raw["metric"], "name": "eval/loss/stochastic_recon"}}
+    new = Definition.model_validate(renamed)
+    assert sweep.check_extension(study, new, "params.yaml")
+    local_study.begin_anew(study)
+    study.record["definition"] = renamed
+    assert local_study.extend(study) == (2 if raw is GRID else 0)
+    assert local_study.n_waiting(study) == n_points and trials_of(study) == []
+    points = []
+    while (claim := local_study.claim(study, "agent0")) is not None:
+        points.append(claim.point)
+        finish(study, claim, "finished", 1.0)
+    assert len(points) == n_points and len(trials_of(study)) == n_points
+    assert {trial.name for trial in trials_of(study)}.isdisjoint({"trial0", "trial1"})
+    assert len(list((study.directory / "trials" / "earlier").iterdir())) == 2
+    if raw is GRID:
+        assert sorted(map(str, points)) == sorted(map(str, new.points()))
+    with pytest.raises(UserError, match=r"metric.name: the sweep has .*stochastic_recon.*trial2"):
+        sweep.check_extension(study, Definition.model_validate(raw), "params.yaml")
+
+
+def test_the_goal_of_a_sweep_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    study = make_study(tmp_path, GRID)
+    monkeypatch.setattr(sweep, "check", lambda *args: None)
+    turned = {**GRID, "metric": {**GRID["metric"], "goal": "maximize"}}
+    with pytest.raises(UserError, match="metric.goal: the sweep has minimize, so it cannot become"):
+        sweep.check_extension(study, Definition.model_validate(turned), "params.yaml")
 
 
 def test_a_failed_point_is_not_run_again(tmp_path: Path):
@@ -206,6 +255,33 @@ def test_the_best_come_first_and_failures_last(tmp_path: Path):
     html = page.read_text(encoding="utf-8")
     assert html.count("data:image/png;base64,") == 2 and "it &lt;broke&gt;" in html
     assert not re.search(r'(src|href)="(?!data:|#)', html), "it opens from disk, alone"
+
+
+def test_what_many_rows_say_stands_once_below_the_table(tmp_path: Path):
+    study = make_study(tmp_path, GRID)
+    folder = study.directory / "trials"
+    folder.mkdir(exist_ok=True)
+    common, long = "the metric is not logged", "x" * 100
+    reasons = [common, "killed by SIGKILL", common, long]
+    for number, reason in enumerate(reasons):
+        point = {"seed": number, "data.value_range": [0, 1]}
+        one = Trial(f"trial{number}", point, "/nowhere", "failed", None, reason)
+        (folder / f"{one.name}.json").write_text(json.dumps(one._asdict()))
+        (folder / f"{one.name}.output.txt").write_text(reason)
+    text, page, _ = write_page(study, {}, 0)
+    lines = text.splitlines()
+    assert [line.partition("failed")[2] for line in lines[1:5]] == [
+        *(" (1)", ": killed by SIGKILL", " (1)", " (2)"),
+    ]
+    assert lines[5:9] == [
+        f"(1) {common}",
+        f"    log: {folder}/trial0.output.txt",
+        f"(2) {long}",
+        f"    log: {folder}/trial3.output.txt",
+    ]
+    html = page.read_text(encoding="utf-8")
+    assert html.count(common) == html.count(long) == html.count("killed by SIGKILL") == 1
+    assert f"{folder}/trial3.output.txt" in html
 
 
 def test_a_sweep_without_results_has_a_page_too(tmp_path: Path):

@@ -2,8 +2,6 @@
 
 import importlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +10,6 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from spd.component_model import Site
 from spd.config import UserError
 from spd.experiments.lm.data.batches import HELD_OUT_FILE
 from spd.experiments.lm.hub import hub_commit, unreachable
@@ -178,8 +175,7 @@ def save_copy(
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     save: Any = getattr(model.inner, "save_pretrained", None)
     if save is not None and n_bytes <= max_megabytes * 2**20:
-        with original_modules(model):
-            save(directory)
+        save(directory)  # sites are saved as what they stand for
         for weights in directory.glob("*.safetensors"):
             give_usual_mode(weights)
     else:
@@ -193,19 +189,6 @@ def save_copy(
     record = origin._asdict()
     del record["directory"]
     write_json(directory / ORIGIN_FILE, record)
-
-
-@contextmanager
-def original_modules(model: TokenModel) -> Iterator[None]:
-    """Put back the modules whose places sites have taken, for as long as that is needed."""
-    sites = {path: module for path, module in model.named_modules() if isinstance(module, Site)}
-    for path, site in sites.items():
-        model.set_submodule(path, site.original)
-    try:
-        yield
-    finally:
-        for path, site in sites.items():
-            model.set_submodule(path, site)
 
 
 def _load_model(model_class: Any, origin: Origin, wanted: Wanted, device_map: Any = None) -> Any:

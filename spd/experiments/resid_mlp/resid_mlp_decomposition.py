@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from spd.config import BY_TYPE, NAME_IS_TYPE, UserError
+from spd.config import BY_TYPE, NAME_IS_TYPE
 from spd.experiments.resid_mlp.metrics import LabelPerformanceMetric, NeuronContributionsMetric
 from spd.experiments.resid_mlp.model import make_labels
 from spd.experiments.resid_mlp.plots import (
@@ -20,8 +20,17 @@ from spd.experiments.resid_mlp.plots import (
     ResponseCurves,
 )
 from spd.experiments.resid_mlp.problem import ResidMLPProblem, known_solution
-from spd.experiments.resid_mlp.train_resid_mlp import PROBE, RESID_MLP_TARGET, load_resid_mlp_target
-from spd.experiments.sparse_features import SparseFeatureConfig, SparseFeatures
+from spd.experiments.resid_mlp.train_resid_mlp import (
+    PROBE,
+    RESID_MLP_TARGET,
+    ResidMLPTrainConfig,
+    load_resid_mlp_target,
+)
+from spd.experiments.sparse_features import (
+    InheritedFeatures,
+    SparseFeatureConfig,
+    SparseFeatures,
+)
 from spd.experiments.targets import resolve_target
 from spd.metrics import GeneralMetric
 from spd.reports.figures import FigureSpec
@@ -38,7 +47,7 @@ class ResidMLPConfig(ExperimentConfig):
     """A decomposition of a `ResidMLP`."""
 
     target: str = Field()  # pyright: ignore[reportIncompatibleVariableOverride]
-    data: SparseFeatureConfig = SparseFeatureConfig()
+    data: InheritedFeatures = InheritedFeatures()
     batch_size: int = Field(ge=1)
     eval_batch_size: int = Field(default=1024, ge=1)
     metrics: ResidMLPMetrics = {}  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -47,19 +56,23 @@ class ResidMLPConfig(ExperimentConfig):
 
 def build(config: ResidMLPConfig, device: torch.device) -> ResidMLPProblem:
     """Target, data, labels and the known solution: each feature read alone, all neurons written."""
+
+    def inputs(training: ResidMLPTrainConfig) -> SparseFeatureConfig:
+        return config.data.like(training.data, training.model.n_features)
+
     directory = resolve_target(
-        config.target, RESID_MLP_TARGET, device=device, folders=(Path(__file__).parent,)
+        config.target,
+        RESID_MLP_TARGET,
+        device=device,
+        folders=(Path(__file__).parent,),
+        check=inputs,
     )
     target, training = load_resid_mlp_target(directory, device)
-    n_features = training.model.n_features
-    try:
-        config.data.check_n_features(n_features)
-    except ValueError as error:
-        raise UserError(f"data: {error}") from None
+    data, n_features = inputs(training), training.model.n_features
 
     def batches(stream: str, batch_size: int) -> SparseFeatures:
         return SparseFeatures(
-            config.data,
+            data,
             n_features,
             batch_size=batch_size,
             seed=config.seed,

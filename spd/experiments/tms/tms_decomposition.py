@@ -12,11 +12,15 @@ from pydantic import Field
 
 from spd.components import resolve_sites
 from spd.config import BY_TYPE, NAME_IS_TYPE, UserError
-from spd.experiments.sparse_features import SparseFeatureConfig, SparseFeatures
+from spd.experiments.sparse_features import (
+    InheritedFeatures,
+    SparseFeatureConfig,
+    SparseFeatures,
+)
 from spd.experiments.targets import resolve_target
-from spd.experiments.tms.model import TMSModelConfig, empty_model
+from spd.experiments.tms.model import empty_model
 from spd.experiments.tms.plots import TMSVectors
-from spd.experiments.tms.train_tms import PROBE, TMS_TARGET, load_tms_target
+from spd.experiments.tms.train_tms import PROBE, TMS_TARGET, TMSTrainConfig, load_tms_target
 from spd.problem import (
     Dense,
     Identity,
@@ -30,15 +34,20 @@ from spd.runs.execution import ExperimentConfig
 TMSFigures = Annotated[Mapping[str, Annotated[FigureSpec | TMSVectors, BY_TYPE]], NAME_IS_TYPE]
 
 
+TIED = ("linear1", "linear2")
+"""the matrices of a target with `tied_weights`"""
+
+
 class TMSConfig(ExperimentConfig):
     """A decomposition of a `TMSModel`."""
 
     target: str = Field()  # pyright: ignore[reportIncompatibleVariableOverride]
-    data: SparseFeatureConfig = SparseFeatureConfig()
+    data: InheritedFeatures = InheritedFeatures()
     batch_size: int = Field(ge=1)
     eval_batch_size: int = Field(default=1024, ge=1)
-    tied_sites: tuple[tuple[str, str], ...] = ()
-    """(source, tied): `tied` shares the subcomponents of `source`, transposed"""
+    tied_sites: tuple[tuple[str, str], ...] | None = None
+    """(source, tied): `tied` shares the subcomponents of `source`, transposed; null: as the target's own
+    weights are tied, where both are sites; []: none, each matrix is decomposed by itself"""
     figures: TMSFigures = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
@@ -49,15 +58,15 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
         TMS_TARGET,
         device=device,
         folders=(Path(__file__).parent,),
-        check=lambda training: _check_fit(config, training.model),
+        check=lambda training: _check_fit(config, training),
     )
     target, training = load_tms_target(directory, device)
-    _check_fit(config, training.model)
+    data, tied_sites = _check_fit(config, training)
     n_features, n_hidden = training.model.n_features, training.model.n_hidden
 
     def batches(stream: str, batch_size: int) -> SparseFeatures:
         return SparseFeatures(
-            config.data,
+            data,
             n_features,
             batch_size=batch_size,
             seed=config.seed,
@@ -76,7 +85,7 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
         train_batches=batches("train", config.batch_size),
         eval_batches=batches("eval", config.eval_batch_size),
         independent_rows=True,
-        tied_sites=config.tied_sites,
+        tied_sites=tied_sites,
         probes=PROBE * torch.eye(n_features, device=device),
         solution=solution,
         target_dir=directory,
@@ -84,13 +93,31 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
     )
 
 
-def _check_fit(config: TMSConfig, model: TMSModelConfig) -> None:
-    """What can be wrong between a decomposition and its target, before that is trained."""
-    resolve_sites(empty_model(model), config.sites)
-    try:
-        config.data.check_n_features(model.n_features)
-    except ValueError as error:
-        raise UserError(f"data: {error}") from None
+def _check_fit(
+    config: TMSConfig, training: TMSTrainConfig
+) -> tuple[SparseFeatureConfig, tuple[tuple[str, str], ...]]:
+    """Inputs and tied sites as they are given or inherited from the target, before that is trained.
+
+    `UserError` where the decomposition and its target do not go together.
+    """
+    sites = resolve_sites(empty_model(training.model), config.sites)
+    data = config.data.like(training.data, training.model.n_features)
+    if config.tied_sites is None:
+        tied = training.model.tied_weights and all(path in sites for path in TIED)
+        if tied and sites[TIED[0]] != sites[TIED[1]]:
+            sizes = ", ".join(f"{path} {sites[path]}" for path in TIED)
+            raise UserError(
+                f"sites: {sizes}, but one matrix of the target is both, and so are its subcomponents:"
+                " the same number is needed, or tied_sites=[]"
+            )
+        return data, (TIED,) if tied else ()
+    pairs = [list(pair) for pair in config.tied_sites]
+    if not training.model.tied_weights and any(set(pair) == set(TIED) for pair in pairs):
+        raise UserError(
+            f"tied_sites: {pairs} here, but the target was trained with tied_weights false;"
+            " left out, it is as the target is"
+        )
+    return data, config.tied_sites
 
 
 if __name__ == "__main__":

@@ -217,6 +217,16 @@ def test_a_resumed_run_ends_with_the_same_numbers(
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_target_larger_than_allowed_is_not_copied(
+    little: LMConfig, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    copied, referred = (start(changed(little, copy_target_mb=mb), build) for mb in (1, 0))
+    weights = [list((run / "target").glob("model*.safetensors")) for run in (copied, referred)]
+    assert len(weights[0]) == 1 and not weights[1]
+    assert caplog.text.count("are not copied into the run (copy_target_mb: 0)") == 1
+
+
 def _until(run: Path, step: int) -> list[str]:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     return [line for line in lines if json.loads(line)["step"] < step]

@@ -16,7 +16,6 @@ from spd.experiments.lm.loading import (
     LoadedTarget,
     Wanted,
     load_lm,
-    original_modules,
     save_copy,
 )
 from spd.importance import AffineImportanceConfig
@@ -225,16 +224,3 @@ def test_large_weights_stay_where_they_are(tmp_path: Path):
     save_copy(loaded.model, loaded.tokenizer, loaded.origin, copy, max_megabytes=0)
     assert not list(copy.glob("*.safetensors"))
     assert torch.equal(load(copy).model(IDS), loaded.model(IDS))
-
-
-def test_original_modules_are_back_for_as_long_as_they_are_needed():
-    inner = little_llama()
-    names = set(inner.state_dict())
-    from spd.experiments.lm.model import TokenModel
-
-    target = TokenModel(inner, "logits")
-    ComponentModel(target, {"model.layers.0.mlp.up_proj": 2}, AffineImportanceConfig())
-    assert set(inner.state_dict()) != names
-    with original_modules(target):
-        assert set(inner.state_dict()) == names
-    assert set(inner.state_dict()) != names

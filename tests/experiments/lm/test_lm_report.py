@@ -152,6 +152,41 @@ def test_what_the_page_says_of_a_subcomponent_is_what_the_model_does():
             assert (other_path, d) != (path, c)
 
 
+def importances_on(page: dict[str, Any]) -> list[float]:
+    """Every importance that the page shows, or a mean or share of them."""
+    found = []
+    for row in page["rows"]:
+        found += [row["mean"], row["highest"]]
+        found += [share for _, share in row["shares"]]
+        found += [mean for _, mean, _ in row["means"]]
+        for _, shades, *_ in row["contexts"]:
+            found += [level / 255 for level in bytes.fromhex(shades)]
+    return found
+
+
+def test_importances_above_1_and_below_0_are_shown_as_1_and_0():
+    """The importance functions give out logits of any size; what leaks beyond 0 and 1 is for training."""
+    model = decomposed(
+        little_model("llama"), {"model.embed_tokens": 5, "model.layers.1.mlp.down_proj": 4}
+    )
+    with torch.no_grad():
+        for site in model.sites.values():
+            site.importance.weight.mul_(1e3)  # pyright: ignore
+    batches = [next(RandomBatches(seed)) for seed in range(3)]
+    ci = [model.causal_importances(model.target_forward(batch).site_inputs) for batch in batches]
+    values = [g for own in ci for kind in (own.lower, own.upper) for g in kind.values()]
+    assert max(g.max().item() for g in values) > 1.5
+    assert min(g.min().item() for g in values) < -0.5
+    gathered = gather(model, batches, "lm_head")
+    assert gathered is not None
+    shown = importances_on(page_data(model, gathered, None))
+    assert len(shown) > 100 and max(shown) == 1.0 and min(shown) == 0.0
+    assert min(shown) >= 0.0 and max(shown) <= 1.0
+    statistics = gathered.statistics
+    for tensor in (statistics.mean, statistics.highest, statistics.contexts.importances):
+        assert tensor.min() >= 0.0 and tensor.max() <= 1.0
+
+
 def test_sites_are_shown_only_where_they_are_applied_at_every_position():
     """Positions embedded once for all sequences count for each; a pooled vector does not."""
     model = decomposed(little_model("gpt2"), {"transformer.wpe": 4})
