@@ -314,12 +314,14 @@ def observed(observe: Callable[[Raw], Any], raw: Raw) -> Any:
     return _SEEN[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("observe", "base", "change"), CASES)
 def test_a_key_changes_what_comes_out(observe: Callable[[Raw], Any], base: Raw, change: Raw):
     before, after = observed(observe, base), observed(observe, {**base, **change})
     assert before != after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_what_comes_out_depends_on_the_configuration_alone(name: str):
     observe, base, _ = TABLE[name]

@@ -137,6 +137,7 @@ class Scaled(torch.nn.Module):
         return self.factor * square(x)
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_a_process_compiles_as_many_runs_as_it_likes(monkeypatch: pytest.MonkeyPatch):
     import torch._dynamo.config

@@ -14,7 +14,8 @@ __all__ = ["command_fixture", "target_fixture"]
 
 STEPS = 300
 LONGER = (f"steps={STEPS}", "eval_every=1000", "save_every=1000", "log_every=1", "compile=false")
-KEYS = {"step", "loss/total", "loss/stochastic_recon", "l0/linear1", "l0/linear2", "lr"}
+LOSS_KEYS = {"loss/total", "loss/stochastic_recon", "l0/linear1", "l0/linear2"}
+KEYS = {"step", *LOSS_KEYS, "grad_norm/components", "grad_norm/importances", "lr"}
 EVAL_KEYS = {"step", "eval/loss/total", "eval/loss/stochastic_recon"}
 
 
