@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from spd.component_model import ComponentModel
 from spd.config import UserError
 from spd.masks import SiteMask
-from tests.toy import decompose
+from tests.toy import Logits, decompose
 
 BATCH = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 
@@ -105,15 +105,6 @@ def generator() -> Any:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=2, n_positions=32)
     return GPT2LMHeadModel(config).eval()
-
-
-class Logits(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.inner(ids).logits
 
 
 @pytest.mark.parametrize("masks", [0.0, "importances", {"*": None}])

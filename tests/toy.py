@@ -42,6 +42,17 @@ class MLP(nn.Module):
         return self.last(self.deep["mid"](self.first(x).relu()).relu())
 
 
+class Logits(nn.Module):
+    """A user's own module around a Hugging Face model."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(ids).logits
+
+
 class TokenModel(nn.Module):
     """Token ids → embedding → logits."""
 

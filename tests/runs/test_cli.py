@@ -226,7 +226,7 @@ cli(ExperimentConfig, build)
 @pytest.mark.parametrize(
     ("given", "seen"),
     [
-        ({}, ["None None", "passive 0"]),
+        ({}, ["None None", "passive 1000"]),
         pytest.param({"OMP_WAIT_POLICY": "active"}, ["active None"], marks=pytest.mark.slow),
         pytest.param({"GOMP_SPINCOUNT": "5"}, ["None 5"], marks=pytest.mark.slow),
     ],

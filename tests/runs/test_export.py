@@ -24,7 +24,7 @@ import spd
 from spd.component_model import ComponentModel
 from spd.config import UserError
 from spd.experiments.lm.model import TokenModel
-from tests.toy import decompose
+from tests.toy import Logits, decompose
 
 IDS = torch.arange(2, 14).reshape(2, 6)
 SMALL: dict[str, Any] = {
@@ -63,17 +63,6 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["*dense_h_to_4h"],
     ),
 }
-
-
-class Logits(nn.Module):
-    """A user's own wrapper."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.inner(ids).logits
 
 
 def made(kind: str, wrapped: bool = False) -> ComponentModel:
