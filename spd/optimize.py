@@ -16,6 +16,7 @@ from spd.engine.ensemble import train_together
 from spd.engine.members import NonFiniteError, restore, save, shared, step_inputs, warm_up
 from spd.engine.prepare import Prepared, check_side_by_side, evaluate
 from spd.engine.step import execution_record, make_step
+from spd.engine.threads import as_before
 from spd.engine.update import Update
 from spd.losses import State
 
@@ -88,6 +89,7 @@ def run_steps(
     return prepared.objective.model
 
 
+@as_before()
 def run_side_by_side(
     members: Sequence[Member],
     *,

@@ -9,6 +9,7 @@ from spd.engine.compilation import CompiledStep, tf32_matmuls
 from spd.engine.ensemble import Alone, Ensemble, StepInputs
 from spd.engine.layers import layers_of
 from spd.engine.sequential import CompiledPasses
+from spd.engine.threads import one_for_a_light_step
 from spd.losses import State
 from spd.spd_config import Execution, Passes, SPDConfig
 
@@ -33,6 +34,10 @@ class JointStep:
 
     def __call__(self, inputs: StepInputs) -> tuple[dict[str, Tensor], State]:
         batch, progress, noise, row_weights, state = inputs
+        if self.execution.compiled is None and not batch.is_cuda:
+            one_for_a_light_step(
+                self.execution.forward, batch, progress, dict(noise), row_weights, state
+            )
         with self.execution.explained(), tf32_matmuls(self.tf32):
             total, terms, state = self.execution(batch, progress, dict(noise), row_weights, state)
             total.backward()
