@@ -29,12 +29,16 @@ class Step(Protocol):
 class JointStep:
     """All passes of a step in one graph, which goes back as a whole."""
 
-    def __init__(self, trained: Alone | Ensemble, execution: CompiledStep, *, tf32: bool) -> None:
+    def __init__(
+        self, trained: Alone | Ensemble, execution: CompiledStep, *, tf32: bool, resumed: bool
+    ) -> None:
         self.trained, self.execution, self.tf32 = trained, execution, tf32
+        self.threads_are_chosen = resumed  # by the checkpoint
 
     def __call__(self, inputs: StepInputs) -> tuple[dict[str, Tensor], State]:
         batch, progress, noise, row_weights, state = inputs
-        if self.execution.compiled is None and not batch.is_cuda:
+        if not self.threads_are_chosen and not batch.is_cuda:
+            self.threads_are_chosen = True
             one_for_a_light_step(
                 self.execution.forward, batch, progress, dict(noise), row_weights, state
             )
@@ -76,7 +80,7 @@ def make_step(
             n_members=trained.n_members,
             cuda_graphs=batch.is_cuda and config.execution.cuda_graphs,
         )
-        step = JointStep(trained, execution, tf32=tf32)
+        step = JointStep(trained, execution, tf32=tf32, resumed=bool(earlier))
     else:
         step = SequentialStep(CompiledPasses(objective, setting, n_steps), tf32=tf32)
     step.execution.shapes = [*earlier.get("compiled_shapes", [])]
