@@ -13,8 +13,8 @@ from spd.component_model import ComponentModel
 from spd.config import UserError
 from spd.engine.ensemble import check_one_target
 from spd.engine.layers import checkpoint_layers_, layers_of
-from spd.engine.silent_rows import SilentRows
 from spd.engine.step import may_compile, passes_of
+from spd.engine.zero_rows import ZeroRows
 from spd.losses import State, StepContext
 from spd.masks import SiteMask
 from spd.metrics import HeldOutLosses, Metric, collect
@@ -33,7 +33,7 @@ class Prepared(NamedTuple):
     objective: Objective
     eval_batches: list[Tensor]
     """the held-out batches, drawn once"""
-    silent_rows: SilentRows
+    zero_rows: ZeroRows
 
 
 def prepare(problem: Problem, config: SPDConfig) -> Prepared:
@@ -74,8 +74,8 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f" {str(execution.activation_checkpointing).lower()})"
         )
     warn_of_no_effect(model, eval_batches[0])
-    silent_rows = SilentRows(model, problem, eval_batches)
-    prepared = Prepared(problem, config, objective, eval_batches, silent_rows)
+    zero_rows = ZeroRows(model, problem, eval_batches)
+    prepared = Prepared(problem, config, objective, eval_batches, zero_rows)
     build_metrics(prepared)
     return prepared
 
