@@ -104,6 +104,7 @@ def study(extended: Path) -> tuple[Path, str]:
     return folder, out
 
 
+@pytest.mark.slow
 def test_an_added_metric_is_seen_wherever_figures_are(
     study: tuple[Path, str], extended: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_the_added_experiment_is_solved(extended: Path) -> None:
     assert "solved: every site matches" in out
 
 
+@pytest.mark.slow
 def test_the_library_example_of_the_readme(tmp_path: Path) -> None:
     (example,) = [code for code in blocks(REPO / "README.md", "python") if "decompose(" in code]
     assert len(example.splitlines()) <= 20

@@ -93,9 +93,17 @@ CASES = {
     "residual MLP": ("resid_mlp2", TERMS, "both"),
     "residual MLP, other terms": ("resid_mlp2", OTHER_TERMS, "gradient"),
 }
+QUICK_ONES = ("tms, other terms", "tms with an identity", "residual MLP, other terms")
+"""between them every term, both leaks and every family"""
 
 
-@pytest.mark.parametrize(("name", "losses", "leak"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("name", "losses", "leak"),
+    [
+        pytest.param(*case, id=name, marks=() if name in QUICK_ONES else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 def test_members_are_single_runs(
     targets: dict[str, Path], name: str, losses: dict[str, Any], leak: str
 ):
