@@ -27,6 +27,7 @@ from spd.config import (
     nearest,
 )
 from spd.losses import Loss, StepContext, loss_terms
+from spd.metrics.causes import dense_shortfall
 from spd.problem import (
     Dense,
     Identity,
@@ -147,13 +148,7 @@ def dense_errors(
     """
     used = columns_in_use(g)
     weak = used & (g < 1 - PATTERN_TOLERANCE).all(dim=0)
-    approximation = V[:, used] @ U[used]
-    if pattern.read_basis is not None:
-        weight, approximation = weight @ pattern.read_basis, approximation @ pattern.read_basis
-    leaves = (weight - approximation).norm() > 0.1 * weight.norm()
-    singular, reference = torch.linalg.svdvals(approximation), torch.linalg.svdvals(weight)
-    rank_lost = singular[pattern.k - 1] < 0.1 * reference[pattern.k - 1]
-    return abs(int(used.sum()) - pattern.k) + int(weak.sum()) + int(leaves) + int(rank_lost)
+    return int(weak.sum()) + dense_shortfall(used, pattern, weight=weight, V=V, U=U)
 
 
 def pattern_errors(
