@@ -125,7 +125,7 @@ def run_side_by_side(
             if stopping:
                 raise Interrupted(f"stopped before step {step} of {config.steps}", stopping)
             if due(step, config.eval_every, last):
-                _evaluate(members, states, step)
+                _evaluate(members, states, step, last=last)
             if last or not _going(members):
                 break
             inputs = zip(runs, states, strict=True)
@@ -162,7 +162,7 @@ def _going(members: Sequence[Member]) -> list[Member]:
     return [member for member in members if member.failure is None]
 
 
-def _evaluate(members: Sequence[Member], states: Sequence[State], step: int) -> None:
+def _evaluate(members: Sequence[Member], states: Sequence[State], step: int, *, last: bool) -> None:
     """Tell the observers the metrics on held-out data; a member that is not finite ends here."""
     for member, state in zip(members, states, strict=True):
         if member.failure is not None:
@@ -172,7 +172,7 @@ def _evaluate(members: Sequence[Member], states: Sequence[State], step: int) -> 
         if bad:
             member.failure = NonFiniteError(f"step {step}: {', '.join(bad)} not finite")
         elif is_leader():
-            member.observer.evaluated(step, evaluate(member.prepared, state))
+            member.observer.evaluated(step, evaluate(member.prepared, state, at_end=last))
 
 
 def _log(

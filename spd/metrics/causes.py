@@ -33,6 +33,15 @@ ADVERSARIAL = 0.10
 LOST, IDLE = 0.10, 0.20
 """share of the effects that lie where g < 0.5, and of g that lies where there is no effect, at most"""
 WITHOUT_EFFECT = 0.002
+LIMITS = {
+    "unfaithful": FAITHFUL,
+    "effect_errors": 0.0,
+    "wrong_weights": 0.0,
+    "lost_effect": LOST,
+    "idle_importance": IDLE,
+    "adversarial": ADVERSARIAL,
+}
+"""name of a figure → the most that a solved run has"""
 ATTACK = Attack("row", n_steps=20, n_restarts=3)
 N_ROWS = 1024
 """held-out rows with input"""
@@ -72,6 +81,20 @@ class Causes(NamedTuple):
                 f"adversary: masks between g and 1 cost {self.adversarial:.3g} of ablating everything"
                 f" (at most {ADVERSARIAL})"
             )
+        return found
+
+    def figures(self) -> dict[str, float]:
+        """Every figure by the name under which it is logged; the adversary's has its number of steps."""
+        found: dict[str, float] = {}
+        for path, own in self.sites.items():
+            found[f"unfaithful/{path}"] = own.unfaithful
+            if own.effect_errors is not None and own.wrong_weights is not None:
+                found[f"effect_errors/{path}"] = float(own.effect_errors)
+                found[f"wrong_weights/{path}"] = float(own.wrong_weights)
+            found[f"lost_effect/{path}"] = own.lost
+            found[f"idle_importance/{path}"] = own.idle
+            found[f"never_active/{path}"] = own.never_active
+        found[f"adversarial/{self.attack.n_steps}_steps"] = self.adversarial
         return found
 
     @property

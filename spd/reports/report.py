@@ -434,7 +434,8 @@ def look_at_checkpoint(
         return
     state = checkpoint.load_state(run_dir / CHECKPOINTS / f"{step:08d}")["carried"]
     device = prepared.eval_batches[0].device
-    values = evaluate(prepared, {key: value.to(device) for key, value in state.items()})
+    carried = {key: value.to(device) for key, value in state.items()}
+    values = evaluate(prepared, carried, at_end=False)
     write_json(run_dir / EVALUATION_FILE, {"step": step, **values})
     curves = loss_curves(_until_checkpoint(read_metrics(run_dir), {"step": step, **values}))
     save_figures(run_dir / FIGURES, step, {**draw(prepared, figures), CURVES: curves})

@@ -39,7 +39,7 @@ class Page(HTMLParser):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.words.append(data)
 
     @property
@@ -63,7 +63,7 @@ def test_verdict_comes_first_then_the_results_beside_the_published_ones(tmp_path
     assert seen.index("Solved") < seen.index("What this is") < seen.index("MMCS linear1")
     assert "MMCS linear1 1.000 ± 0.000 1.000 ± 0.000" in seen
     assert "ML2R linear1 0.991 ± 0.004 0.993 ± 0.002" in seen
-    assert "matrix C L0 alive errors linear1 20 0.251 5 0" in seen
+    assert "matrix C L0 alive errors unfaithful effect errors linear1 20 0.251 5 0 0.010 0" in seen
     assert "faithfulness 1.0 1.25e-06" in seen
     assert "12 min 34 s" in seen and "51.5 steps/s" in seen and "0123456789abcdef" in seen
 
@@ -124,10 +124,10 @@ def test_how_to_reproduce_it(tmp_path: Path):
     assert "were not committed" not in seen
 
 
-def test_a_run_that_is_not_solved_lists_the_errors_of_each_site(tmp_path: Path):
+def test_a_run_that_is_not_solved_names_what_is_beyond_its_limits(tmp_path: Path):
     run = make_run(tmp_path, **{"result.json": result(solved=False, errors=1)})
     seen = report(run).visible
-    assert "Not solved: 1 error Errors against the known pattern: linear1 1." in seen
+    assert "Not solved by causes Effect errors linear1 1 (at most 0)." in seen
     assert "solved on most seeds" in seen
 
 
@@ -136,7 +136,8 @@ def test_an_interrupted_run_shows_how_far_it_came(tmp_path: Path):
     run = make_run(tmp_path, **{"result.json": None, "meta.json": meta, "timings.jsonl": None})
     page = report(run)
     assert "Interrupted at step 1,200 of 40,000" in page.visible
-    assert "At the last evaluation: solved: every site" in page.visible
+    said = "At the last evaluation: every site matches the known importance pattern."
+    assert said in page.visible
     assert f"spd-run --resume {run}" in page.visible
     assert page.visible.count("Solved") == 0
     assert len(page.all("img")) == 1  # the curves so far
@@ -180,8 +181,8 @@ def test_the_link_to_the_tracker(tmp_path: Path):
 @pytest.mark.parametrize(
     ("status", "solved", "kind", "headline"),
     [
-        ("finished", True, "solved", "Solved: every site matches the known importance pattern"),
-        ("finished", False, "unsolved", "Not solved: 2 errors"),
+        ("finished", True, "solved", "Solved by causes"),
+        ("finished", False, "unsolved", "Not solved by causes"),
         ("finished", None, "open", "No known solution"),
         ("failed", False, "open", "Failed at step 7 of 9"),
         ("running", True, "open", "Not finished at step 7 of 9"),
