@@ -111,6 +111,7 @@ def _denied(path: Path) -> UserError:
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file, text as UTF-8, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # of a process that was killed here, or a link to somewhere
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 

@@ -77,13 +77,19 @@ class Image(NamedTuple):
     """where its CSV lies, from the run directory"""
 
 
-def write_report(run_dir: Path, metrics: Mapping[str, MetricSpec] | None = None) -> Path:
+def write_report(
+    run_dir: Path,
+    metrics: Mapping[str, MetricSpec] | None = None,
+    *,
+    from_files: bool = False,
+) -> Path:
     """Write `report.html` into a run directory, whole or not at all, and return its path.
 
     Pieces that are missing are left out: a run may be interrupted, without figures or a solution. The
-    run's `metrics` say what its figures are where there is no result.json yet.
+    run's `metrics` say what its figures are where there is no result.json yet. The page says so if it is
+    made `from_files` alone, because the run's code may not be imported.
     """
-    contents = report_contents(run_dir, metrics)
+    contents = {**report_contents(run_dir, metrics), "from_files": from_files}
     return render_page(run_dir / REPORT_FILE, TEMPLATE, contents)
 
 
@@ -362,9 +368,11 @@ def _commands(meta: Mapping[str, Any], run_dir: Path, *, outside: bool) -> dict[
     place = shlex.quote(str(run_dir))
     commands = {}
     if meta.get("commit"):
-        commands["The code as it was"] = f"git checkout {meta['commit']}"
+        commands["The code as it was"] = f"git checkout {shlex.quote(str(meta['commit']))}"
     if meta.get("status") in ("interrupted", "running"):
-        commands["Go on with this run"] = f"spd-run --resume {place}"
+        by_hand = module.endswith(".py") and not outside
+        made_by = f"spd-run {place}/{CONFIG_FILE}" if outside else python if by_hand else "spd-run"
+        commands["Go on with this run"] = f"{made_by} --resume {place}"
     own = run_dir / TARGET
     target = f" target={shlex.quote(str(own))}" if own.is_dir() else ""
     commands["The same run again, in a new directory"] = f"{python} {place}/{CONFIG_FILE}{target}"
@@ -377,6 +385,9 @@ def _commands(meta: Mapping[str, Any], run_dir: Path, *, outside: bool) -> dict[
 def _siblings(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
     """Name → link of the page of all seeds and of the other runs of it, as far as these are there."""
     known = meta.get(SIDE_BY_SIDE) or {"runs": []}
+    named = [*known["runs"], *([known["page"]] if "page" in known else [])]
+    if any(Path(name).name != name for name in named):
+        return {}  # a name alone is no way out of the folder
     others = [name for name in known["runs"] if name != run_dir.name]
     links = {n: f"../{n}/{REPORT_FILE}" for n in others if (run_dir.parent / n).is_dir()}
     return {"all of them": f"../{known['page']}", **links} if links else {}

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -88,6 +89,23 @@ def code_state(root: Path = REPO_DIR) -> CodeState:
     others = ("ls-files", "--others", "--exclude-standard", "--", PACKAGE_DIR.name)
     changed = _git(root, "status", "--porcelain", "--untracked-files=no") or _git(root, *others)
     return CodeState(_git(root, "rev-parse", "HEAD"), bool(changed))
+
+
+def package_files(package: Path = PACKAGE_DIR) -> list[Path]:
+    """The files of the package, from its folder: those that git tracks or does not ignore.
+
+    Outside a checkout all but compiled ones. Never a `.env`, tracked or not.
+    """
+    listed = _git(package, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    files = [Path(name) for name in (listed or "").split("\0") if name]
+    if (
+        Path("__init__.py") not in files
+    ):  # no checkout, or one that ignores it, as of an environment
+        files = [path.relative_to(package) for path in package.rglob("*")]
+        files = [path for path in files if "__pycache__" not in path.parts]
+    hidden = re.compile(r"\.env(\..*)?")
+    kept = {path for path in files if not any(map(hidden.fullmatch, path.parts))}
+    return sorted(path for path in kept if (package / path).is_file() and path.suffix != ".pyc")
 
 
 def _git(root: Path, *args: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from itertools import groupby
 from logging.handlers import MemoryHandler
@@ -51,9 +51,18 @@ from spd.runs.execution import (
     execute,
     load_experiment,
 )
-from spd.runs.provenance import entry_of, import_entry, provenance
+from spd.runs.provenance import entry_of, provenance
 from spd.runs.target import MATRICES, Build, Given, digest, reopen
+from spd.runs.trust import check_links, check_places, check_values, parts_of_run
 from spd.runs.wandb_run import download_run
+
+
+class Trusted(NamedTuple):
+    """What of a run that is gone on with may be followed."""
+
+    everything: bool = False
+    named: Collection[str] = ()
+    """what the user has named himself"""
 
 
 class Run(NamedTuple):
@@ -102,16 +111,24 @@ def resume(
     directory: Path,
     config_path: str | None = None,
     overrides: Sequence[str] = (),
+    *,
+    trust: bool = False,
+    named: Collection[str] = (),
 ) -> Path:
-    """Go on with the run in `directory` from its newest checkpoint, under its own configuration."""
+    """Go on with the run in `directory` from its newest checkpoint, under its own configuration.
+
+    Code that its configuration names, and links that lead out of it, are followed with `trust`, where the
+    same configuration is given, and where the user has `named` them.
+    """
     if config_path is not None and "=" in config_path and not Path(config_path).exists():
         raise UserError(f"{config_path!r}: a run is resumed under its own configuration")
     read_meta(directory)
     given = None
     if config_path is not None:
         given = load_experiment(config_class, Path(config_path), overrides)
+    trusted = Trusted(trust, named)
     with kept_log() as earlier:
-        return _alone(_reopened(config_class, build, directory, given, earlier))
+        return _alone(_reopened(config_class, build, directory, given, earlier, trusted))
 
 
 def run_seeds(
@@ -158,6 +175,7 @@ def load_run(
     target: str | Path | nn.Module | None = None,
     dtype: str | torch.dtype | None = None,
     device_map: Any = None,
+    trust: bool = False,
 ) -> Run:
     """A run from its directory or `wandb:entity/project/run-id`, at its newest checkpoint.
 
@@ -166,15 +184,21 @@ def load_run(
     (float32 or bfloat16; its run says which if it is None) and put onto devices by `device_map`, as
     transformers takes it. The `device` is the CPU if nothing is said, or that of a given module.
 
+    A run may come from anybody: code that it names is imported if it belongs to this package, has been
+    imported already, or lies below a folder in SPD_TRUSTED of the shell's environment; other code, and what
+    links lead to, with `trust` alone.
+
     `UserError` if it is no run directory, has no checkpoint yet, or holds a damaged one, if an argument
     means nothing for this run, or the matrices are others.
     """
     reference = str(directory)
     path = download_run(reference) if reference.startswith("wandb:") else Path(directory)
-    entry = read_meta(path)["entry"]
-    module = import_entry(entry["module"])
-    config = load_config(getattr(module, entry["config"]), path / CONFIG_FILE)
-    build: Build = getattr(module, entry["build"])
+    read_meta(path)
+    check_links(path, trust=trust)
+    config_class, build = parts_of_run(path, trust=trust)
+    config = load_config(config_class, path / CONFIG_FILE)
+    check_values(config, str(path / CONFIG_FILE), trust=trust)
+    check_places(config, path, trust=trust or target is not None)
     prepared = reopen(config, build, path, Given(target, dtype, device, device_map))
     newest = checkpoint.latest(path / CHECKPOINTS)
     if newest is None:
@@ -282,9 +306,11 @@ def _reopened(
     directory: Path,
     given: ExperimentConfig | None,
     earlier: MemoryHandler,
+    trusted: Trusted = Trusted(),  # noqa: B008 - it cannot be changed
 ) -> Ready:
     """A run that lies in its directory; `given` must be its own configuration."""
     meta = read_meta(directory)
+    check_links(directory, trust=trusted.everything)
     config = load_config(config_class, directory / CONFIG_FILE)
     changed = [
         f"{key} is {here!r} here, but {own!r} in the run's {CONFIG_FILE}"
@@ -295,6 +321,9 @@ def _reopened(
             f"--resume {directory}: a run is resumed under its own configuration:\n  "
             + "\n  ".join(changed)
         )
+    if given is None:  # else it says what the user himself says
+        place = str(directory / CONFIG_FILE)
+        check_values(config, place, trust=trusted.everything, named=trusted.named)
     distributed.on_leader(lambda: _check_divisible(config))
     torch.set_num_threads(meta.get("num_threads", torch.get_num_threads()))
     prepared = reopen(config, build, directory, Given(device=config.device))

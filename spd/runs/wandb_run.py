@@ -189,7 +189,10 @@ def _download(api: Any, path: str, directory: Path) -> None:
 
             api = wandb.Api(timeout=60)
         for file in api.run(path).files():
-            if "/" in file.name:
+            parts = file.name.split("/")
+            if ".." in parts or "\\" in file.name or file.name.startswith("/"):
+                raise ValueError(f"the file {file.name!r} would lie outside of the run")
+            if len(parts) > 1:
                 file.download(root=str(directory), replace=True)
     except Exception as error:
         message = f"wandb:{path}: cannot be fetched from W&B: {_first_line(error)}"

@@ -35,6 +35,7 @@ from spd.experiments.lm.loading import (
     LoadedTarget,
     Wanted,
     load_lm,
+    places_of_copy,
     save_copy,
 )
 from spd.experiments.lm.metrics import CrossEntropyMetric
@@ -84,6 +85,13 @@ class LMConfig(ExperimentConfig):
                 f"dtype {self.dtype} needs autocast: bf16, as subcomponents are float32"
             )
         return self
+
+    def named_code(self) -> Mapping[str, str]:
+        return {"model_class": self.model_class}
+
+    def named_places(self, copy: Path) -> Mapping[str, str]:
+        """Also what a run without the weights of its target says of where they are."""
+        return {**super().named_places(copy), **places_of_copy(copy)}
 
 
 def build(

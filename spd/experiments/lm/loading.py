@@ -137,6 +137,16 @@ def find_target(wanted: Wanted, device: torch.device, folders: tuple[Path, ...])
     return Origin(target, commit or wanted.revision, wanted.tokenizer, None)
 
 
+def places_of_copy(directory: Path) -> dict[str, str]:
+    """What → place on this machine, of what `save_copy` did not copy into `directory`."""
+    if not (directory / ORIGIN_FILE).is_file():
+        return {}
+    record = read_json(directory / ORIGIN_FILE)
+    places = {} if _has_weights(directory) else {"target": record.get("reference")}
+    local = {what: str(place) for what, place in places.items() if Path(str(place)).exists()}
+    return {f"{what} of {ORIGIN_FILE}": place for what, place in local.items()}
+
+
 def import_class(path: str) -> Any:
     """The class at `package.module.Class`, which must have `from_pretrained`."""
     module_name, _, name = path.rpartition(".")
@@ -204,7 +214,8 @@ def _load_model(model_class: Any, origin: Origin, wanted: Wanted, device_map: An
     arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
     reports = issubclass(model_class, PreTrainedModel | _BaseAutoModelClass)
     if reports:
-        arguments |= {"dtype": dtype, "output_loading_info": True}
+        # without trust_remote_code it would ask at a terminal
+        arguments |= {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
         arguments |= {} if device_map is None else {"device_map": device_map}
     elif device_map is not None:
         raise UserError(
@@ -221,7 +232,7 @@ def _load_model(model_class: Any, origin: Origin, wanted: Wanted, device_map: An
         raise unreachable(place, "target", error) from None
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(
-            f"target {place!r} as {wanted.model_class}: cannot be loaded: {_one_line(error)}"
+            f"target {place!r} as {wanted.model_class}: cannot be loaded: {_said(error)}"
         ) from None
     if reports:
         loaded, info = loaded
@@ -250,7 +261,8 @@ def _load_tokenizer(origin: Origin, wanted: Wanted) -> PreTrainedTokenizerBase |
             if reference == origin.reference
             else hub_commit(reference, "model", None, "tokenizer")
         )
-    arguments = {} if revision is None else {"revision": revision}
+    arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
+    arguments["trust_remote_code"] = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(reference, **arguments)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -262,7 +274,14 @@ def _load_tokenizer(origin: Origin, wanted: Wanted) -> PreTrainedTokenizerBase |
             return None
         if isinstance(error, OSError) and not Path(reference).is_dir():
             raise unreachable(reference, "tokenizer", error) from None
-        raise UserError(f"tokenizer {reference!r}: cannot be loaded: {_one_line(error)}") from None
+        raise UserError(f"tokenizer {reference!r}: cannot be loaded: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    """What is wrong; an advice to run code of a stranger's is not passed on."""
+    if "trust_remote_code" in str(error):
+        return "it needs code that lies beside it, which is not run"
+    return _one_line(error)
 
 
 def _no_revision(wanted: Wanted) -> None:
