@@ -193,8 +193,6 @@ def load_run(
     """
     reference = str(directory)
     path = download_run(reference) if reference.startswith("wandb:") else Path(directory)
-    read_meta(path)
-    check_links(path, trust=trust)
     config_class, build = parts_of_run(path, trust=trust)
     config = load_config(config_class, path / CONFIG_FILE)
     check_values(config, str(path / CONFIG_FILE), trust=trust)

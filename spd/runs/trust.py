@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spd.config import UserError
-from spd.run_files import CONFIG_FILE, META_FILE, TARGET, read_meta
+from spd.run_files import META_FILE, TARGET, read_meta
 from spd.runs.execution import ExperimentConfig
 from spd.runs.provenance import import_entry
 from spd.runs.target import Build
@@ -56,8 +56,12 @@ def entry_of_run(directory: Path) -> Entry:
 
 
 def parts_of_run(directory: Path, *, trust: bool = False) -> tuple[type[ExperimentConfig], Build]:
-    """Configuration class and `build` of a run; `UntrustedError` if its code may not be imported."""
+    """Configuration class and `build` of a run; `UntrustedError` if its code may not be imported.
+
+    The same if a link in the run leads out of it.
+    """
     entry = entry_of_run(directory)
+    check_links(directory, trust=trust)
     return parts_of_entry(entry, f"{directory / META_FILE}: entry", trust=trust)
 
 
@@ -74,7 +78,8 @@ def parts_of_entry(
         raise UserError(
             f"{place}: config: {entry.config!r} is no subclass of ExperimentConfig in {entry.module}"
         )
-    if not callable(build) or getattr(build, "__module__", None) != module.__name__:
+    is_own = callable(build) and getattr(build, "__module__", None) == module.__name__
+    if not is_own:
         raise UserError(f"{place}: build: {entry.build!r} is no function of {entry.module}")
     return config_class, build
 
