@@ -22,6 +22,7 @@ from spd.runs.execution import ExperimentConfig, load_experiment
 from spd.runs.provenance import import_entry, is_interactive
 from spd.runs.run import Build, Run, check_entry, load_run, resume, run_seeds, start
 from spd.runs.trust import UntrustedError, check_links, parts_of_run
+from spd.runs.verify import check_run
 from spd.runs.wandb_run import download_run
 from spd.settings import PACKAGE_DIR
 
@@ -234,7 +235,8 @@ def report(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--batches: {args.batches}; at least 1 is needed")
         device = str(resolve_device(args.device))
         references = _those_with_a_state(args.runs)
-        opened = [_opened(reference, device, trust=args.trust) for reference in references]
+        options = {"trust": args.trust, "verify": not args.unverified}
+        opened = [_opened(reference, device, **options) for reference in references]
         for run in opened:  # all are loaded before anything is written
             if isinstance(run, Path):
                 page = write_report(run, from_files=True)
@@ -250,15 +252,21 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
         "runs", nargs="+", metavar="RUN", help="run directory or wandb:entity/project/run"
     )
     parser.add_argument("--trust", action="store_true", help=TRUST)
+    parser.add_argument(
+        "--unverified",
+        action="store_true",
+        help="use files that are not as their run left them (by their digests), and say so",
+    )
 
 
-def _opened(reference: str, device: str, *, trust: bool) -> Run | Path:
+def _opened(reference: str, device: str, *, trust: bool, verify: bool) -> Run | Path:
     """A run, loaded, or the directory of one whose code may not be imported."""
     directory = download_run(reference) if reference.startswith("wandb:") else Path(reference)
     try:
-        return load_run(directory, device=device, trust=trust)
+        return load_run(directory, device=device, trust=trust, verify=verify)
     except UntrustedError as refused:
         check_links(directory)
+        check_run(directory, verify=verify)
         logger.warning(
             "report: %s is made of the files of the run alone, with the figures that exist: %s",
             *(directory / REPORT_FILE, refused),
@@ -310,7 +318,8 @@ def redraw_command(
     settings.load_env()
     with console_log(), user_errors():
         # all, before anything is written
-        runs = [load_run(reference, trust=args.trust) for reference in args.runs]
+        options = {"trust": args.trust, "verify": not args.unverified}
+        runs = [load_run(reference, **options) for reference in args.runs]
         draw_comparison = compare(runs) if compare else None
         for run in runs:
             redraw(run)

@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ RECORD_FILE = "snapshot.json"
 OF_FILE = "spd_entry_"
 """begins the names of modules that were imported from a file"""
 
-PACKAGES = ("torch", "numpy", "pydantic", "transformers", "datasets", "wandb", "safetensors")
+PACKAGES = ("spd", "torch", "numpy", "pydantic", "transformers", "datasets", "wandb", "safetensors")
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -30,10 +30,17 @@ def provenance(device: str) -> dict[str, Any]:
         "argv": sys.argv,
         "command": shlex.join(["python", *sys.argv]),
         **code_state()._asdict(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
         "device": device,
         "host": platform.node(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # of this package, where it runs from a folder
+        return "unknown"
 
 
 def is_interactive() -> bool:

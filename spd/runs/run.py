@@ -25,12 +25,14 @@ from spd.engine import checkpoint, distributed
 from spd.engine.compilation import require_compiler
 from spd.engine.fingerprint import objective_fingerprint
 from spd.engine.prepare import Prepared, check_side_by_side, prepare
+from spd.noise import own_generators
 from spd.problem import Problem
 from spd.reports.report import SIDE_BY_SIDE
 from spd.reports.seeds import seeds_page, write_seeds_page
 from spd.run_files import (
     CHECKPOINTS,
     CONFIG_FILE,
+    FORMAT,
     META_FILE,
     TARGET,
     new_directory,
@@ -54,6 +56,7 @@ from spd.runs.execution import (
 from spd.runs.provenance import entry_of, provenance
 from spd.runs.target import MATRICES, Build, Given, digest, reopen
 from spd.runs.trust import check_links, check_places, check_values, parts_of_run
+from spd.runs.verify import check_run, target_digests
 from spd.runs.wandb_run import download_run
 
 
@@ -176,6 +179,7 @@ def load_run(
     dtype: str | torch.dtype | None = None,
     device_map: Any = None,
     trust: bool = False,
+    verify: bool = True,
 ) -> Run:
     """A run from its directory or `wandb:entity/project/run-id`, at its newest checkpoint.
 
@@ -186,7 +190,8 @@ def load_run(
 
     A run may come from anybody: code that it names is imported if it belongs to this package, has been
     imported already, or lies below a folder in SPD_TRUSTED of the shell's environment; other code, and what
-    links lead to, with `trust` alone.
+    links lead to, with `trust` alone. Its files must be those that it left, by their digests; with
+    `verify=False` what was changed is used as it is, and one line in the log says so.
 
     `UserError` if it is no run directory, has no checkpoint yet, or holds a damaged one, if an argument
     means nothing for this run, or the matrices are others.
@@ -197,13 +202,17 @@ def load_run(
     config = load_config(config_class, path / CONFIG_FILE)
     check_values(config, str(path / CONFIG_FILE), trust=trust)
     check_places(config, path, trust=trust or target is not None)
-    prepared = reopen(config, build, path, Given(target, dtype, device, device_map))
     newest = checkpoint.latest(path / CHECKPOINTS)
     if newest is None:
         raise UserError(f"{path}: the run has no checkpoint yet")
+    metrics = read_metrics(path)
+    given = Given(target, dtype, device, device_map)
+    with own_generators("build", config.seed):
+        prepared = reopen(config, build, path, given, verify=verify)
     what = f"the run's {CONFIG_FILE}" if target is None else "the given target"
     _load_parameters(prepared, newest, what)
-    return Run(path, config, prepared, int(newest.name), read_metrics(path))
+    check_run(path, verify=verify, own_target=target is None)
+    return Run(path, config, prepared, int(newest.name), metrics)
 
 
 def check_entry(config_class: type[ExperimentConfig], build: Build) -> None:
@@ -270,8 +279,10 @@ def _prepared(
     if config.execution.compile is True:
         require_compiler()
     device = resolve_device(config.device)
-    problem = build(_with_target_beside(config, folder), device)
-    return Ready(directory, config, prepare(problem, config), earlier)
+    with own_generators("build", config.seed):
+        problem = build(_with_target_beside(config, folder), device)
+        prepared = prepare(problem, config)
+    return Ready(directory, config, prepared, earlier)
 
 
 def _create(run: Ready, build: Build, side_by_side: dict[str, Any] | None = None) -> None:
@@ -290,6 +301,8 @@ def _create(run: Ready, build: Build, side_by_side: dict[str, Any] | None = None
         }
         meta["objective"] = objective_fingerprint()
         meta[MATRICES] = digest(run.prepared.objective.model)
+        meta["format"], meta["run_id"] = FORMAT, secrets.token_hex(8)
+        meta["config"], meta["digests"] = config.model_dump(mode="json"), target_digests(partial)
         if side_by_side is not None:
             meta[SIDE_BY_SIDE] = side_by_side
         meta["num_threads"] = torch.get_num_threads()
@@ -324,12 +337,15 @@ def _reopened(
         check_values(config, place, trust=trusted.everything, named=trusted.named)
     distributed.on_leader(lambda: _check_divisible(config))
     torch.set_num_threads(meta.get("num_threads", torch.get_num_threads()))
-    prepared = reopen(config, build, directory, Given(device=config.device))
+    with own_generators("build", config.seed):
+        prepared = reopen(config, build, directory, Given(device=config.device))
     newest = checkpoint.latest(directory / CHECKPOINTS)
     if newest is not None:  # all that can be wrong with it, before anything is written
+        read_metrics(directory)
         _load_parameters(prepared, newest)
         if checkpoint.load_state(newest).get("compiled"):
             require_compiler()
+    check_run(directory, finished=False)
     return Ready(directory, config, prepared, earlier)
 
 

@@ -48,7 +48,7 @@ def entry_of_run(directory: Path) -> Entry:
     recorded = read_meta(directory)["entry"]
     for name in Entry._fields:
         found = recorded.get(name)
-        if not isinstance(found, str) or not found or not found.isprintable():
+        if not isinstance(found, str) or not found.isprintable() or not found.strip("."):
             raise UserError(
                 f"{directory / META_FILE}: entry: {name}: a name is needed, got {found!r}"
             )
@@ -78,10 +78,13 @@ def parts_of_entry(
         raise UserError(
             f"{place}: config: {entry.config!r} is no subclass of ExperimentConfig in {entry.module}"
         )
-    is_own = callable(build) and getattr(build, "__module__", None) == module.__name__
-    if not is_own:
+    if not _is_function_of(build, module.__name__):
         raise UserError(f"{place}: build: {entry.build!r} is no function of {entry.module}")
     return config_class, build
+
+
+def _is_function_of(found: Any, module: str) -> bool:
+    return callable(found) and getattr(found, "__module__", None) == module
 
 
 def check_values(
