@@ -28,7 +28,7 @@ FILES = (
 )
 FOLDERS = (CHECKPOINTS, TARGET, FIGURES)
 FORMAT = 1
-"""of run directories, as meta.json says it. Runs before it have none: they carry no digests, and are read"""
+"""of run directories, as meta.json says it; runs that say none are older, and carry no digests"""
 
 
 def _folder_name(name: str) -> str:
@@ -287,7 +287,7 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:
-    """The objects of numbers, one a line, in a file of a run; a last line that was cut short is left out."""
+    """The objects of numbers in a file of a run, one a line, without a last one that was cut short."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except PermissionError:
@@ -299,7 +299,7 @@ def read_lines(path: Path) -> list[dict[str, float]]:
         try:
             found.append(_numbers(line))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number}: {error}") from None
+            raise UserError(f"{path}: a line is {error} (line {number})") from None
     return found
 
 
@@ -311,8 +311,8 @@ def _numbers(line: bytes) -> dict[str, float]:
     except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(values, dict) or "step" not in values:
-        raise ValueError(f"an object with a 'step' is needed, got {_short(values)}")
+        raise ValueError(f"no object with a 'step', but {_short(values)}")
     for key, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{key}: a number is needed, got {_short(value)}")
+            raise ValueError(f"not of numbers: {_short(key)} is {_short(value)}")
     return values

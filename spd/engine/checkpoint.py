@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def save(
     partial.mkdir()
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
     write_safetensors(partial / MODEL_FILE, tensors, {"step": str(step)})
-    torch.save({**state, "step": step}, partial / STATE_FILE)
+    torch.save(_plain({**state, "step": step}), partial / STATE_FILE)
     digests = {name: sha256_of(partial / name) for name in (MODEL_FILE, STATE_FILE)}
     write_json(partial / DIGESTS_FILE, {"step": step, **(stamp or {}), "files": digests})
     for path in (*partial.iterdir(), partial):
@@ -144,10 +145,22 @@ def what_works(checkpoint: Path) -> str:
             folders = "folder" if not others else "folders"
             moved = " and ".join([*others, checkpoint.name])
             return (
-                f"; without the {folders} {moved} in {checkpoint.parent.name}, moved elsewhere, the run goes"
-                f" on from the checkpoint of step {step}, which is whole"
+                f"; without the {folders} {moved}, moved elsewhere, the run goes on from the"
+                f" checkpoint of step {step}, which is whole"
             )
-    return "; there is no whole checkpoint before it"
+    return (
+        f"; there is no whole checkpoint before it: without the folder {checkpoint.name} the run would"
+        " begin anew"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """The same in containers of its own: pickled, equal ones are the same bytes wherever they come from."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_plain(item) for item in value])
+    return sys.intern(value) if type(value) is str else value
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -370,9 +370,8 @@ def _commands(meta: Mapping[str, Any], run_dir: Path, *, outside: bool) -> dict[
     if meta.get("commit"):
         commands["The code as it was"] = f"git checkout {shlex.quote(str(meta['commit']))}"
     if meta.get("status") in ("interrupted", "running"):
-        by_hand = module.endswith(".py") and not outside
-        made_by = f"spd-run {place}/{CONFIG_FILE}" if outside else python if by_hand else "spd-run"
-        commands["Go on with this run"] = f"{made_by} --resume {place}"
+        trust = "" if module.startswith("spd.") else " --trust"
+        commands["Go on with this run"] = f"spd-run --resume {place}{trust}"
     own = run_dir / TARGET
     target = f" target={shlex.quote(str(own))}" if own.is_dir() else ""
     commands["The same run again, in a new directory"] = f"{python} {place}/{CONFIG_FILE}{target}"

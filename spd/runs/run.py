@@ -56,7 +56,7 @@ from spd.runs.execution import (
 from spd.runs.provenance import entry_of, provenance
 from spd.runs.target import MATRICES, Build, Given, digest, reopen
 from spd.runs.trust import check_links, check_places, check_values, parts_of_run
-from spd.runs.verify import check_run, target_digests
+from spd.runs.verify import Part, check_run, target_digests
 from spd.runs.wandb_run import download_run
 
 
@@ -199,6 +199,8 @@ def load_run(
     reference = str(directory)
     path = download_run(reference) if reference.startswith("wandb:") else Path(directory)
     config_class, build = parts_of_run(path, trust=trust)
+    if verify:
+        check_run(path, Part.FILES, own_target=target is None)
     config = load_config(config_class, path / CONFIG_FILE)
     check_values(config, str(path / CONFIG_FILE), trust=trust)
     check_places(config, path, trust=trust or target is not None)
@@ -211,7 +213,8 @@ def load_run(
         prepared = reopen(config, build, path, given, verify=verify)
     what = f"the run's {CONFIG_FILE}" if target is None else "the given target"
     _load_parameters(prepared, newest, what)
-    check_run(path, verify=verify, own_target=target is None)
+    part = Part.CHECKPOINT if verify else Part.ALL
+    check_run(path, part, verify=verify, own_target=target is None)
     return Run(path, config, prepared, int(newest.name), metrics)
 
 
@@ -332,6 +335,7 @@ def _reopened(
             f"--resume {directory}: a run is resumed under its own configuration:\n  "
             + "\n  ".join(changed)
         )
+    check_run(directory, Part.FILES, goes_on=True)
     if given is None:  # else it says what the user himself says
         place = str(directory / CONFIG_FILE)
         check_values(config, place, trust=trusted.everything, named=trusted.named)
@@ -345,7 +349,7 @@ def _reopened(
         _load_parameters(prepared, newest)
         if checkpoint.load_state(newest).get("compiled"):
             require_compiler()
-    check_run(directory, finished=False)
+    check_run(directory, Part.CHECKPOINT, goes_on=True)
     return Ready(directory, config, prepared, earlier)
 
 

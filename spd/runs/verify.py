@@ -7,6 +7,7 @@ its own files, and of what metrics.jsonl held when it was written.
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -48,39 +49,52 @@ def without_final(meta: Mapping[str, Any]) -> dict[str, str]:
     return {name: digest for name, digest in meta.get("digests", {}).items() if name not in FINAL}
 
 
+class Part(Enum):
+    """What is compared at a time."""
+
+    FILES = auto()
+    """configuration, target, metrics and result: before anything is made of them"""
+    CHECKPOINT = auto()
+    """the newest one, once it could be read"""
+    ALL = auto()
+
+
 def check_run(
-    run: Path, *, verify: bool = True, own_target: bool = True, finished: bool = True
+    run: Path,
+    part: Part = Part.ALL,
+    *,
+    verify: bool = True,
+    own_target: bool = True,
+    goes_on: bool = False,
 ) -> None:
     """`UserError` if a file of a run is not as the run left it; one line in the log if not `verify`.
 
-    Looks at configuration, target, metrics and result, and at the newest checkpoint. `own_target`: whether
-    the run's own is used. `finished`: a run that has ended is not gone on with, and all of it counts.
+    own_target: whether the run's own target is used. goes_on: what a run that goes on writes again, it may
+    have lost.
     """
-    found = list(_changes(run, own_target=own_target, finished=finished))
+    found = list(_changes(run, part, own_target=own_target, goes_on=goes_on))
     if found and not verify:
         logger.warning("%s: not as the run left it, and used as it is: %s", run, "; ".join(found))
     elif found:
-        advice = f"; {ADVICE}" if finished else ""
-        raise UserError("\n  ".join(found) + advice)
+        raise UserError("\n  ".join(found) + ("" if goes_on else f"; {ADVICE}"))
 
 
-def _changes(run: Path, *, own_target: bool, finished: bool) -> Iterator[str]:
+def _changes(run: Path, part: Part, *, own_target: bool, goes_on: bool) -> Iterator[str]:
     meta = read_meta(run)
-    yield from _config_changes(run, meta)
-    if own_target:
-        yield from _target_changes(run, meta)
     newest = checkpoint.latest(run / CHECKPOINTS)
-    complete = finished and meta.get("status") == "finished"
-    for name, digest in meta.get("digests", {}).items() if complete else ():
-        if name in FINAL and (changed := _changed(run / name, digest)):
-            yield f"{changed}; checkpoints, configuration and target are not concerned"
-    if newest is None:
-        return
-    damage = checkpoint.check_digests(newest, meta.get("run_id"), needed=bool(meta.get("format")))
-    if damage is not None:
-        yield damage
-    elif not complete:
-        yield from _metrics_changes(run, newest)
+    if part is not Part.CHECKPOINT:
+        yield from _config_changes(run, meta)
+        if own_target and meta.get("format"):
+            yield from _target_changes(run, meta["digests"])
+        if meta.get("status") == "finished" and not goes_on:
+            yield from _final_changes(run, meta.get("digests", {}))
+        elif newest is not None:
+            yield from _metrics_changes(run, newest, meta.get("run_id"))
+    if part is not Part.FILES and newest is not None:
+        needed = bool(meta.get("format"))
+        damage = checkpoint.check_digests(newest, meta.get("run_id"), needed=needed)
+        if damage is not None:
+            yield damage
 
 
 def _config_changes(run: Path, meta: Mapping[str, Any]) -> Iterator[str]:
@@ -95,37 +109,61 @@ def _config_changes(run: Path, meta: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _target_changes(run: Path, meta: Mapping[str, Any]) -> Iterator[str]:
-    if "digests" not in meta:
-        return
-    recorded = {n: d for n, d in meta["digests"].items() if n.startswith(f"{TARGET}/")}
+def _target_changes(run: Path, digests: Mapping[str, str]) -> Iterator[str]:
+    recorded = {name: d for name, d in digests.items() if name.startswith(f"{TARGET}/")}
     for name, digest in recorded.items():
         if changed := _changed(run / name, digest):
-            yield f"{changed}; the checkpoints are not concerned: a whole copy of the target can be given"
+            yield f"{changed}; the checkpoints are not concerned: load_run(…, target=…) takes a whole copy"
     for path in sorted((run / TARGET).rglob("*")):
         name = path.relative_to(run).as_posix()
         if path.is_file() and _counts(path) and name not in recorded:
             yield f"{path}: is no file of the run's target"
 
 
-def _metrics_changes(run: Path, newest: Path) -> Iterator[str]:
+def _final_changes(run: Path, digests: Mapping[str, str]) -> Iterator[str]:
+    for name in FINAL:
+        changed = _changed(run / name, digests[name]) if name in digests else None
+        if changed:
+            yield f"{changed}; checkpoints, configuration and target are not concerned"
+
+
+def _metrics_changes(run: Path, newest: Path, run_id: str | None) -> Iterator[str]:
     """Against what the checkpoint says metrics.jsonl began with: what came later is written again."""
-    path, record = run / METRICS_FILE, newest / DIGESTS_FILE
-    if not record.is_file():
+    changed = _metrics_change(run, newest, run_id)
+    if changed is None:
         return
-    position = read_json(record).get(METRICS_FILE)
-    if position is None:
-        return
+    folders = [run / CHECKPOINTS / f"{step:08d}" for step in checkpoint.steps(newest.parent)]
+    fitting = [f for f in folders if f < newest and not _metrics_change(run, f, run_id)]
+    works = "; the checkpoints, configuration and target are not concerned"
+    if fitting:
+        later = " and ".join(folder.name for folder in folders if folder > fitting[-1])
+        works = (
+            f"; without {later} in {CHECKPOINTS}, moved elsewhere, the run goes on from the checkpoint of"
+            f" step {int(fitting[-1].name)}, which it fits"
+        )
+    at = f"when the checkpoint of step {int(newest.name)} was written"
+    yield f"{run / METRICS_FILE}: {changed} {at}{works}"
+
+
+def _metrics_change(run: Path, folder: Path, run_id: str | None) -> str | None:
+    """Nothing is said by a checkpoint of another run, which is a damage of its own."""
+    path, record = run / METRICS_FILE, folder / DIGESTS_FILE
+    known = read_json(record) if record.is_file() else {}
+    position = known.get(METRICS_FILE) if isinstance(known, dict) else None
+    if not isinstance(position, dict) or not isinstance(position.get("bytes"), int):
+        return None
+    if known.get("run") != run_id:
+        return None
     length = position["bytes"]
-    there = path.read_bytes()[:length] if path.is_file() else b""
-    place = f"when the checkpoint of step {int(newest.name)} was written"
-    works = checkpoint.what_works(newest)
     if not path.is_file():
-        yield f"{path}: is missing; it held {length} bytes {place}{works}"
-    elif len(there) < length:
-        yield f"{path}: was cut short; it has {len(there)} of the {length} bytes {place}{works}"
-    elif hashlib.sha256(there).hexdigest() != position["sha256"]:
-        yield f"{path}: is not what the run wrote; it differs from what it was {place}{works}"
+        return f"is missing; it held {length} bytes"
+    with path.open("rb") as file:
+        there = file.read(length)
+    if len(there) < length:
+        return f"was cut short; it has {len(there)} of the {length} bytes that it had"
+    if hashlib.sha256(there).hexdigest() != position.get("sha256"):
+        return "is not what the run wrote; it differs from what it was"
+    return None
 
 
 def _changed(path: Path, digest: str) -> str | None:
