@@ -189,7 +189,8 @@ def _check_step(path: Path, step: Any) -> None:
 def _damaged(path: Path, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
         reason = "no such file"
-    elif isinstance(error, pickle.UnpicklingError):  # it comes with an advice to run what it holds
+    elif isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        # what torch says comes with an advice to run what the file holds
         reason = "it holds something else than tensors and plain values, or was cut short"
     else:
         reason = (str(error) or type(error).__name__).splitlines()[0]

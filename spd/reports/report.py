@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from spd.config import UserError, parse_yaml
+from spd.config import UserError, read_yaml
 from spd.engine import checkpoint
 from spd.engine.prepare import Prepared, evaluate
 from spd.metrics import MetricSpec
@@ -37,8 +37,10 @@ from spd.run_files import (
     RESULT_FILE,
     TARGET,
     TIMINGS_FILE,
+    check_record,
     has_finished,
     read_json,
+    read_lines,
     read_metrics,
     write_json,
 )
@@ -98,10 +100,11 @@ def report_contents(
 ) -> dict[str, Any]:
     """Everything that the template shows."""
     config_text = _text(run_dir / CONFIG_FILE)
-    config = parse_yaml(config_text) or {}
+    config = _config(run_dir / CONFIG_FILE)
     meta = _json(run_dir / META_FILE)
+    check_record(meta, run_dir / META_FILE)
     logged = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
-    stopped = _json(run_dir / EVALUATION_FILE) if meta.get("status") != "finished" else {}
+    stopped = _stopped(run_dir / EVALUATION_FILE) if meta.get("status") != "finished" else {}
     history = _until_checkpoint(logged, stopped)
     result = _evaluation(run_dir, history, metrics or {})
     experiment = str(config.get("experiment", run_dir.parent.name))
@@ -322,7 +325,10 @@ def _numbers_of(png: Path, figures: Path) -> str | None:
 
 def _image(name: str, png: bytes) -> Image:
     title = name.replace("_", " ").replace("/", ": ")
-    text, (width, height) = read_png(png)
+    try:
+        text, (width, height) = read_png(png)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{FIGURES}/{name}: not a readable picture: {error}") from None
     data = base64.b64encode(png).decode("ascii")
     return Image(name, text or FigureText(title, "", title), data, width, height)
 
@@ -333,21 +339,28 @@ def _image(name: str, png: bytes) -> Image:
 def _target(record_file: Path) -> dict[str, Any]:
     """How the target was chosen; every seed with the least of its outputs at the probe."""
     record = _json(record_file)
-    for row in record.get("seeds", []):
-        outputs = row.get("outputs_at_probe", [])
-        row["least"] = min(outputs) if outputs and None not in outputs else None
+    try:
+        for row in record.get("seeds", []):
+            outputs = row.get("outputs_at_probe", [])
+            row["least"] = min(outputs) if outputs and None not in outputs else None
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{record_file}: not the record of a training: {error}") from None
     return record
 
 
 def _provenance(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
     """Label → value, of what is known."""
-    lines = _text(run_dir / TIMINGS_FILE).splitlines(keepends=True)
-    timings = [json.loads(line) for line in lines if line.endswith("\n")]
+    there = (run_dir / TIMINGS_FILE).is_file()
+    paces = (
+        [line.get("steps_per_second") for line in read_lines(run_dir / TIMINGS_FILE)]
+        if there
+        else []
+    )
     known = {
         "status": meta.get("status"),
         "started": meta.get("started"),
         "took": _duration(meta["seconds"]) if meta.get("seconds") else None,
-        "speed": f"{timings[-1]['steps_per_second']:.1f} steps/s" if timings else None,
+        "speed": f"{paces[-1]:.1f} steps/s" if paces and paces[-1] is not None else None,
         "device": meta.get("device"),
         "host": meta.get("host"),
         "commit": meta.get("commit"),
@@ -360,7 +373,7 @@ def _provenance(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
 def _commands(meta: Mapping[str, Any], run_dir: Path, *, outside: bool) -> dict[str, str]:
     """What to type, by what it does; empty where the run does not say which script made it."""
     module = (meta.get("entry") or {}).get("module")
-    if not module:
+    if not isinstance(module, str) or not module:
         return {}
     script = shlex.quote(module)
     python = f"python {script}" if module.endswith(".py") else f"python -m {script}"
@@ -409,11 +422,44 @@ def _web_link(url: Any) -> str | None:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is no text in UTF-8") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: an object is needed, found a {type(found).__name__}")
+    return found
+
+
+def _stopped(path: Path) -> dict[str, float]:
+    """The figures of merit of a run that has not finished, at a step."""
+    found = _json(path)
+    wrong = [key for key, value in found.items() if not isinstance(value, int | float)]
+    if wrong or (found and "step" not in found):
+        raise UserError(f"{path}: not the evaluation of a run: {', '.join(wrong) or 'no step'}")
+    return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What the page needs of a configuration, whose class may not be at hand."""
+    config = read_yaml(path) if path.is_file() else {}
+    for key, kind in (("sites", int), ("losses", dict), ("figures", object), ("steps", None)):
+        value = config.get(key)
+        if value is None:
+            continue
+        if kind is None:
+            right = isinstance(value, int)
+        else:
+            right = isinstance(value, dict) and all(
+                isinstance(name, str) and isinstance(item, kind) for name, item in value.items()
+            )
+        if not right:
+            raise UserError(f"{path}: {key}: not that of a run: {str(value)[:100]}")
+    return config
 
 
 @runtime_checkable

@@ -207,7 +207,6 @@ def load_run(
     newest = checkpoint.latest(path / CHECKPOINTS)
     if newest is None:
         raise UserError(f"{path}: the run has no checkpoint yet")
-    metrics = read_metrics(path)
     given = Given(target, dtype, device, device_map)
     with own_generators("build", config.seed):
         prepared = reopen(config, build, path, given, verify=verify)
@@ -215,7 +214,7 @@ def load_run(
     _load_parameters(prepared, newest, what)
     part = Part.CHECKPOINT if verify else Part.ALL
     check_run(path, part, verify=verify, own_target=target is None)
-    return Run(path, config, prepared, int(newest.name), metrics)
+    return Run(path, config, prepared, int(newest.name), read_metrics(path))
 
 
 def check_entry(config_class: type[ExperimentConfig], build: Build) -> None:
@@ -345,7 +344,6 @@ def _reopened(
         prepared = reopen(config, build, directory, Given(device=config.device))
     newest = checkpoint.latest(directory / CHECKPOINTS)
     if newest is not None:  # all that can be wrong with it, before anything is written
-        read_metrics(directory)
         _load_parameters(prepared, newest)
         if checkpoint.load_state(newest).get("compiled"):
             require_compiler()

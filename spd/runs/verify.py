@@ -23,6 +23,7 @@ from spd.run_files import (
     TARGET,
     read_json,
     read_meta,
+    read_metrics,
     sha256_of,
 )
 
@@ -72,6 +73,8 @@ def check_run(
     own_target: whether the run's own target is used. goes_on: what a run that goes on writes again, it may
     have lost.
     """
+    if part is not Part.CHECKPOINT and (run / METRICS_FILE).is_file():
+        read_metrics(run)  # what cannot be read is said line by line
     found = list(_changes(run, part, own_target=own_target, goes_on=goes_on))
     if found and not verify:
         logger.warning("%s: not as the run left it, and used as it is: %s", run, "; ".join(found))

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import pickle
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -125,7 +126,7 @@ def find_target(wanted: Wanted, device: torch.device, folders: tuple[Path, ...])
         directory = target_directory(on_disk[0]).absolute()
         logger.info("target: directory %s", directory)
         if (directory / ORIGIN_FILE).is_file():
-            return Origin(**read_json(directory / ORIGIN_FILE), directory=directory)
+            return Origin(**_origin(directory), directory=directory)
         return Origin(str(directory), None, wanted.tokenizer, directory)
     if on_disk or path.is_absolute() or target.startswith((".", "~")) or target.count("/") > 1:
         raise UserError(
@@ -141,10 +142,25 @@ def places_of_copy(directory: Path) -> dict[str, str]:
     """What → place on this machine, of what `save_copy` did not copy into `directory`."""
     if not (directory / ORIGIN_FILE).is_file():
         return {}
-    record = read_json(directory / ORIGIN_FILE)
-    places = {} if _has_weights(directory) else {"target": record.get("reference")}
-    local = {what: str(place) for what, place in places.items() if Path(str(place)).exists()}
-    return {f"{what} of {ORIGIN_FILE}": place for what, place in local.items()}
+    place = _origin(directory)["reference"]
+    if _has_weights(directory) or not Path(place).expanduser().exists():
+        return {}
+    return {f"the target that {ORIGIN_FILE} names": place}
+
+
+def _origin(directory: Path) -> dict[str, Any]:
+    """What `save_copy` recorded, or a `UserError` if it did not write this."""
+    path = directory / ORIGIN_FILE
+    record = read_json(path)
+    names = {"reference", "revision", "tokenizer"}
+    if not isinstance(record, dict) or record.keys() != names:
+        raise UserError(
+            f"{path}: not the origin of a target: {', '.join(sorted(names))} are needed"
+        )
+    for name, value in record.items():
+        if not (isinstance(value, str) or (value is None and name != "reference")):
+            raise UserError(f"{path}: {name}: a name is needed, got {value!r}")
+    return record
 
 
 def import_class(path: str) -> Any:
@@ -230,7 +246,10 @@ def _load_model(model_class: Any, origin: Origin, wanted: Wanted, device_map: An
                     raise denied from None
             raise UserError(f"target {place}: {_one_line(error)}") from None
         raise unreachable(place, "target", error) from None
-    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+    except (
+        *(ValueError, TypeError, KeyError, RuntimeError, ImportError),
+        *(pickle.UnpicklingError, EOFError),
+    ) as error:
         raise UserError(
             f"target {place!r} as {wanted.model_class}: cannot be loaded: {_said(error)}"
         ) from None
@@ -281,6 +300,8 @@ def _said(error: Exception) -> str:
     """What is wrong; an advice to run code of a stranger's is not passed on."""
     if "trust_remote_code" in str(error):
         return "it needs code that lies beside it, which is not run"
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it holds something else than tensors and plain values, or was cut short"
     return _one_line(error)
 
 
