@@ -81,12 +81,6 @@ class ExperimentConfig(SPDConfig):
         """Key → name, of the classes and functions that `build` imports because a value names them."""
         return {}
 
-    def named_places(self, copy: Path) -> Mapping[str, str]:
-        """What → place on this machine, of what `build` reads of a target beside the `copy` in its run."""
-        if self.target is None or copy.is_dir() or not Path(self.target).exists():
-            return {}
-        return {"target": self.target}
-
 
 def load_experiment(
     config_class: type[ExperimentConfig], path: Path, overrides: Sequence[str] = ()

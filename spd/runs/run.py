@@ -55,7 +55,7 @@ from spd.runs.execution import (
 )
 from spd.runs.provenance import entry_of, provenance
 from spd.runs.target import MATRICES, Build, Given, digest, reopen
-from spd.runs.trust import check_links, check_places, check_values, parts_of_run
+from spd.runs.trust import check_links, check_values, parts_of_run
 from spd.runs.verify import Part, check_run, target_digests
 from spd.runs.wandb_run import download_run
 
@@ -203,7 +203,6 @@ def load_run(
         check_run(path, Part.FILES, own_target=target is None)
     config = load_config(config_class, path / CONFIG_FILE)
     check_values(config, str(path / CONFIG_FILE), trust=trust)
-    check_places(config, path, trust=trust or target is not None)
     newest = checkpoint.latest(path / CHECKPOINTS)
     if newest is None:
         raise UserError(f"{path}: the run has no checkpoint yet")

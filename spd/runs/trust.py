@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spd.config import UserError
-from spd.run_files import META_FILE, TARGET, read_meta
+from spd.run_files import META_FILE, read_meta
 from spd.runs.execution import ExperimentConfig
 from spd.runs.provenance import import_entry
 from spd.runs.target import Build
@@ -97,21 +97,6 @@ def check_values(
     for key, name in config.named_code().items():
         if not trust and name not in named:
             check_code(name.rpartition(".")[0], f"{place}: {key}")
-
-
-def check_places(config: ExperimentConfig, directory: Path, *, trust: bool = False) -> None:
-    """`UntrustedError` if the target of a run is read from a place outside of it."""
-    if trust:
-        return
-    for key, name in config.named_places(directory / TARGET).items():
-        path = Path(name).expanduser().resolve()
-        inside = path.is_relative_to(directory.resolve())
-        if not inside and not _is_below_trusted(path):
-            raise UntrustedError(
-                f"{directory}: {key}: {name!r} lies outside of the run, which holds no copy of it, and is"
-                " not read because a file names it; --trust (in Python trust=True or target=…) reads it,"
-                f" as does {TRUSTED}=FOLDER in the shell's environment what lies below FOLDER"
-            )
 
 
 def check_code(name: str, place: str) -> None:

@@ -160,7 +160,7 @@ def download_run(reference: str, api: Any = None) -> Path:
     It is kept below the output root and appears complete or not at all. `api` is a `wandb.Api`.
     """
     parts = reference.removeprefix("wandb:").split("/")
-    if len(parts) != 3 or not all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts):
+    if len(parts) != 3 or not all(re.fullmatch(r"[\w-][\w.-]{0,127}", part) for part in parts):
         raise UserError(f"{reference}: expected wandb:entity/project/run-id")
     directory = output_root() / "downloads" / Path(*parts)
     if directory.is_dir():

@@ -9,18 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from spd.config import UserError
 from spd.experiments.tms import plots
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
+from spd.problem import Problem
 from spd.run_files import FORMAT, sha256_of
 from spd.runs import cli
-from spd.runs.run import load_run
+from spd.runs.execution import ExperimentConfig
+from spd.runs.library import decompose
+from spd.runs.run import load_run, start
+from spd.runs.run import resume as resume_run
+from spd.spd_config import SPDConfig
 from tests.run_fixtures import listing
 from tests.runs.little_run import edit_meta, little_run, original_fixture, status_of
 
 __all__ = ["original_fixture"]
 
+FILES_OF_CHECKPOINT = ("model.safetensors", "training_state")
 NEWEST, BEFORE = "checkpoints/00000006", "checkpoints/00000004"
 
 
@@ -299,3 +306,77 @@ def test_two_equal_runs_have_the_same_training_state(original: Path):
         assert (again / name).read_bytes() == (original / name).read_bytes(), name
     load_run(again)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Drawn(nn.Module):
+    """A target whose weights come from torch's global generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class DrawnConfig(ExperimentConfig):
+    """Of an experiment that draws its target where nobody asked it to."""
+
+
+class Batches:
+    """Data from there, too."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Tensor:
+        self.position += 1
+        return torch.rand(2, 4)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def build_drawn(config: DrawnConfig, device: torch.device) -> Problem:
+    return Problem(Drawn(), train_batches=Batches(), eval_batches=Batches(), recon="mse")
+
+
+def test_a_target_that_draws_from_the_global_generator(tmp_path: Path):
+    """Its weights and its data are the same in a run, in another, and in one that was resumed."""
+    raw = {
+        **{"experiment": "drawn", "sites": {"linear": 3}, "steps": 4, "lr": 1e-2, "save_every": 2},
+        **{"losses": {"stochastic_recon": {"coeff": 1.0}}, "eval_every": 1, "log_every": 1},
+        **{"n_eval_batches": 1, "device": "cpu", "execution": {"compile": False}},
+    }
+    config = DrawnConfig.model_validate(raw)
+    runs = [start(config, build_drawn, directory=tmp_path / name) for name in ("one", "two")]
+    weights = [load_run(run).problem.target.state_dict() for run in runs]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    shutil.rmtree(runs[1] / "checkpoints/00000004")  # as if killed before it
+    resume_run(DrawnConfig, build_drawn, runs[1])
+    for name in ("metrics.jsonl", *(f"checkpoints/00000004/{n}" for n in FILES_OF_CHECKPOINT)):
+        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
+    other = start(config.model_copy(update={"seed": 1}), build_drawn, directory=tmp_path / "other")
+    assert (other / "metrics.jsonl").read_bytes() != (runs[0] / "metrics.jsonl").read_bytes()
+
+
+def test_what_a_library_user_draws_is_left_as_it_was():
+    state = torch.get_rng_state()
+    settings = {"sites": {"linear": 3}, "steps": 2, "lr": 1e-2, "execution": {"compile": False}}
+    config = SPDConfig.model_validate({**settings, "losses": {"stochastic_recon": {"coeff": 1.0}}})
+    histories = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        problem = build_drawn(DrawnConfig.model_construct(), torch.device("cpu"))
+        torch.rand(len(histories))  # another place in the stream of the user's own
+        before = torch.get_rng_state()
+        histories.append(decompose(problem, config, quiet=True).history)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert histories[0] == histories[1]
+    torch.set_rng_state(state)

@@ -35,7 +35,6 @@ from spd.experiments.lm.loading import (
     LoadedTarget,
     Wanted,
     load_lm,
-    places_of_copy,
     save_copy,
 )
 from spd.experiments.lm.metrics import CrossEntropyMetric
@@ -88,10 +87,6 @@ class LMConfig(ExperimentConfig):
 
     def named_code(self) -> Mapping[str, str]:
         return {"model_class": self.model_class}
-
-    def named_places(self, copy: Path) -> Mapping[str, str]:
-        """Also what a run without the weights of its target says of where they are."""
-        return {**super().named_places(copy), **places_of_copy(copy)}
 
 
 def build(

@@ -138,16 +138,6 @@ def find_target(wanted: Wanted, device: torch.device, folders: tuple[Path, ...])
     return Origin(target, commit or wanted.revision, wanted.tokenizer, None)
 
 
-def places_of_copy(directory: Path) -> dict[str, str]:
-    """What → place on this machine, of what `save_copy` did not copy into `directory`."""
-    if not (directory / ORIGIN_FILE).is_file():
-        return {}
-    place = _origin(directory)["reference"]
-    if _has_weights(directory) or not Path(place).expanduser().exists():
-        return {}
-    return {f"the target that {ORIGIN_FILE} names": place}
-
-
 def _origin(directory: Path) -> dict[str, Any]:
     """What `save_copy` recorded, or a `UserError` if it did not write this."""
     path = directory / ORIGIN_FILE
@@ -160,6 +150,8 @@ def _origin(directory: Path) -> dict[str, Any]:
     for name, value in record.items():
         if not (isinstance(value, str) or (value is None and name != "reference")):
             raise UserError(f"{path}: {name}: a name is needed, got {value!r}")
+        if value is not None and ".." in Path(value).parts:
+            raise UserError(f"{path}: {name}: {value!r}: a place is named without '..'")
     return record
 
 
