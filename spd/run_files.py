@@ -147,9 +147,12 @@ def _check_layout(directory: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The digest of a file of any size."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The digest of a file of any size, or a `UserError` if it may not be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError:
+        raise _denied(path) from None
 
 
 def is_run(directory: Path) -> bool:

@@ -174,12 +174,14 @@ def test_a_device_map_is_handed_to_transformers(run: Path):
     own = text.replace("transformers.AutoModelForCausalLM", f"{__name__}.Placed")
     assert own != text
     (run / "config.yaml").write_text(own, encoding="utf-8")
-    loaded = load_run(run, device_map={"": "cpu"})
+    with pytest.raises(UserError, match="model_class is '.*Placed', and was 'transformers"):
+        load_run(run)
+    loaded = load_run(run, device_map={"": "cpu"}, verify=False)
     assert Placed.asked == {"": "cpu"} and loaded.problem.device == torch.device("cpu")
     with pytest.raises(UserError, match="device: 'cpu' and device_map: 'auto'; one of them"):
-        load_run(run, device="cpu", device_map="auto")
+        load_run(run, device="cpu", device_map="auto", verify=False)
     module = little_llama()
     with pytest.raises(UserError, match="device_map: auto; a target that is given as a module"):
-        load_run(run, target=module, device_map="auto")
+        load_run(run, target=module, device_map="auto", verify=False)
     with pytest.raises(UserError, match="dtype: bfloat16; a target that is given as a module"):
-        load_run(run, target=module, dtype="bfloat16")
+        load_run(run, target=module, dtype="bfloat16", verify=False)
