@@ -5,20 +5,31 @@ Reads files alone. Imports no experiment and loads no model.
 
 import base64
 import fnmatch
-import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from spd.config import UserError, read_yaml
+from spd.config import UserError
 from spd.engine import checkpoint
 from spd.engine.prepare import Prepared, evaluate
 from spd.metrics import MetricSpec
 from spd.registry import EXPERIMENTS
 from spd.reports.drawing import FigureText
 from spd.reports.figures import Drawable, draw, loss_curves, png_bytes, read_png, save_figures
+from spd.reports.origin import (
+    commands_of,
+    provenance_of,
+    siblings_of,
+    target_record,
+    web_link,
+)
 from spd.reports.page import render_page
+from spd.reports.reading import (
+    configuration_in,
+    evaluation_in,
+    object_of,
+    text_of,
+)
 from spd.reports.results import (
     Evaluation,
     ResultRow,
@@ -34,21 +45,16 @@ from spd.run_files import (
     FIGURES,
     META_FILE,
     METRICS_FILE,
+    REPORT_FILE,
     RESULT_FILE,
     TARGET,
-    TIMINGS_FILE,
     check_record,
     has_finished,
-    read_json,
-    read_lines,
     read_metrics,
     write_json,
 )
 
 TEMPLATE = "report.html.j2"
-REPORT_FILE = "report.html"
-SIDE_BY_SIDE = "side_by_side"
-"""the key of meta.json for the page and the names of runs that were trained together"""
 CURVES = "loss_curves"
 LOSS = "loss/"
 """The keys of the held-out losses begin so."""
@@ -99,12 +105,12 @@ def report_contents(
     run_dir: Path, metrics: Mapping[str, MetricSpec] | None = None
 ) -> dict[str, Any]:
     """Everything that the template shows."""
-    config_text = _text(run_dir / CONFIG_FILE)
-    config = _config(run_dir / CONFIG_FILE)
-    meta = _json(run_dir / META_FILE)
+    config_text = text_of(run_dir / CONFIG_FILE)
+    config = configuration_in(run_dir / CONFIG_FILE)
+    meta = object_of(run_dir / META_FILE)
     check_record(meta, run_dir / META_FILE)
     logged = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
-    stopped = _stopped(run_dir / EVALUATION_FILE) if meta.get("status") != "finished" else {}
+    stopped = evaluation_in(run_dir / EVALUATION_FILE) if meta.get("status") != "finished" else {}
     history = _until_checkpoint(logged, stopped)
     result = _evaluation(run_dir, history, metrics or {})
     experiment = str(config.get("experiment", run_dir.parent.name))
@@ -136,15 +142,15 @@ def report_contents(
             at=last_step if stopped else None,
         ),
         "curves": _curves(run_dir, history, last_step) if history else None,
-        "target": _target(run_dir / TARGET / "training.json"),
-        "target_config": _text(run_dir / TARGET / CONFIG_FILE),
+        "target": target_record(run_dir / TARGET / "training.json"),
+        "target_config": text_of(run_dir / TARGET / CONFIG_FILE),
         "config_text": config_text,
-        "provenance": _provenance(meta, run_dir),
-        "tracker": _web_link(meta.get("tracker")),
+        "provenance": provenance_of(meta, run_dir),
+        "tracker": web_link(meta.get("tracker")),
         "dirty": bool(meta.get("dirty")),
-        "commands": _commands(meta, run_dir, outside=bool(config.get("module"))),
+        "commands": commands_of(meta, run_dir, outside=bool(config.get("module"))),
         "finished": meta.get("status") == "finished",
-        "siblings": _siblings(meta, run_dir),
+        "siblings": siblings_of(meta, run_dir),
     }
 
 
@@ -331,135 +337,6 @@ def _image(name: str, png: bytes) -> Image:
         raise UserError(f"{FIGURES}/{name}: not a readable picture: {error}") from None
     data = base64.b64encode(png).decode("ascii")
     return Image(name, text or FigureText(title, "", title), data, width, height)
-
-
-# --- where it comes from -------------------------------------------------------------------------
-
-
-def _target(record_file: Path) -> dict[str, Any]:
-    """How the target was chosen; every seed with the least of its outputs at the probe."""
-    record = _json(record_file)
-    try:
-        for row in record.get("seeds", []):
-            outputs = row.get("outputs_at_probe", [])
-            row["least"] = min(outputs) if outputs and None not in outputs else None
-    except (AttributeError, TypeError) as error:
-        raise UserError(f"{record_file}: not the record of a training: {error}") from None
-    return record
-
-
-def _provenance(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
-    """Label → value, of what is known."""
-    there = (run_dir / TIMINGS_FILE).is_file()
-    paces = (
-        [line.get("steps_per_second") for line in read_lines(run_dir / TIMINGS_FILE)]
-        if there
-        else []
-    )
-    known = {
-        "status": meta.get("status"),
-        "started": meta.get("started"),
-        "took": _duration(meta["seconds"]) if meta.get("seconds") else None,
-        "speed": f"{paces[-1]:.1f} steps/s" if paces and paces[-1] is not None else None,
-        "device": meta.get("device"),
-        "host": meta.get("host"),
-        "commit": meta.get("commit"),
-        "versions": ", ".join(f"{k} {v}" for k, v in (meta.get("versions") or {}).items()),
-        "command": meta.get("command"),
-    }
-    return {label: str(value) for label, value in known.items() if value}
-
-
-def _commands(meta: Mapping[str, Any], run_dir: Path, *, outside: bool) -> dict[str, str]:
-    """What to type, by what it does; empty where the run does not say which script made it."""
-    module = (meta.get("entry") or {}).get("module")
-    if not isinstance(module, str) or not module:
-        return {}
-    script = shlex.quote(module)
-    python = f"python {script}" if module.endswith(".py") else f"python -m {script}"
-    python = "spd-run" if outside else python
-    place = shlex.quote(str(run_dir))
-    commands = {}
-    if meta.get("commit"):
-        commands["The code as it was"] = f"git checkout {shlex.quote(str(meta['commit']))}"
-    if meta.get("status") in ("interrupted", "running"):
-        trust = "" if module.startswith("spd.") else " --trust"
-        commands["Go on with this run"] = f"spd-run --resume {place}{trust}"
-    own = run_dir / TARGET
-    target = f" target={shlex.quote(str(own))}" if own.is_dir() else ""
-    commands["The same run again, in a new directory"] = f"{python} {place}/{CONFIG_FILE}{target}"
-    commands["This page again"] = f"spd-report {place}"
-    load = ["from spd.runs.run import load_run", f"run = load_run({json.dumps(str(run_dir))})"]
-    commands["The decomposition, in Python"] = "\n".join([*load, "print(run.model.sites)"])
-    return commands
-
-
-def _siblings(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
-    """Name → link of the page of all seeds and of the other runs of it, as far as these are there."""
-    known = meta.get(SIDE_BY_SIDE) or {"runs": []}
-    named = [*known["runs"], *([known["page"]] if "page" in known else [])]
-    if any(Path(name).name != name for name in named):
-        return {}  # a name alone is no way out of the folder
-    others = [name for name in known["runs"] if name != run_dir.name]
-    links = {n: f"../{n}/{REPORT_FILE}" for n in others if (run_dir.parent / n).is_dir()}
-    return {"all of them": f"../{known['page']}", **links} if links else {}
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
-
-
-def _web_link(url: Any) -> str | None:
-    return url if isinstance(url, str) and url.startswith("https://") else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is no text in UTF-8") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    found = read_json(path) if path.is_file() else {}
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: an object is needed, found a {type(found).__name__}")
-    return found
-
-
-def _stopped(path: Path) -> dict[str, float]:
-    """The figures of merit of a run that has not finished, at a step."""
-    found = _json(path)
-    wrong = [key for key, value in found.items() if not isinstance(value, int | float)]
-    if wrong or (found and "step" not in found):
-        raise UserError(f"{path}: not the evaluation of a run: {', '.join(wrong) or 'no step'}")
-    return found
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """What the page needs of a configuration, whose class may not be at hand."""
-    config = read_yaml(path) if path.is_file() else {}
-    for key, kind in (("sites", int), ("losses", dict), ("figures", object), ("steps", None)):
-        value = config.get(key)
-        if value is None:
-            continue
-        if kind is None:
-            right = isinstance(value, int)
-        else:
-            right = isinstance(value, dict) and all(
-                isinstance(name, str) and isinstance(item, kind) for name, item in value.items()
-            )
-        if not right:
-            raise UserError(f"{path}: {key}: not that of a run: {str(value)[:100]}")
-    return config
 
 
 @runtime_checkable

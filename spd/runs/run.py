@@ -27,7 +27,7 @@ from spd.engine.fingerprint import objective_fingerprint
 from spd.engine.prepare import Prepared, check_side_by_side, prepare
 from spd.noise import own_generators
 from spd.problem import Problem
-from spd.reports.report import SIDE_BY_SIDE
+from spd.reports.origin import SIDE_BY_SIDE
 from spd.reports.seeds import seeds_page, write_seeds_page
 from spd.run_files import (
     CHECKPOINTS,
@@ -66,6 +66,9 @@ class Trusted(NamedTuple):
     everything: bool = False
     named: Collection[str] = ()
     """what the user has named himself"""
+
+
+NOTHING_MORE = Trusted()
 
 
 class Run(NamedTuple):
@@ -318,7 +321,7 @@ def _reopened(
     directory: Path,
     given: ExperimentConfig | None,
     earlier: MemoryHandler,
-    trusted: Trusted = Trusted(),  # noqa: B008 - it cannot be changed
+    trusted: Trusted = NOTHING_MORE,
 ) -> Ready:
     """A run that lies in its directory; `given` must be its own configuration."""
     meta = read_meta(directory)

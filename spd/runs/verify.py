@@ -5,6 +5,7 @@ its own files, and of what metrics.jsonl held when it was written.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from enum import Enum, auto
@@ -103,7 +104,8 @@ def _changes(run: Path, part: Part, *, own_target: bool, goes_on: bool) -> Itera
 def _config_changes(run: Path, meta: Mapping[str, Any]) -> Iterator[str]:
     if "config" not in meta:
         return
-    changed = value_differences(meta["config"], read_yaml(run / CONFIG_FILE))
+    now = json.loads(json.dumps(read_yaml(run / CONFIG_FILE), default=str))  # as meta.json has it
+    changed = value_differences(meta["config"], now)
     lines = [f"{key} is {now!r}, and was {was!r}" for key, was, now in changed]
     if lines:
         yield (
