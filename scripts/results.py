@@ -22,6 +22,7 @@ from spd.reports.results import format_value
 from spd.run_files import CONFIG_FILE, META_FILE, RESULT_FILE, has_finished, read_json, write_json
 from spd.runs.cli import checked_config
 from spd.runs.console import user_errors
+from spd.runs.verify import check_run
 from spd.settings import REPO_DIR
 
 DOCS = REPO_DIR / "docs"
@@ -66,11 +67,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     record = commands.add_parser("record", help="write the records of finished runs")
     record.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    record.add_argument(
+        "--unverified",
+        action="store_true",
+        help="use files that are not as their run left them, and say so",
+    )
     commands.add_parser("page", help="write docs/results.md and the table of README.md")
     args = parser.parse_args(argv)
     with user_errors():
         if args.command == "record":
-            records = [record_of(run) for run in args.runs]  # all are read before one is written
+            # all are read before one is written
+            records = [record_of(run, verify=not args.unverified) for run in args.runs]
             for one in records:
                 print(write_record(one, args.docs / RECORDS))
         else:
@@ -82,10 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 # --- records ---------------------------------------------------------------------------------------
 
 
-def record_of(run: Path) -> dict[str, Any]:
+def record_of(run: Path, *, verify: bool = True) -> dict[str, Any]:
     """What is kept of a finished run of a registered experiment; `UserError` if it is none."""
     if not has_finished(run):
         raise UserError(f"{run}: no finished run; a run directory with status finished is allowed")
+    check_run(run, verify=verify)
     meta, result = read_json(run / META_FILE), read_json(run / RESULT_FILE)
     registered = checked_config(result["experiment"])
     config = load_config(type(registered), run / CONFIG_FILE)

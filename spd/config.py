@@ -235,6 +235,11 @@ def differences(first: BaseConfig, second: BaseConfig) -> Iterator[tuple[str, An
     yield from _differences("", first.model_dump(mode="json"), second.model_dump(mode="json"))
 
 
+def value_differences(first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The same of what two files hold."""
+    yield from _differences("", first, second)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?` with the nearest known name, or nothing."""
     matches = difflib.get_close_matches(str(name), list(known), n=1)

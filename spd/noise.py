@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,20 @@ class Share(NamedTuple):
 def seeded(device: torch.device, *place: object) -> torch.Generator:
     """A generator whose draws depend on `place` alone."""
     return torch.Generator(device=device).manual_seed(derive_seed(*place))
+
+
+@contextmanager
+def own_generators(*place: object) -> Iterator[None]:
+    """Seed torch's global generators by `place` for the time of a block, and put them back as they were.
+
+    Nothing of this package draws from them; a target or data of somebody else's may.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(derive_seed(*place))
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(derive_seed(*place))
+        yield
 
 
 def uniform(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from spd.engine.step import execution_record, make_step
 from spd.engine.threads import as_before
 from spd.engine.update import Update
 from spd.losses import State
+from spd.noise import own_generators
 
 
 @runtime_checkable
@@ -71,6 +72,8 @@ class Member:
     checkpoints: Path | None = None
     failure: NonFiniteError | None = None
     """why it ended before the others"""
+    stamp: Callable[[], Mapping[str, Any]] = dict
+    """what the run says of itself at a checkpoint, which is kept with it"""
 
 
 def run_steps(
@@ -116,7 +119,10 @@ def run_side_by_side(
         for run in runs:
             warm_up(run, config.faithfulness_warmup)
     start = earlier[0]["step"] if earlier else 0
-    with torch.enable_grad(), _observed(members, start, config.steps):
+    generators = own_generators("loop", config.seed)
+    with generators, torch.enable_grad(), _observed(members, start, config.steps):
+        if earlier:
+            torch.set_rng_state(earlier[0]["rng"])
         for step in range(start, config.steps + 1):  # one extra lap evaluates and saves last
             last, stopping = step == config.steps, agreed_maximum(int(stop_requested()))
             saving = stopping or (due(step, config.save_every, last) and step > start)

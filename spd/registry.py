@@ -166,13 +166,15 @@ def command_line(name: str, arguments: Sequence[str] = ()) -> list[str]:
     To resume a run, which has a configuration of its own, `--resume RUN_DIR` alone is enough.
     """
     experiment = get_experiment(name)
-    match arguments:
+    script, config = experiment.command()
+    words = [word for word in arguments if word != "--trust"]
+    match words:
         case ["--resume", directory]:
             _check_made_by(experiment, Path(directory))
-            script, _ = experiment.command()
-            return [sys.executable, "-m", script, *arguments]
+            made_by = [] if experiment.registered else ["--made_by", config]
+            return [sys.executable, "-m", script, *made_by, *arguments]
         case _:
-            return [sys.executable, "-m", *experiment.command(), *arguments]
+            return [sys.executable, "-m", script, config, *arguments]
 
 
 def _check_made_by(experiment: Experiment, directory: Path) -> None:
@@ -196,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="spd-run",
         usage="spd-run EXPERIMENT [key=value ...] [--run_dir DIR]\n"
-        "       spd-run [EXPERIMENT] --resume RUN_DIR",
+        "       spd-run [EXPERIMENT] --resume RUN_DIR [--trust]",
         description="Run an experiment, or go on with a run.",
     )
     parser.add_argument(
@@ -208,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="[key=value ...]",
         help="what the experiment's own script takes after its configuration",
     )
-    if words and words[0].partition("=")[0] == "--resume":
+    if words and words[0].partition("=")[0] in ("--resume", "--trust"):
         command = [sys.executable, "-m", RUNNER, *words]  # the run says how it was made
     else:
         args = parser.parse_args(words)

@@ -1,5 +1,6 @@
 """What lies where in a run directory, and its small records. Knows no model and starts nothing."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from spd.config import UserError
 
@@ -19,7 +20,15 @@ CHECKPOINTS, TARGET, LOCK_FILE = "checkpoints", "target", ".lock"
 METRICS_FILE, TIMINGS_FILE, FIGURES = "metrics.jsonl", "timings.jsonl", "figures"
 EVALUATION_FILE = "evaluation.json"
 """of a run that has not finished: its figures of merit at the checkpoint that its page shows"""
+REPORT_FILE, DIGESTS_FILE = "report.html", "digests.json"
 META_KEYS = ("entry", "seconds")
+FILES = (
+    *(CONFIG_FILE, META_FILE, RESULT_FILE, LOG_FILE, LOCK_FILE),
+    *(METRICS_FILE, TIMINGS_FILE, EVALUATION_FILE, REPORT_FILE),
+)
+FOLDERS = (CHECKPOINTS, TARGET, FIGURES)
+FORMAT = 1
+"""of run directories, as meta.json says it; runs that say none are older, and carry no digests"""
 
 
 def _folder_name(name: str) -> str:
@@ -34,36 +43,116 @@ def _folder_name(name: str) -> str:
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
+class _Record(BaseModel):
+    """What meta.json holds, as far as it is there."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    format: Annotated[int, Field(ge=0)] = 0
+    entry: dict[str, Any] = {}
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    num_threads: Annotated[int, Field(ge=1)] = 1
+    n_processes: Annotated[int, Field(ge=1)] = 1
+    status: str = ""
+    run_id: str = ""
+    wandb_id: str = "none"
+    config: dict[str, Any] = {}
+    digests: dict[str, str] = {}
+    matrices: str = ""
+    side_by_side: "_Beside | None" = None
+    versions: dict[str, str] | None = None
+    reason: str | None = None
+    tracker: str | None = None
+    command: str | None = None
+    commit: str | None = None
+    host: str | None = None
+    device: str | None = None
+    started: str | None = None
+
+
+class _Beside(BaseModel):
+    page: str
+    runs: list[str]
+
+
 def cut_lines(path: Path, step: int) -> None:
-    """Drop lines at or after `step`, and a last line that was cut short, from a JSON-lines file."""
+    """Drop lines at or after `step`, and what is no whole line of a step, from a JSON-lines file."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             if line.endswith("\n") and json.loads(line)["step"] < step:
                 kept.append(line)
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             continue
     atomic_write(path, "".join(kept))
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
-    """What is recorded about a run, or a `UserError` if `directory` does not hold one."""
+    """What is recorded about a run, or a `UserError` if `directory` does not hold one that can be read."""
     for name in (CONFIG_FILE, META_FILE):
         try:
             there = (directory / name).is_file()
         except PermissionError:
             raise _denied(directory / name) from None
+        except OSError as error:  # a name that is too long
+            raise UserError(f"{directory}: {error.strerror}; a run directory is expected") from None
         if not there:
             raise UserError(f"{directory}: no {name} there; a run directory is expected")
+    _check_layout(directory)
     meta = read_json(directory / META_FILE)
     missing = [key for key in META_KEYS if not isinstance(meta, dict) or key not in meta]
     if missing:
         raise UserError(
             f"{directory / META_FILE}: not the record of a run, {missing[0]!r} is missing"
         )
+    check_record(meta, directory / META_FILE)
     return meta
+
+
+def check_record(meta: Any, path: Path) -> None:
+    """`UserError` unless what meta.json holds is of the right kinds, and of a format that is known here."""
+    if not isinstance(meta, dict):
+        raise UserError(f"{path}: not the record of a run, but {_short(meta)}")
+    found = meta.get("format", 0)
+    if isinstance(found, int) and found > FORMAT:
+        made_by = (meta.get("versions") or {}).get("spd", "a newer release")
+        raise UserError(
+            f"{path}: format: {found} of run directories is that of spd {made_by}, which reads it; this"
+            f" release reads up to {FORMAT}"
+        )
+    try:
+        _Record.model_validate(meta)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place, said = ".".join(map(str, wrong["loc"])), wrong["msg"]
+        said = said[0].lower() + said[1:]
+        raise UserError(f"{path}: {place}: {said}, got {_short(wrong['input'])}") from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _check_layout(directory: Path) -> None:
+    """`UserError` if a folder lies where a file of a run is to be, or the other way round."""
+    for name in FILES:
+        if (directory / name).exists() and not (directory / name).is_file():
+            raise UserError(f"{directory / name}: a file of the run is to be there, and is none")
+    for name in FOLDERS:
+        if (directory / name).exists() and not (directory / name).is_dir():
+            raise UserError(f"{directory / name}: a folder of the run is to be there, and is none")
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file of any size, or a `UserError` if it may not be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError:
+        raise _denied(path) from None
 
 
 def is_run(directory: Path) -> bool:
@@ -80,7 +169,7 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file, or a `UserError` if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         found = forbidden(path, error) or UserError(f"{path}: not valid JSON: {error}")
         raise found from None
 
@@ -111,6 +200,7 @@ def _denied(path: Path) -> UserError:
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file, text as UTF-8, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # of a process that was killed here, or a link to somewhere
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
@@ -196,11 +286,36 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
     path = directory / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run directory is expected")
+    return read_lines(path)
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """The objects of numbers in a file of a run, one a line, without a last one that was cut short."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_bytes().splitlines(keepends=True)
     except PermissionError:
         raise _denied(path) from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            break
+        try:
+            found.append(_numbers(line))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: a line is {error} (line {number})") from None
+    return found
+
+
+def _numbers(line: bytes) -> dict[str, float]:
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        values = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
     except ValueError as error:
-        raise UserError(f"{path}: a line is not valid JSON: {error}") from None
+        raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(values, dict) or "step" not in values:
+        raise ValueError(f"no object with a 'step', but {_short(values)}")
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"not of numbers: {_short(key)} is {_short(value)}")
+    return values

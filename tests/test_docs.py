@@ -132,7 +132,7 @@ def test_a_run_of_an_experiment_outside_is_a_run_like_any_other(extended: Path) 
     own = extended / "own"
     command = ("-m", "spd.registry", "my_experiment.yaml", *QUICK)
     assert "MMCS map" in run_python(own, *command, "--run_dir", "a-run", package=extended)
-    code = "import sys; from spd.runs.run import load_run; print(load_run(sys.argv[1]).step)"
+    code = "import sys; from spd.runs.run import load_run; print(load_run(sys.argv[1], trust=True).step)"
     assert run_python(extended, "-c", code, str(own / "a-run"), package=extended) == "3\n"
 
 
@@ -141,7 +141,8 @@ def test_an_experiment_outside_is_resumed_and_swept(extended: Path) -> None:
     own = extended / "own"
     command = ("-m", "spd.registry", "my_experiment.yaml", *QUICK)
     run_python(own, *command, "--run_dir", "gone-on", package=extended)
-    again = run_python(own, "-m", "spd.registry", "--resume", "gone-on", package=extended)
+    resumed = ("--resume", "gone-on", "--trust")
+    again = run_python(own, "-m", "spd.registry", *resumed, package=extended)
     assert "effective" not in again and "MMCS map" in again
     named = ("my_experiment.yaml", "--resume", "gone-on")
     assert again.split("report")[0][:20] in run_python(

@@ -1,6 +1,6 @@
 """Runs that are trained together: what each computes a step from, and its checkpoints."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -31,6 +31,7 @@ class Trainee(Protocol):
     prepared: Prepared
     checkpoints: Path | None
     failure: NonFiniteError | None
+    stamp: Callable[[], Mapping[str, Any]]
 
 
 def step_inputs(prepared: Prepared, step: int, state: State) -> StepInputs:
@@ -97,6 +98,7 @@ def save(
                 **record,
             },
             keep=member.prepared.config.keep_checkpoints,
+            stamp=member.stamp(),
         )
 
 
@@ -119,7 +121,7 @@ def restore(members: Sequence[Trainee], update: Update) -> list[dict[str, Any]]:
             batches.load_state_dict(state["data"])
             device = member.prepared.eval_batches[0].device
             state["carried"] = {key: value.to(device) for key, value in state["carried"].items()}
-            torch.set_rng_state(state["rng"])
+            torch.set_rng_state(state["rng"])  # whether it is one
             torch.set_num_threads(state["num_threads"])
     with _fits(newest[0]):
         update.load_states([state["optimizer"] for state in states])
@@ -133,7 +135,7 @@ def _fits(newest: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"{newest}: the checkpoint does not fit this configuration: {error}"
         ) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import psutil
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from spd.config import (
     BaseConfig,
@@ -40,13 +40,33 @@ def _minutes(value: Any) -> Any:
     return (24 * days + hours) * 60 + minutes + (seconds > 0)
 
 
+def _of(letters: str, what: str) -> AfterValidator:
+    """Marks an option of SLURM that becomes a line of the job script: of these letters alone."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(rf"(?!-)[A-Za-z0-9_{re.escape(letters)}]{{1,200}}", value):
+            raise ValueError(
+                f"{value!r} is no {what}: up to 200 letters, digits, '_' and {' '.join(letters)} are"
+                " allowed, the first of them no '-'"
+            )
+        return value
+
+    return AfterValidator(check)
+
+
+Partitions = Annotated[str, _of(".,+-", "partition of SLURM")]
+Account = Annotated[str, _of(".+@-", "account of SLURM")]
+Qos = Annotated[str, _of(".,+-", "quality of service of SLURM")]
+Constraint = Annotated[str, _of(".,:=&|*!()[]-", "constraint of SLURM")]
+
+
 class Resources(BaseConfig):
     """Of one job. Names are those of the options; `SPD_SLURM_PARTITION` and so on mean the same."""
 
-    partition: str | None = Field(default=None, description="SLURM partition")
-    account: str | None = Field(default=None, description="SLURM account")
-    qos: str | None = Field(default=None, description="SLURM quality of service")
-    constraint: str | None = Field(default=None, description="SLURM constraint, as 'a100'")
+    partition: Partitions | None = Field(default=None, description="SLURM partition")
+    account: Account | None = Field(default=None, description="SLURM account")
+    qos: Qos | None = Field(default=None, description="SLURM quality of service")
+    constraint: Constraint | None = Field(default=None, description="SLURM constraint, as 'a100'")
     gpus: int = Field(
         default=1, ge=0, description="per process; a job is one, if not told otherwise"
     )

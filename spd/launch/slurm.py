@@ -179,6 +179,11 @@ def _executor(
     study: Path, name: str, jobs: Sequence[Job], options: LaunchOptions, at_a_time: int | None
 ) -> submitit.SlurmExecutor:
     """With the settings of one submission. `-P` and PYTHONPATH: the study's copy of the code runs."""
+    for what, text in (("the job's name", name), ("the study's folder", str(study))):
+        if not text.isprintable():  # each is a line of the script
+            raise UserError(
+                f"SLURM: {what} {text!r}: letters that can be printed alone are allowed"
+            )
     expected = max(job.minutes for job in jobs)
     executor = submitit.SlurmExecutor(
         folder=study / FOLDER,

@@ -32,7 +32,7 @@ from spd.launch.job import (
 from spd.launch.resources import LaunchOptions, has_slurm, places
 from spd.launch.watch import Display, duration
 from spd.run_files import read_json, write_json
-from spd.runs.provenance import RECORD_FILE, CodeState, code_state
+from spd.runs.provenance import RECORD_FILE, CodeState, code_state, package_files
 from spd.settings import PACKAGE_DIR, output_root, patient_threads
 
 STUDY_FILE, CODE, JOBS = "study.json", "code", "jobs"
@@ -266,11 +266,13 @@ def _close(job: Job, returncode: int) -> None:
 def take_snapshot(folder: Path) -> CodeState:
     """Copy the package into `folder`, from where `PYTHONPATH` finds it; returns its state.
 
-    With what is not committed: the copy is the code that would run now.
+    With what is not committed: the copy is the code that would run now. What git is told to ignore is
+    no part of it, nor is a `.env`, which holds keys.
     """
     state = code_state()
-    folder.mkdir(parents=True)
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(PACKAGE_DIR, folder / PACKAGE_DIR.name, ignore=ignored)
+    for file in package_files():
+        place = folder / PACKAGE_DIR.name / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(PACKAGE_DIR / file, place)
     write_json(folder / RECORD_FILE, state._asdict())
     return state

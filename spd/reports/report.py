@@ -5,13 +5,11 @@ Reads files alone. Imports no experiment and loads no model.
 
 import base64
 import fnmatch
-import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from spd.config import UserError, parse_yaml
+from spd.config import UserError
 from spd.engine import checkpoint
 from spd.engine.prepare import Prepared, evaluate
 from spd.metrics import MetricSpec
@@ -19,7 +17,20 @@ from spd.registry import EXPERIMENTS
 from spd.reports.curves import live_curves
 from spd.reports.drawing import FigureText
 from spd.reports.figures import Drawable, draw, loss_curves, png_bytes, read_png, save_figures
+from spd.reports.origin import (
+    commands_of,
+    provenance_of,
+    siblings_of,
+    target_record,
+    web_link,
+)
 from spd.reports.page import render_page
+from spd.reports.reading import (
+    configuration_in,
+    evaluation_in,
+    object_of,
+    text_of,
+)
 from spd.reports.results import (
     Evaluation,
     ResultRow,
@@ -35,19 +46,16 @@ from spd.run_files import (
     FIGURES,
     META_FILE,
     METRICS_FILE,
+    REPORT_FILE,
     RESULT_FILE,
     TARGET,
-    TIMINGS_FILE,
+    check_record,
     has_finished,
-    read_json,
     read_metrics,
     write_json,
 )
 
 TEMPLATE = "report.html.j2"
-REPORT_FILE = "report.html"
-SIDE_BY_SIDE = "side_by_side"
-"""the key of meta.json for the page and the names of runs that were trained together"""
 CURVES = "loss_curves"
 LOSS = "loss/"
 """The keys of the held-out losses begin so."""
@@ -78,13 +86,19 @@ class Image(NamedTuple):
     """where its CSV lies, from the run directory"""
 
 
-def write_report(run_dir: Path, metrics: Mapping[str, MetricSpec] | None = None) -> Path:
+def write_report(
+    run_dir: Path,
+    metrics: Mapping[str, MetricSpec] | None = None,
+    *,
+    from_files: bool = False,
+) -> Path:
     """Write `report.html` into a run directory, whole or not at all, and return its path.
 
     Pieces that are missing are left out: a run may be interrupted, without figures or a solution. The
-    run's `metrics` say what its figures are where there is no result.json yet.
+    run's `metrics` say what its figures are where there is no result.json yet. The page says so if it is
+    made `from_files` alone, because the run's code may not be imported.
     """
-    contents = report_contents(run_dir, metrics)
+    contents = {**report_contents(run_dir, metrics), "from_files": from_files}
     return render_page(run_dir / REPORT_FILE, TEMPLATE, contents)
 
 
@@ -92,11 +106,12 @@ def report_contents(
     run_dir: Path, metrics: Mapping[str, MetricSpec] | None = None
 ) -> dict[str, Any]:
     """Everything that the template shows."""
-    config_text = _text(run_dir / CONFIG_FILE)
-    config = parse_yaml(config_text) or {}
-    meta = _json(run_dir / META_FILE)
+    config_text = text_of(run_dir / CONFIG_FILE)
+    config = configuration_in(run_dir / CONFIG_FILE)
+    meta = object_of(run_dir / META_FILE)
+    check_record(meta, run_dir / META_FILE)
     logged = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
-    stopped = _json(run_dir / EVALUATION_FILE) if meta.get("status") != "finished" else {}
+    stopped = evaluation_in(run_dir / EVALUATION_FILE) if meta.get("status") != "finished" else {}
     history = _until_checkpoint(logged, stopped)
     result = _evaluation(run_dir, history, metrics or {})
     experiment = str(config.get("experiment", run_dir.parent.name))
@@ -128,15 +143,15 @@ def report_contents(
             at=last_step if stopped else None,
         ),
         **_curves(run_dir, history, last_step),
-        "target": _target(run_dir / TARGET / "training.json"),
-        "target_config": _text(run_dir / TARGET / CONFIG_FILE),
+        "target": target_record(run_dir / TARGET / "training.json"),
+        "target_config": text_of(run_dir / TARGET / CONFIG_FILE),
         "config_text": config_text,
-        "provenance": _provenance(meta, run_dir),
-        "tracker": _web_link(meta.get("tracker")),
+        "provenance": provenance_of(meta, run_dir),
+        "tracker": web_link(meta.get("tracker")),
         "dirty": bool(meta.get("dirty")),
-        "commands": _commands(meta, run_dir, outside=bool(config.get("module"))),
+        "commands": commands_of(meta, run_dir, outside=bool(config.get("module"))),
         "finished": meta.get("status") == "finished",
-        "siblings": _siblings(meta, run_dir),
+        "siblings": siblings_of(meta, run_dir),
     }
 
 
@@ -324,94 +339,12 @@ def _numbers_of(png: Path, figures: Path) -> str | None:
 
 def _image(name: str, png: bytes) -> Image:
     title = name.replace("_", " ").replace("/", ": ")
-    text, (width, height) = read_png(png)
+    try:
+        text, (width, height) = read_png(png)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{FIGURES}/{name}: not a readable picture: {error}") from None
     data = base64.b64encode(png).decode("ascii")
     return Image(name, text or FigureText(title, "", title), data, width, height)
-
-
-# --- where it comes from -------------------------------------------------------------------------
-
-
-def _target(record_file: Path) -> dict[str, Any]:
-    """How the target was chosen; every seed with the least of its outputs at the probe."""
-    record = _json(record_file)
-    for row in record.get("seeds", []):
-        outputs = row.get("outputs_at_probe", [])
-        row["least"] = min(outputs) if outputs and None not in outputs else None
-    return record
-
-
-def _provenance(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
-    """Label → value, of what is known."""
-    lines = _text(run_dir / TIMINGS_FILE).splitlines(keepends=True)
-    timings = [json.loads(line) for line in lines if line.endswith("\n")]
-    known = {
-        "status": meta.get("status"),
-        "started": meta.get("started"),
-        "took": _duration(meta["seconds"]) if meta.get("seconds") else None,
-        "speed": f"{timings[-1]['steps_per_second']:.1f} steps/s" if timings else None,
-        "device": meta.get("device"),
-        "host": meta.get("host"),
-        "commit": meta.get("commit"),
-        "versions": ", ".join(f"{k} {v}" for k, v in (meta.get("versions") or {}).items()),
-        "command": meta.get("command"),
-    }
-    return {label: str(value) for label, value in known.items() if value}
-
-
-def _commands(meta: Mapping[str, Any], run_dir: Path, *, outside: bool) -> dict[str, str]:
-    """What to type, by what it does; empty where the run does not say which script made it."""
-    module = (meta.get("entry") or {}).get("module")
-    if not module:
-        return {}
-    script = shlex.quote(module)
-    python = f"python {script}" if module.endswith(".py") else f"python -m {script}"
-    python = "spd-run" if outside else python
-    place = shlex.quote(str(run_dir))
-    commands = {}
-    if meta.get("commit"):
-        commands["The code as it was"] = f"git checkout {meta['commit']}"
-    if meta.get("status") in ("interrupted", "running"):
-        commands["Go on with this run"] = f"spd-run --resume {place}"
-    own = run_dir / TARGET
-    target = f" target={shlex.quote(str(own))}" if own.is_dir() else ""
-    commands["The same run again, in a new directory"] = f"{python} {place}/{CONFIG_FILE}{target}"
-    commands["This page again"] = f"spd-report {place}"
-    load = ["from spd.runs.run import load_run", f"run = load_run({json.dumps(str(run_dir))})"]
-    commands["The decomposition, in Python"] = "\n".join([*load, "print(run.model.sites)"])
-    return commands
-
-
-def _siblings(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
-    """Name → link of the page of all seeds and of the other runs of it, as far as these are there."""
-    known = meta.get(SIDE_BY_SIDE) or {"runs": []}
-    others = [name for name in known["runs"] if name != run_dir.name]
-    links = {n: f"../{n}/{REPORT_FILE}" for n in others if (run_dir.parent / n).is_dir()}
-    return {"all of them": f"../{known['page']}", **links} if links else {}
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
-
-
-def _web_link(url: Any) -> str | None:
-    return url if isinstance(url, str) and url.startswith("https://") else None
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 @runtime_checkable

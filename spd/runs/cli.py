@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,24 +14,38 @@ from spd.config import RunError, UserError
 from spd.engine import checkpoint, distributed
 from spd.registry import get_experiment
 from spd.reports.figures import draw, loss_curves, save_figures
-from spd.reports.report import look_at_checkpoint, report_on, write_report
+from spd.reports.report import REPORT_FILE, look_at_checkpoint, report_on, write_report
 from spd.reports.results import format_result, format_table, read_result
-from spd.run_files import CHECKPOINTS, FIGURES, META_FILE, RESULT_FILE, is_run, read_meta
+from spd.run_files import CHECKPOINTS, FIGURES, META_FILE, RESULT_FILE, is_run
 from spd.runs.console import console_log, resolve_device, user_errors
 from spd.runs.execution import ExperimentConfig, load_experiment
 from spd.runs.provenance import import_entry, is_interactive
 from spd.runs.run import Build, Run, check_entry, load_run, resume, run_seeds, start
+from spd.runs.trust import UntrustedError, check_links, parts_of_run
+from spd.runs.verify import check_run
+from spd.runs.wandb_run import download_run
 from spd.settings import PACKAGE_DIR
 
 logger = logging.getLogger(__name__)
 
 
+TRUST = (
+    "import the code that a run's own files name, and follow links that lead out of it; without it only"
+    " code of the package, or below a folder in SPD_TRUSTED of the shell's environment"
+)
+
+
 def cli(
-    config_class: type[ExperimentConfig], build: Build, argv: Sequence[str] | None = None
+    config_class: type[ExperimentConfig],
+    build: Build,
+    argv: Sequence[str] | None = None,
+    *,
+    named: Collection[str] = (),
 ) -> NoReturn:
     """The entry point of an experiment script: CONFIG.yaml [key=value …] [--resume RUN_DIR].
 
-    It ends with one of the statuses of `spd.config.Exit`.
+    `named` is what a run may name because the user has named it too. It ends with one of the statuses of
+    `spd.config.Exit`.
     """
     if argv is None and is_interactive():
         with user_errors():
@@ -48,6 +62,7 @@ def cli(
         " already is continued"
     )
     parser.add_argument("--run_dir", type=Path, metavar="DIR", help=where)
+    parser.add_argument("--trust", action="store_true", help=TRUST)
     args = parser.parse_intermixed_args(argv)
     if args.run_dir is not None and (args.resume is not None or args.config is None):
         parser.error("--run_dir needs a configuration, and no --resume")
@@ -56,7 +71,11 @@ def cli(
         _restart_with_patient_threads()
     with distributed.joined(), console_log(), user_errors():
         if args.resume is not None:
-            directory = resume(config_class, build, args.resume, args.config, args.overrides)
+            directory = resume(
+                *(config_class, build, args.resume, args.config, args.overrides),
+                trust=args.trust,
+                named=named,
+            )
         elif args.config is not None:
             config = load_experiment(config_class, Path(args.config), args.overrides)
             folder = Path(args.config).parent
@@ -68,7 +87,9 @@ def cli(
                 lambda: run_dir is not None and (run_dir / META_FILE).is_file()
             )
             if run_dir is not None and begun:
-                directory = resume(config_class, build, run_dir, args.config, args.overrides)
+                directory = resume(
+                    *(config_class, build, run_dir, args.config, args.overrides), trust=args.trust
+                )
             else:
                 directory = start(config, build, folder=folder, directory=run_dir)
         else:
@@ -159,27 +180,47 @@ def _config_of(build: Build) -> type[ExperimentConfig] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """What `spd-run` starts: EXPERIMENT.yaml …, whose `module` is imported, or --resume RUN_DIR alone."""
+    """What `spd-run` starts: EXPERIMENT.yaml …, whose `module` is imported, or --resume RUN_DIR alone.
+
+    `--made_by EXPERIMENT.yaml --resume RUN_DIR` goes on with a run by the code that the user names.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--made_by")
+    parser.add_argument("--trust", action="store_true")
+    named: Collection[str] = ()
     with user_errors():
-        match words:
-            case ["--resume", directory, *_]:
-                entry = read_meta(Path(directory))["entry"]
-                module = import_entry(entry["module"])
-                parts = getattr(module, entry["config"]), getattr(module, entry["build"])
-            case [config, *_] if not config.startswith("-"):
-                parts = parts_of(get_experiment(config).module)
-            case _:
-                raise UserError("a YAML configuration or --resume RUN_DIR is needed")
-    cli(*parts, words)
+        known, others = parser.parse_known_args(words)
+        if known.resume is not None and known.made_by is not None:
+            settings.load_env()
+            parts, named = _made_by(known.made_by)
+            words = ["--resume", str(known.resume), *["--trust"] * known.trust]
+        elif others and not others[0].startswith("-"):
+            parts = parts_of(get_experiment(others[0]).module)
+        elif known.resume is not None:
+            settings.load_env()
+            parts = parts_of_run(known.resume, trust=known.trust)
+        else:
+            raise UserError("a YAML configuration or --resume RUN_DIR is needed")
+    cli(*parts, words, named=named)
+
+
+def _made_by(name: str) -> tuple[tuple[type[ExperimentConfig], Build], Collection[str]]:
+    """Configuration class and `build` of an experiment, and what else its configuration names."""
+    experiment = get_experiment(name)
+    parts = parts_of(experiment.module)
+    config = load_experiment(parts[0], PACKAGE_DIR / experiment.config)
+    return parts, config.named_code().values()
 
 
 def report(argv: Sequence[str] | None = None) -> None:
-    """Write report.html anew, from the newest checkpoint of each run; what is no run is passed over."""
+    """Write report.html anew, from the newest checkpoint of each run; what is no run is passed over.
+
+    Of a run whose code may not be imported, from its files alone.
+    """
     parser = argparse.ArgumentParser(prog="spd-report", description=report.__doc__)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directory or wandb:entity/project/run"
-    )
+    _add_runs(parser)
     parser.add_argument(
         "--batches",
         type=int,
@@ -193,10 +234,44 @@ def report(argv: Sequence[str] | None = None) -> None:
         if args.batches is not None and args.batches < 1:
             raise UserError(f"--batches: {args.batches}; at least 1 is needed")
         device = str(resolve_device(args.device))
-        runs = [load_run(reference, device=device) for reference in _those_with_a_state(args.runs)]
-        for run in runs:  # all are loaded before anything is written
-            look_at_checkpoint(run.directory, run.prepared, run.step, run.config.figures)
-            print(f"report: {report_on(run.directory, run.prepared, args.batches)}")
+        references = _those_with_a_state(args.runs)
+        options = {"trust": args.trust, "verify": not args.unverified}
+        opened = [_opened(reference, device, **options) for reference in references]
+        for run in opened:  # all are loaded before anything is written
+            if isinstance(run, Path):
+                page = write_report(run, from_files=True)
+            else:
+                look_at_checkpoint(run.directory, run.prepared, run.step, run.config.figures)
+                page = report_on(run.directory, run.prepared, args.batches)
+            print(f"report: {page}")
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that is about runs."""
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directory or wandb:entity/project/run"
+    )
+    parser.add_argument("--trust", action="store_true", help=TRUST)
+    parser.add_argument(
+        "--unverified",
+        action="store_true",
+        help="use files that are not as their run left them (by their digests), and say so",
+    )
+
+
+def _opened(reference: str, device: str, *, trust: bool, verify: bool) -> Run | Path:
+    """A run, loaded, or the directory of one whose code may not be imported."""
+    directory = download_run(reference) if reference.startswith("wandb:") else Path(reference)
+    try:
+        return load_run(directory, device=device, trust=trust, verify=verify)
+    except UntrustedError as refused:
+        check_links(directory)
+        check_run(directory, verify=verify)
+        logger.warning(
+            "report: %s is made of the files of the run alone, with the figures that exist: %s",
+            *(directory / REPORT_FILE, refused),
+        )
+        return directory
 
 
 def _those_with_a_state(references: Sequence[str]) -> list[str]:
@@ -238,13 +313,13 @@ def redraw_command(
     `compare` sees all runs before anything is written, and returns what draws them side by side.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directory or wandb:entity/project/run"
-    )
+    _add_runs(parser)
     args = parser.parse_args(argv)
     settings.load_env()
     with console_log(), user_errors():
-        runs = [load_run(reference) for reference in args.runs]  # all, before anything is written
+        # all, before anything is written
+        options = {"trust": args.trust, "verify": not args.unverified}
+        runs = [load_run(reference, **options) for reference in args.runs]
         draw_comparison = compare(runs) if compare else None
         for run in runs:
             redraw(run)

@@ -1,6 +1,7 @@
 """What every command shares: its log, its signals, its device, its exit status. Knows no run."""
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -29,11 +30,13 @@ def user_errors() -> Iterator[None]:
             isinstance(error, RunError) and not is_leader()
         )
         raise SystemExit(error.status if said_elsewhere else report_error(error)) from None
-    except PermissionError as error:
-        if error.filename is None:
+    except OSError as error:
+        if not isinstance(error.filename, str | bytes | Path):
             raise
-        denied = UserError(f"{error.filename}: {error.strerror}")
-        raise SystemExit(report_error(denied)) from None
+        name = os.fsdecode(error.filename)
+        shown = name if len(name) <= 300 else f"{name[:300]}…"
+        refused = UserError(f"{shown}: {error.strerror}")
+        raise SystemExit(report_error(refused)) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(Exit.INTERRUPTED) from None

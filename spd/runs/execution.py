@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from pydantic import Field, field_validator
 
 from spd.config import RunError, load_config
 from spd.engine.prepare import Prepared
+from spd.noise import own_generators
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side
 from spd.reports.figures import Figures, draw, loss_curves, save_figures
 from spd.reports.report import report_on
@@ -23,6 +25,7 @@ from spd.run_files import (
     FIGURES,
     LOG_FILE,
     META_FILE,
+    METRICS_FILE,
     RESULT_FILE,
     FolderName,
     read_meta,
@@ -32,6 +35,7 @@ from spd.run_files import (
 )
 from spd.runs.console import caught_signals, file_log
 from spd.runs.tracking import RunTracker
+from spd.runs.verify import final_digests, without_final
 from spd.runs.wandb_run import Labels, new_run_id, start_wandb
 from spd.spd_config import SPDConfig
 
@@ -73,6 +77,10 @@ class ExperimentConfig(SPDConfig):
             raise ValueError(f"{twice[0]} is named twice")
         return seeds
 
+    def named_code(self) -> Mapping[str, str]:
+        """Key → name, of the classes and functions that `build` imports because a value names them."""
+        return {}
+
 
 def load_experiment(
     config_class: type[ExperimentConfig], path: Path, overrides: Sequence[str] = ()
@@ -100,7 +108,8 @@ def execute(runs: Sequence[Ready], *, go_on_with: str) -> dict[Path, RunError]:
     Runs go on from their newest checkpoints, where there are any. Asked to stop, each writes a
     checkpoint, one line says what to `go_on_with`, and the process exits with 130 or 143.
     """
-    with caught_signals() as signals, ExitStack() as stack:
+    generators = own_generators("execute", runs[0].config.seed)
+    with generators, caught_signals() as signals, ExitStack() as stack:
         members = [stack.enter_context(_recorded(run, _label(run, runs))) for run in runs]
         try:
             run_side_by_side(
@@ -136,6 +145,8 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
         logger.info("run directory: %s", directory)
         meta = read_meta(directory)
         meta.setdefault("wandb_id", new_run_id(directory))
+        meta.setdefault("run_id", secrets.token_hex(8))
+        meta["digests"] = without_final(meta)
         wandb_run = start_wandb(
             config.wandb_project,
             name=f"{config.experiment}-seed{config.seed}-{directory.name}",
@@ -159,11 +170,15 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
             label=label,
         )
         begun, status = time.perf_counter() - meta["seconds"], "failed"
-        member = Member(prepared, observer, directory / CHECKPOINTS)
+        member = Member(
+            *(prepared, observer, directory / CHECKPOINTS),
+            stamp=lambda: {"run": meta["run_id"], METRICS_FILE: observer.position()},
+        )
         try:
             yield member
             if member.failure is None:
                 _finish(directory, config, time.perf_counter() - begun)
+                meta["digests"] |= final_digests(directory)
                 status = "finished"
             else:
                 meta["reason"] = str(member.failure)

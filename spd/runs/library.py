@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from spd.component_model import ComponentModel
 from spd.engine.prepare import Prepared, eval_contexts, prepare
 from spd.metrics import SiteUsage, site_usage
+from spd.noise import own_generators
 from spd.optimize import Observer, Silent, run_steps
 from spd.problem import Problem
 from spd.spd_config import SPDConfig
@@ -25,12 +26,15 @@ def decompose(
     """Decompose `problem.target`, in place.
 
     Progress and evaluations are told to `observer`, by default the console, or with `quiet` to nobody.
+    torch's global generators are seeded meanwhile, and left as they were.
+
     `UserError` if problem and configuration do not fit each other, before anything is trained.
     """
-    prepared = prepare(problem, config)
-    history = _History(observer or (Silent() if quiet else Console()))
-    model = run_steps(prepared, history)
-    return Result(prepared, history.rows, site_usage(model, eval_contexts(prepared)))
+    with own_generators("decompose", config.seed):
+        prepared = prepare(problem, config)
+        history = _History(observer or (Silent() if quiet else Console()))
+        model = run_steps(prepared, history)
+        return Result(prepared, history.rows, site_usage(model, eval_contexts(prepared)))
 
 
 class Console:

@@ -17,12 +17,12 @@ from torch import nn
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, UserError, parse
 from spd.importance import ImportanceConfig, LowerLeak
-from spd.run_files import META_FILE, forbidden, read_json, read_meta, write_safetensors
+from spd.run_files import META_FILE, forbidden, read_json, write_safetensors
 from spd.runs.console import resolve_device
 from spd.runs.library import Result
-from spd.runs.provenance import import_entry
 from spd.runs.run import Run, load_run
 from spd.runs.target import digest
+from spd.runs.trust import Entry, check_values, entry_of_run, parts_of_entry
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -80,11 +80,11 @@ class Decomposition(ModelHubMixin, library_name="spd", tags=["stochastic-paramet
     @classmethod
     def of_run(cls, run: Run) -> Self:
         """What a run has found, at the checkpoint that was loaded."""
-        entry = read_meta(run.directory)["entry"]
+        entry = entry_of_run(run.directory)
         reference = TargetReference(
-            module=entry["module"],
-            config_class=entry["config"],
-            build=entry["build"],
+            module=entry.module,
+            config_class=entry.config,
+            build=entry.build,
             config=run.config.model_dump(mode="json"),
         )
         return cls.of_model(
@@ -184,7 +184,9 @@ def _make_target(layout: Layout, folder: Path, device: str) -> nn.Module:
     if reference is None or not reference.module.startswith(OWN_PACKAGE):
         origin = "no run made it" if reference is None else f"{reference.module} made its target"
         raise UserError(f"{folder}: {origin}; give the target: from_pretrained(…, target=module)")
-    module = import_entry(reference.module)
-    config_class = getattr(module, reference.config_class)
-    config = parse(config_class, reference.config, f"{folder / CONFIG_FILE}: target")
-    return getattr(module, reference.build)(config, resolve_device(device)).target
+    place = f"{folder / CONFIG_FILE}: target"
+    entry = Entry(reference.module, reference.config_class, reference.build)
+    config_class, build = parts_of_entry(entry, place)
+    config = parse(config_class, reference.config, place)
+    check_values(config, place)
+    return build(config, resolve_device(device)).target

@@ -5,10 +5,11 @@ import importlib
 import importlib.util
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ RECORD_FILE = "snapshot.json"
 OF_FILE = "spd_entry_"
 """begins the names of modules that were imported from a file"""
 
-PACKAGES = ("torch", "numpy", "pydantic", "transformers", "datasets", "wandb", "safetensors")
+PACKAGES = ("spd", "torch", "numpy", "pydantic", "transformers", "datasets", "wandb", "safetensors")
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -29,10 +30,17 @@ def provenance(device: str) -> dict[str, Any]:
         "argv": sys.argv,
         "command": shlex.join(["python", *sys.argv]),
         **code_state()._asdict(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
         "device": device,
         "host": platform.node(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # of this package, where it runs from a folder
+        return "unknown"
 
 
 def is_interactive() -> bool:
@@ -88,6 +96,23 @@ def code_state(root: Path = REPO_DIR) -> CodeState:
     others = ("ls-files", "--others", "--exclude-standard", "--", PACKAGE_DIR.name)
     changed = _git(root, "status", "--porcelain", "--untracked-files=no") or _git(root, *others)
     return CodeState(_git(root, "rev-parse", "HEAD"), bool(changed))
+
+
+def package_files(package: Path = PACKAGE_DIR) -> list[Path]:
+    """The files of the package, from its folder: those that git tracks or does not ignore.
+
+    Outside a checkout all but compiled ones. Never a `.env`, tracked or not.
+    """
+    listed = _git(package, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    files = [Path(name) for name in (listed or "").split("\0") if name]
+    if (
+        Path("__init__.py") not in files
+    ):  # no checkout, or one that ignores it, as of an environment
+        files = [path.relative_to(package) for path in package.rglob("*")]
+        files = [path for path in files if "__pycache__" not in path.parts]
+    hidden = re.compile(r"\.env(\..*)?")
+    kept = {path for path in files if not any(map(hidden.fullmatch, path.parts))}
+    return sorted(path for path in kept if (package / path).is_file() and path.suffix != ".pyc")
 
 
 def _git(root: Path, *args: str) -> str | None:

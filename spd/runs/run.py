@@ -2,7 +2,7 @@
 
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from itertools import groupby
 from logging.handlers import MemoryHandler
@@ -25,12 +25,14 @@ from spd.engine import checkpoint, distributed
 from spd.engine.compilation import require_compiler
 from spd.engine.fingerprint import objective_fingerprint
 from spd.engine.prepare import Prepared, check_side_by_side, prepare
+from spd.noise import own_generators
 from spd.problem import Problem
-from spd.reports.report import SIDE_BY_SIDE
+from spd.reports.origin import SIDE_BY_SIDE
 from spd.reports.seeds import seeds_page, write_seeds_page
 from spd.run_files import (
     CHECKPOINTS,
     CONFIG_FILE,
+    FORMAT,
     META_FILE,
     TARGET,
     new_directory,
@@ -51,9 +53,22 @@ from spd.runs.execution import (
     execute,
     load_experiment,
 )
-from spd.runs.provenance import entry_of, import_entry, provenance
+from spd.runs.provenance import entry_of, provenance
 from spd.runs.target import MATRICES, Build, Given, digest, reopen
+from spd.runs.trust import check_links, check_values, parts_of_run
+from spd.runs.verify import Part, check_run, target_digests
 from spd.runs.wandb_run import download_run
+
+
+class Trusted(NamedTuple):
+    """What of a run that is gone on with may be followed."""
+
+    everything: bool = False
+    named: Collection[str] = ()
+    """what the user has named himself"""
+
+
+NOTHING_MORE = Trusted()
 
 
 class Run(NamedTuple):
@@ -102,16 +117,24 @@ def resume(
     directory: Path,
     config_path: str | None = None,
     overrides: Sequence[str] = (),
+    *,
+    trust: bool = False,
+    named: Collection[str] = (),
 ) -> Path:
-    """Go on with the run in `directory` from its newest checkpoint, under its own configuration."""
+    """Go on with the run in `directory` from its newest checkpoint, under its own configuration.
+
+    Code that its configuration names, and links that lead out of it, are followed with `trust`, where the
+    same configuration is given, and where the user has `named` them.
+    """
     if config_path is not None and "=" in config_path and not Path(config_path).exists():
         raise UserError(f"{config_path!r}: a run is resumed under its own configuration")
     read_meta(directory)
     given = None
     if config_path is not None:
         given = load_experiment(config_class, Path(config_path), overrides)
+    trusted = Trusted(trust, named)
     with kept_log() as earlier:
-        return _alone(_reopened(config_class, build, directory, given, earlier))
+        return _alone(_reopened(config_class, build, directory, given, earlier, trusted))
 
 
 def run_seeds(
@@ -158,6 +181,8 @@ def load_run(
     target: str | Path | nn.Module | None = None,
     dtype: str | torch.dtype | None = None,
     device_map: Any = None,
+    trust: bool = False,
+    verify: bool = True,
 ) -> Run:
     """A run from its directory or `wandb:entity/project/run-id`, at its newest checkpoint.
 
@@ -166,21 +191,31 @@ def load_run(
     (float32 or bfloat16; its run says which if it is None) and put onto devices by `device_map`, as
     transformers takes it. The `device` is the CPU if nothing is said, or that of a given module.
 
+    A run may come from anybody: code that it names is imported if it belongs to this package, has been
+    imported already, or lies below a folder in SPD_TRUSTED of the shell's environment; other code, and what
+    links lead to, with `trust` alone. Its files must be those that it left, by their digests; with
+    `verify=False` what was changed is used as it is, and one line in the log says so.
+
     `UserError` if it is no run directory, has no checkpoint yet, or holds a damaged one, if an argument
     means nothing for this run, or the matrices are others.
     """
     reference = str(directory)
     path = download_run(reference) if reference.startswith("wandb:") else Path(directory)
-    entry = read_meta(path)["entry"]
-    module = import_entry(entry["module"])
-    config = load_config(getattr(module, entry["config"]), path / CONFIG_FILE)
-    build: Build = getattr(module, entry["build"])
-    prepared = reopen(config, build, path, Given(target, dtype, device, device_map))
+    config_class, build = parts_of_run(path, trust=trust)
+    if verify:
+        check_run(path, Part.FILES, own_target=target is None)
+    config = load_config(config_class, path / CONFIG_FILE)
+    check_values(config, str(path / CONFIG_FILE), trust=trust)
     newest = checkpoint.latest(path / CHECKPOINTS)
     if newest is None:
         raise UserError(f"{path}: the run has no checkpoint yet")
+    given = Given(target, dtype, device, device_map)
+    with own_generators("build", config.seed):
+        prepared = reopen(config, build, path, given, verify=verify)
     what = f"the run's {CONFIG_FILE}" if target is None else "the given target"
     _load_parameters(prepared, newest, what)
+    part = Part.CHECKPOINT if verify else Part.ALL
+    check_run(path, part, verify=verify, own_target=target is None)
     return Run(path, config, prepared, int(newest.name), read_metrics(path))
 
 
@@ -248,8 +283,10 @@ def _prepared(
     if config.execution.compile is True:
         require_compiler()
     device = resolve_device(config.device)
-    problem = build(_with_target_beside(config, folder), device)
-    return Ready(directory, config, prepare(problem, config), earlier)
+    with own_generators("build", config.seed):
+        problem = build(_with_target_beside(config, folder), device)
+        prepared = prepare(problem, config)
+    return Ready(directory, config, prepared, earlier)
 
 
 def _create(run: Ready, build: Build, side_by_side: dict[str, Any] | None = None) -> None:
@@ -268,6 +305,8 @@ def _create(run: Ready, build: Build, side_by_side: dict[str, Any] | None = None
         }
         meta["objective"] = objective_fingerprint()
         meta[MATRICES] = digest(run.prepared.objective.model)
+        meta["format"], meta["run_id"] = FORMAT, secrets.token_hex(8)
+        meta["config"], meta["digests"] = config.model_dump(mode="json"), target_digests(partial)
         if side_by_side is not None:
             meta[SIDE_BY_SIDE] = side_by_side
         meta["num_threads"] = torch.get_num_threads()
@@ -282,9 +321,11 @@ def _reopened(
     directory: Path,
     given: ExperimentConfig | None,
     earlier: MemoryHandler,
+    trusted: Trusted = NOTHING_MORE,
 ) -> Ready:
     """A run that lies in its directory; `given` must be its own configuration."""
     meta = read_meta(directory)
+    check_links(directory, trust=trusted.everything)
     config = load_config(config_class, directory / CONFIG_FILE)
     changed = [
         f"{key} is {here!r} here, but {own!r} in the run's {CONFIG_FILE}"
@@ -295,14 +336,20 @@ def _reopened(
             f"--resume {directory}: a run is resumed under its own configuration:\n  "
             + "\n  ".join(changed)
         )
+    check_run(directory, Part.FILES, goes_on=True)
+    if given is None:  # else it says what the user himself says
+        place = str(directory / CONFIG_FILE)
+        check_values(config, place, trust=trusted.everything, named=trusted.named)
     distributed.on_leader(lambda: _check_divisible(config))
     torch.set_num_threads(meta.get("num_threads", torch.get_num_threads()))
-    prepared = reopen(config, build, directory, Given(device=config.device))
+    with own_generators("build", config.seed):
+        prepared = reopen(config, build, directory, Given(device=config.device))
     newest = checkpoint.latest(directory / CHECKPOINTS)
     if newest is not None:  # all that can be wrong with it, before anything is written
         _load_parameters(prepared, newest)
         if checkpoint.load_state(newest).get("compiled"):
             require_compiler()
+    check_run(directory, Part.CHECKPOINT, goes_on=True)
     return Ready(directory, config, prepared, earlier)
 
 

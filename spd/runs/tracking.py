@@ -1,7 +1,9 @@
 """The observer that keeps the record of a run: local files, progress on the terminal, and W&B."""
 
+import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,7 +49,9 @@ class RunTracker:
             cut_lines(self.directory / name, step)
         if self.wandb_run is not None and self.wandb_run.begins_anew and step > 0:
             self._log_again(self.wandb_run, step)
-        self.metrics = (self.directory / METRICS_FILE).open("a", encoding="utf-8")
+        path = self.directory / METRICS_FILE
+        self.digest = hashlib.sha256(path.read_bytes() if path.exists() else b"")
+        self.metrics = path.open("ab")
         self.timings = (self.directory / TIMINGS_FILE).open("a", encoding="utf-8")
         self.bar = tqdm(
             total=steps,
@@ -84,10 +88,17 @@ class RunTracker:
                 self.wandb_run.log_images(step, paths)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        self.metrics.write(line)
         self.metrics.flush()
+        self.digest.update(line)
         if self.wandb_run is not None:
             self.wandb_run.log(step, values)
+
+    def position(self) -> dict[str, int | str]:
+        """How far metrics.jsonl has come, which is on the disk then, and the digest of it so far."""
+        os.fsync(self.metrics.fileno())
+        return {"bytes": self.metrics.tell(), "sha256": self.digest.hexdigest()}
 
     def _drawing(self, step: int) -> bool:
         """Whether figures are due: at the end and at the first evaluation after every `figures_every`."""

@@ -160,7 +160,7 @@ def download_run(reference: str, api: Any = None) -> Path:
     It is kept below the output root and appears complete or not at all. `api` is a `wandb.Api`.
     """
     parts = reference.removeprefix("wandb:").split("/")
-    if len(parts) != 3 or not all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts):
+    if len(parts) != 3 or not all(re.fullmatch(r"[\w-][\w.-]{0,127}", part) for part in parts):
         raise UserError(f"{reference}: expected wandb:entity/project/run-id")
     directory = output_root() / "downloads" / Path(*parts)
     if directory.is_dir():
@@ -189,7 +189,10 @@ def _download(api: Any, path: str, directory: Path) -> None:
 
             api = wandb.Api(timeout=60)
         for file in api.run(path).files():
-            if "/" in file.name:
+            parts = file.name.split("/")
+            if ".." in parts or "\\" in file.name or file.name.startswith("/"):
+                raise ValueError(f"the file {file.name!r} would lie outside of the run")
+            if len(parts) > 1:
                 file.download(root=str(directory), replace=True)
     except Exception as error:
         message = f"wandb:{path}: cannot be fetched from W&B: {_first_line(error)}"

@@ -73,7 +73,10 @@ def assert_leaves_its_files(command: Command, name: str, *args: str) -> None:
             *(".lock", "config.yaml", "log.txt", "meta.json", "metrics.jsonl"),
             *("report.html", "result.json", "timings.jsonl"),
             *(f"target/{path}" for path in listing(target)),
-            *(f"checkpoints/00000002/{file}" for file in ("model.safetensors", "training_state")),
+            *(
+                f"checkpoints/00000002/{file}"
+                for file in ("digests.json", "model.safetensors", "training_state")
+            ),
             *(
                 f"figures/{figure}/00000002.{kind}"
                 for figure in (*config["figures"], "loss_curves")

@@ -43,7 +43,8 @@ def undisturbed_fixture(tmp_path_factory: pytest.TempPathFactory, tms_target: Pa
 
 def assert_same_result(run: Path, other: Path) -> None:
     """Numbers, final parameters and the state that goes on from there are equal to the last bit."""
-    for name in ("metrics.jsonl", "config.yaml", "checkpoints/00000006/model.safetensors"):
+    last = [f"checkpoints/00000006/{name}" for name in ("model.safetensors", "training_state")]
+    for name in ("metrics.jsonl", "config.yaml", *last):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
     states = [
         torch.load(path / "checkpoints/00000006/training_state", weights_only=True)

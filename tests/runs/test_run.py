@@ -113,7 +113,10 @@ def test_an_experiment_of_ones_own_is_found_by_its_file(command: Command):
     directory = command.only_run()
     entry = json.loads((directory / "meta.json").read_text())["entry"]
     assert entry == {"module": str(script), "config": "Mine", "build": "build"}
-    assert directory.parent.name == "mine" and type(load_run(directory).config).__name__ == "Mine"
+    with pytest.raises(UserError, match=r"'.*json\.py' is no code of the installed package"):
+        load_run(directory)
+    run = load_run(directory, trust=True)
+    assert directory.parent.name == "mine" and type(run.config).__name__ == "Mine"
     assert json.loads("1") == 1
 
 

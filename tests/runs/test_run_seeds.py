@@ -24,6 +24,7 @@ from tests.run_fixtures import (
     finished_run,
     listing,
     log_lines,
+    sign_again,
     target_fixture,
 )
 from tests.runs.test_wandb import OFFLINE, history
@@ -158,7 +159,8 @@ def test_one_that_fails_does_not_stop_the_others(command: Command, singles: dict
     file = sorted(bad.glob("checkpoints/*"))[-1] / "model.safetensors"
     weights = load_file(file)
     weights["linear1.subcomponents.V"].fill_(torch.nan)
-    save_file(weights, file)
+    save_file(weights, file, {"step": str(int(file.parent.name))})
+    sign_again(file.parent)
     done = side_by_side(command, "--run_dir", str(base))
     assert done.status == 1 and "Traceback" not in done.err
     assert "error: 1 of 2 runs failed\n  x-seed3: step 3: loss/" in done.err

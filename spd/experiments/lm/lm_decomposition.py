@@ -85,6 +85,9 @@ class LMConfig(ExperimentConfig):
             )
         return self
 
+    def named_code(self) -> Mapping[str, str]:
+        return {"model_class": self.model_class}
+
 
 def build(
     config: LMConfig,

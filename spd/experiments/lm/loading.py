@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import pickle
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -125,7 +126,7 @@ def find_target(wanted: Wanted, device: torch.device, folders: tuple[Path, ...])
         directory = target_directory(on_disk[0]).absolute()
         logger.info("target: directory %s", directory)
         if (directory / ORIGIN_FILE).is_file():
-            return Origin(**read_json(directory / ORIGIN_FILE), directory=directory)
+            return Origin(**_origin(directory), directory=directory)
         return Origin(str(directory), None, wanted.tokenizer, directory)
     if on_disk or path.is_absolute() or target.startswith((".", "~")) or target.count("/") > 1:
         raise UserError(
@@ -135,6 +136,23 @@ def find_target(wanted: Wanted, device: torch.device, folders: tuple[Path, ...])
     commit = hub_commit(target, "model", wanted.revision, "target")
     logger.info("target: %s of the Hugging Face hub, commit %s", target, commit or "as cached")
     return Origin(target, commit or wanted.revision, wanted.tokenizer, None)
+
+
+def _origin(directory: Path) -> dict[str, Any]:
+    """What `save_copy` recorded, or a `UserError` if it did not write this."""
+    path = directory / ORIGIN_FILE
+    record = read_json(path)
+    names = {"reference", "revision", "tokenizer"}
+    if not isinstance(record, dict) or record.keys() != names:
+        raise UserError(
+            f"{path}: not the origin of a target: {', '.join(sorted(names))} are needed"
+        )
+    for name, value in record.items():
+        if not (isinstance(value, str) or (value is None and name != "reference")):
+            raise UserError(f"{path}: {name}: a name is needed, got {value!r}")
+        if value is not None and ".." in Path(value).parts:
+            raise UserError(f"{path}: {name}: {value!r}: a place is named without '..'")
+    return record
 
 
 def import_class(path: str) -> Any:
@@ -204,7 +222,8 @@ def _load_model(model_class: Any, origin: Origin, wanted: Wanted, device_map: An
     arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
     reports = issubclass(model_class, PreTrainedModel | _BaseAutoModelClass)
     if reports:
-        arguments |= {"dtype": dtype, "output_loading_info": True}
+        # without trust_remote_code it would ask at a terminal
+        arguments |= {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
         arguments |= {} if device_map is None else {"device_map": device_map}
     elif device_map is not None:
         raise UserError(
@@ -219,9 +238,12 @@ def _load_model(model_class: Any, origin: Origin, wanted: Wanted, device_map: An
                     raise denied from None
             raise UserError(f"target {place}: {_one_line(error)}") from None
         raise unreachable(place, "target", error) from None
-    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+    except (
+        *(ValueError, TypeError, KeyError, RuntimeError, ImportError),
+        *(pickle.UnpicklingError, EOFError),
+    ) as error:
         raise UserError(
-            f"target {place!r} as {wanted.model_class}: cannot be loaded: {_one_line(error)}"
+            f"target {place!r} as {wanted.model_class}: cannot be loaded: {_said(error)}"
         ) from None
     if reports:
         loaded, info = loaded
@@ -250,7 +272,8 @@ def _load_tokenizer(origin: Origin, wanted: Wanted) -> PreTrainedTokenizerBase |
             if reference == origin.reference
             else hub_commit(reference, "model", None, "tokenizer")
         )
-    arguments = {} if revision is None else {"revision": revision}
+    arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
+    arguments["trust_remote_code"] = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(reference, **arguments)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -262,7 +285,16 @@ def _load_tokenizer(origin: Origin, wanted: Wanted) -> PreTrainedTokenizerBase |
             return None
         if isinstance(error, OSError) and not Path(reference).is_dir():
             raise unreachable(reference, "tokenizer", error) from None
-        raise UserError(f"tokenizer {reference!r}: cannot be loaded: {_one_line(error)}") from None
+        raise UserError(f"tokenizer {reference!r}: cannot be loaded: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    """What is wrong; an advice to run code of a stranger's is not passed on."""
+    if "trust_remote_code" in str(error):
+        return "it needs code that lies beside it, which is not run"
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it holds something else than tensors and plain values, or was cut short"
+    return _one_line(error)
 
 
 def _no_revision(wanted: Wanted) -> None:

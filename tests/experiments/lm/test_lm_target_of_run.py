@@ -15,6 +15,7 @@ from spd.config import UserError, parse
 from spd.experiments.lm.lm_decomposition import LMConfig, build
 from spd.experiments.lm.problem import LMProblem
 from spd.runs.run import Run, load_run, resume, start
+from spd.runs.trust import UntrustedError
 from tests.lm_stand_ins import little_llama, make_tokenizer, save_model, stories
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -174,12 +175,54 @@ def test_a_device_map_is_handed_to_transformers(run: Path):
     own = text.replace("transformers.AutoModelForCausalLM", f"{__name__}.Placed")
     assert own != text
     (run / "config.yaml").write_text(own, encoding="utf-8")
-    loaded = load_run(run, device_map={"": "cpu"})
+    with pytest.raises(UserError, match="model_class is '.*Placed', and was 'transformers"):
+        load_run(run)
+    loaded = load_run(run, device_map={"": "cpu"}, verify=False)
     assert Placed.asked == {"": "cpu"} and loaded.problem.device == torch.device("cpu")
     with pytest.raises(UserError, match="device: 'cpu' and device_map: 'auto'; one of them"):
-        load_run(run, device="cpu", device_map="auto")
+        load_run(run, device="cpu", device_map="auto", verify=False)
     module = little_llama()
     with pytest.raises(UserError, match="device_map: auto; a target that is given as a module"):
-        load_run(run, target=module, device_map="auto")
+        load_run(run, target=module, device_map="auto", verify=False)
     with pytest.raises(UserError, match="dtype: bfloat16; a target that is given as a module"):
-        load_run(run, target=module, dtype="bfloat16")
+        load_run(run, target=module, dtype="bfloat16", verify=False)
+
+
+def test_a_class_that_only_the_run_names_is_not_imported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither when it is loaded, nor when it goes on; what the user names himself is his own."""
+    mark, name = tmp_path / "it-was-run", "a_class_from_elsewhere"
+    code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
+    code += "from transformers import AutoModelForCausalLM as Theirs\n"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    meta = json.loads((run / "meta.json").read_text())
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    own = meta["config"]["model_class"]
+    (run / "config.yaml").write_text(text.replace(own, f"{name}.Theirs"), encoding="utf-8")
+    meta["config"]["model_class"] = f"{name}.Theirs"
+    (run / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UntrustedError, match=rf"model_class: '{name}' is no code of the installed"):
+        load_run(run)
+    with pytest.raises(UntrustedError, match="--trust"):
+        resume(LMConfig, build, run)
+    assert not mark.exists()
+    resume(LMConfig, build, run, named=[f"{name}.Theirs"])
+    assert mark.exists() and load_run(run, trust=True).step == 4
+
+
+def test_code_beside_a_target_is_not_run(run: Path, made: Path, tmp_path: Path):
+    """`auto_map` names it; nothing asks whether to run it, and no message advises to."""
+    place = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    config = json.loads((place / "config.json").read_text())
+    config |= {
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "theirs.C", "AutoModel": "theirs.M"},
+    }
+    (place / "config.json").write_text(json.dumps(config))
+    mark = tmp_path / "it-was-run"
+    (place / "theirs.py").write_text(f"open({str(mark)!r}, 'w')\nclass C: pass\nclass M: pass\n")
+    with pytest.raises(UserError) as caught:
+        load_run(run, target=place)
+    assert "trust_remote_code" not in str(caught.value) and not mark.exists()
