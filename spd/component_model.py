@@ -303,20 +303,26 @@ class ComponentModel(nn.Module):
             output = self.run(batch, target_pass)
         kept = target_pass.inputs
         assert kept is not None, "such a pass keeps what the sites read"
-        for path, site in self.sites.items():
-            n_calls = len(kept.get(path, ()))
-            if n_calls != 1:
-                names = " = ".join(map(repr, _paths_of_modules(self.target)[site]))
-                unseen = " (its weight is read, or not used at all)" if n_calls == 0 else ""
-                raise UserError(
-                    f"sites: the target calls {names} {n_calls} times in one pass{unseen}; a site must be"
-                    " called once"
-                )
+        self._check_calls(kept)
         overwritten = target_pass.overwritten()
         if overwritten:
             self.overwritten |= overwritten
             return self.target_output(batch, begin)
         return TargetOutput(output, {path: kept[path][0] for path in self.sites})
+
+    def _check_calls(self, kept: Mapping[str, Sequence[Tensor]]) -> None:
+        """`UserError` unless every site has read something once."""
+        wrong = {path: n for path in self.sites if (n := len(kept.get(path, ()))) != 1}
+        if not wrong:
+            return
+        (path, n_calls), *others = wrong.items()
+        names = " = ".join(map(repr, _paths_of_modules(self.target)[self.sites[path]]))
+        unseen = " (its weight is read, or not used at all)" if n_calls == 0 else ""
+        also = f"; so it is with {', '.join(other for other, _ in others)}" if others else ""
+        raise UserError(
+            f"sites: the target calls {names} {n_calls} times in one pass{unseen}; a site must be called"
+            f" once, so name patterns that leave it out{also}"
+        )
 
     def forward(self, batch: Tensor, masks: Mapping[str, Mask | None] | None = None) -> Tensor:
         """Run with the sites named in `masks` replaced by their subcomponents; `None`: all on.

@@ -73,7 +73,9 @@ def make_step(
         )
         step = JointStep(trained, execution, tf32=tf32)
     else:
-        step = SequentialStep(CompiledPasses(objective, setting, n_steps), tf32=tf32)
+        passes = CompiledPasses(objective, setting, n_steps)
+        passes.sequential.prefix.try_out(batch)
+        step = SequentialStep(passes, tf32=tf32)
     step.execution.shapes = [*earlier.get("compiled_shapes", [])]
     return step
 
