@@ -30,6 +30,7 @@ from spd.importance import (
 )
 from spd.masks import GivenMask, GivenMasks, Mask, Pass, Place, Running, SiteMask, as_site_mask
 from spd.noise import derive_seed
+from spd.problem import Batch, as_batch, run_target
 
 HALVES = (torch.float16, torch.bfloat16)
 """in which a target may compute, but no loss is"""
@@ -52,9 +53,9 @@ class TargetOutput(NamedTuple):
 class Site(nn.Module):
     """Stands in the target in place of one module, for good; computes exactly what that module did.
 
-    In a pass that has a mask for it, it uses its subcomponents instead. `weight` and `bias` are the
-    original's, for target code that reads them directly; so is its `state_dict`, so that the target is
-    saved, and loaded into, as if it had never been decomposed.
+    In a pass that has a mask for it, it uses its subcomponents instead. `weight`, `bias` and numbers such as
+    `num_embeddings` are the original's, for target code that reads them directly; so is its `state_dict`,
+    so that the target is saved, and loaded into, as if it had never been decomposed.
     """
 
     def __init__(
@@ -71,6 +72,9 @@ class Site(nn.Module):
         self.importance = importance
         self.place = place
         self.running = running
+        for name, value in vars(original).items():
+            if isinstance(value, int | float | str) and not hasattr(self, name):
+                setattr(self, name, value)
         self._register_load_state_dict_pre_hook(_as_original, with_module=True)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -285,15 +289,17 @@ class ComponentModel(nn.Module):
         )
 
     @torch.no_grad()
-    def importances(self, batch: Tensor) -> CausalImportances:
+    def importances(self, batch: Batch | Mapping[str, Tensor]) -> CausalImportances:
         """g_c(x) of every site on a batch, without gradients."""
         return self.causal_importances(self.target_forward(batch).site_inputs)
 
-    def target_forward(self, batch: Tensor) -> TargetOutput:
+    def target_forward(self, batch: Batch | Mapping[str, Tensor]) -> TargetOutput:
         """Run the unchanged target, without gradient, and keep what it feeds to each site."""
         return self.target_output(batch, lambda: Pass({}, keep_inputs=True))
 
-    def target_output(self, batch: Tensor, begin: Callable[[], Pass]) -> TargetOutput:
+    def target_output(
+        self, batch: Batch | Mapping[str, Tensor], begin: Callable[[], Pass]
+    ) -> TargetOutput:
         """The same in a pass that the caller makes, and that keeps the inputs of sites.
 
         The first time that an input turns out to be overwritten later on, there is a second pass.
@@ -324,7 +330,9 @@ class ComponentModel(nn.Module):
             f" once, so name patterns that leave it out{also}"
         )
 
-    def forward(self, batch: Tensor, masks: Mapping[str, Mask | None] | None = None) -> Tensor:
+    def forward(
+        self, batch: Batch | Mapping[str, Tensor], masks: Mapping[str, Mask | None] | None = None
+    ) -> Tensor:
         """Run with the sites named in `masks` replaced by their subcomponents; `None`: all on.
 
         `masks` itself `None` replaces every site, all subcomponents on.
@@ -368,13 +376,13 @@ class ComponentModel(nn.Module):
         assert not unknown, f"masks for {unknown}, which are no sites"
         return {path: SiteMask() if mask is None else mask for path, mask in chosen.items()}
 
-    def run(self, batch: Tensor, this: Pass) -> Tensor:
+    def run(self, batch: Batch | Mapping[str, Tensor], this: Pass) -> Tensor:
         """Run the target as the pass says."""
         this.copied = self.overwritten
         self._check_current()
         before, self.running.current = self.running.current, this
         try:
-            return self._run_target(batch)
+            return self._run_target(as_batch(batch))
         finally:
             self.running.current = before
 
@@ -385,13 +393,13 @@ class ComponentModel(nn.Module):
                 " of it any more; to keep both, decompose copies of the target (copy.deepcopy)"
             )
 
-    def _run_target(self, batch: Tensor) -> Tensor:
+    def _run_target(self, batch: Batch) -> Tensor:
         if self.autocast is None:
-            output = self.target(batch)
+            output = run_target(self.target, batch)
             half = isinstance(output, Tensor) and output.dtype in HALVES
             return output.float() if half else output
         with torch.autocast(batch.device.type, self.autocast):
-            return self.target(batch).float()
+            return run_target(self.target, batch).float()
 
     def causal_importances(self, site_inputs: Mapping[str, Tensor]) -> CausalImportances:
         """g_c(x) of every site from what the *target* feeds to it.

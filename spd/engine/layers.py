@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from spd.component_model import HALVES, ComponentModel, Site, TargetOutput, layers_of
 from spd.config import UserError
 from spd.masks import Mask, Pass, Place, Running, SiteMask
+from spd.problem import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class SharedPrefix:
         install_layers_(model)
 
     @contextmanager
-    def kept(self, batch: Tensor) -> Iterator[TargetOutput]:
+    def kept(self, batch: Batch) -> Iterator[TargetOutput]:
         """Run the target; passes over this batch within are shortened."""
         try:
             target = self.model.target_output(batch, self._record)
@@ -200,7 +201,7 @@ class SharedPrefix:
             self.recorded = None
 
     @torch.no_grad()
-    def try_out(self, batch: Tensor) -> None:
+    def try_out(self, batch: Batch) -> None:
         """From now on, passes are whole if shortened ones do not give the target's output on this batch.
 
         So it is where layers take more than what the one before gives out, such as keys and values that
@@ -225,7 +226,7 @@ class SharedPrefix:
                     )
                     return
 
-    def _difference(self, batch: Tensor, expected: Tensor, n_known: int) -> str | None:
+    def _difference(self, batch: Batch, expected: Tensor, n_known: int) -> str | None:
         """What is wrong about the output of an unmasked pass of which so many layers are known."""
         assert self.recorded is not None, "there is a pass that is kept"
         this = LayeredPass({}, known=self.recorded.outputs[:n_known])
@@ -243,7 +244,7 @@ class SharedPrefix:
             p.dtype in HALVES for p in target.parameters()
         )
 
-    def forward(self, batch: Tensor, masks: Mapping[str, Mask | None] | None) -> Tensor:
+    def forward(self, batch: Batch, masks: Mapping[str, Mask | None] | None) -> Tensor:
         """What `ComponentModel.forward` gives, for the batch that is `kept`."""
         if self.recorded is None:
             return self.model(batch, masks)

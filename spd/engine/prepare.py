@@ -19,7 +19,7 @@ from spd.losses import State, StepContext
 from spd.masks import SiteMask
 from spd.metrics import HeldOutLosses, Metric, collect
 from spd.objective import Objective
-from spd.problem import Problem
+from spd.problem import Batch, NamedTensors, Problem, as_batch, describe, run_target
 from spd.spd_config import SPDConfig
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
     problem: Problem
     config: SPDConfig
     objective: Objective
-    eval_batches: list[Tensor]
+    eval_batches: list[Batch]
     """the held-out batches, drawn once"""
     silent_rows: SilentRows
 
@@ -57,7 +57,7 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
     objective = Objective(model, config.losses, problem.recon, problem.position_weights)
     for spec in objective.losses.values():
         spec.check(model)
-    eval_batches = list(islice(problem.eval_batches, config.n_eval_batches))
+    eval_batches = [*map(as_batch, islice(problem.eval_batches, config.n_eval_batches))]
     if len(eval_batches) < config.n_eval_batches:
         raise UserError(
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
@@ -81,24 +81,34 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
 
 
 @torch.no_grad()
-def _check_output(target: nn.Module, batch: Tensor) -> None:
+def _check_output(target: nn.Module, batch: Batch) -> None:
     """`UserError` unless the target gives one Tensor of numbers for a batch, and the same one again."""
     if batch.numel() == 0:
-        raise UserError(f"eval_batches: the first has the shape {tuple(batch.shape)}: it is empty")
-    output = target(batch)
+        raise UserError(f"eval_batches: the first is {describe(batch)}: it is empty")
+    try:
+        output = run_target(target, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a target raises for a batch that is not the one it needs
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"target: {type(target).__name__} fails on the first batch of eval_batches,"
+            f" {describe(batch)}: {type(error).__name__}: {reason}; a batch is the argument of its forward,"
+            " or a dict of them by name where it needs several"
+        ) from error
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise UserError(
             f"target: {type(target).__name__} returns {_kind(output)}; one Tensor of numbers is needed,"
             " so give a module whose forward picks it out of what yours returns"
         )
-    if not torch.allclose(output, target(batch), rtol=1e-3, atol=1e-5, equal_nan=True):
+    if not torch.allclose(output, run_target(target, batch), rtol=1e-3, atol=1e-5, equal_nan=True):
         raise UserError(
             f"target: {type(target).__name__} gives two different outputs for one batch, in evaluation"
             " mode too; remove what is random in it, such as dropout in its forward, before decomposing"
         )
 
 
-def warn_of_no_effect(model: ComponentModel, batch: Tensor) -> None:
+def warn_of_no_effect(model: ComponentModel, batch: Batch) -> None:
     """Say which sites leave the output as it is even if they give out nothing but their bias."""
     if batch.is_meta:
         return
@@ -117,7 +127,7 @@ def warn_of_no_effect(model: ComponentModel, batch: Tensor) -> None:
             )
 
 
-def _without_slope(model: ComponentModel, batch: Tensor) -> list[str]:
+def _without_slope(model: ComponentModel, batch: Batch) -> list[str]:
     """The sites on whose masks a random projection of the output does not depend, to first order."""
     scale = {
         path: torch.ones(site.C, device=batch.device, requires_grad=True)
@@ -170,6 +180,11 @@ def check_side_by_side(runs: Sequence[Prepared]) -> None:
             f" not for language models, passes: one_by_one (it is {execution.passes}) or"
             f" activation_checkpointing (it is {str(execution.activation_checkpointing).lower()}); run one"
             " seed at a time"
+        )
+    if isinstance(runs[0].eval_batches[0], NamedTensors):
+        raise UserError(
+            "seeds: runs side by side take batches of one Tensor, and here a batch has names; run one seed"
+            " at a time"
         )
     check_one_target([run.objective for run in runs])
 

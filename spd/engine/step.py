@@ -10,6 +10,7 @@ from spd.engine.ensemble import Alone, Ensemble, StepInputs
 from spd.engine.layers import layers_of
 from spd.engine.sequential import CompiledPasses
 from spd.losses import State
+from spd.problem import Batch
 from spd.spd_config import Execution, Passes, SPDConfig
 
 
@@ -51,7 +52,7 @@ class SequentialStep:
 
 
 def make_step(
-    trained: Alone | Ensemble, config: SPDConfig, batch: Tensor, earlier: dict[str, Any]
+    trained: Alone | Ensemble, config: SPDConfig, batch: Batch, earlier: dict[str, Any]
 ) -> Step:
     """The step of a run, or of several side by side, on batches like this one.
 

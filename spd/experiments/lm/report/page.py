@@ -69,7 +69,8 @@ def write_lm_report(
     """
     logger.info("report: looking at up to %d held-out batches", n_batches)
     held_out = chain(prepared.eval_batches, prepared.problem.eval_batches)
-    batches = list(islice(held_out, n_batches))  # these are token ids, a few megabytes
+    # these are token ids, a few megabytes
+    batches = [batch for batch in islice(held_out, n_batches) if isinstance(batch, Tensor)]
     if len(batches) < at_least:
         raise UserError(
             f"--batches: {at_least} are wanted, but {run_dir} keeps {len(batches)} of held-out text"
