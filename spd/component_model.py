@@ -28,7 +28,18 @@ from spd.importance import (
     InputImportance,
     LowerLeak,
 )
-from spd.masks import GivenMask, GivenMasks, Mask, Pass, Place, Running, SiteMask, as_site_mask
+from spd.masks import (
+    GivenMask,
+    GivenMasks,
+    Mask,
+    Pass,
+    Place,
+    RoutedInput,
+    Running,
+    SiteInput,
+    SiteMask,
+    as_site_mask,
+)
 from spd.noise import derive_seed
 from spd.problem import Batch, as_batch, run_target
 
@@ -46,16 +57,16 @@ class TargetOutput(NamedTuple):
 
     output: Tensor
     """the target's output"""
-    site_inputs: dict[str, Tensor]
-    """what it feeds to each site: `[..., d_in]`, or token ids for an embedding"""
+    site_inputs: dict[str, SiteInput]
+    """what it feeds to each site: `[..., d_in]`, token ids for an embedding, or rows of some positions"""
 
 
 class Site(nn.Module):
     """Stands in the target in place of one module, for good; computes exactly what that module did.
 
-    In a pass that has a mask for it, it uses its subcomponents instead. `weight`, `bias` and numbers such as
-    `num_embeddings` are the original's, for target code that reads them directly; so is its `state_dict`,
-    so that the target is saved, and loaded into, as if it had never been decomposed.
+    In a pass that has a mask for it, it uses its subcomponents instead. `weight`, `bias` and numbers such
+    as `num_embeddings` are the original's, for target code that reads them directly; so is its
+    `state_dict`, so that the target is saved, and loaded into, as if it had never been decomposed.
     """
 
     def __init__(
@@ -102,11 +113,26 @@ class Site(nn.Module):
         """The original matrix, mapping inputs to outputs from the left: `x @ target_weight`."""
         return input_output_weight(self.original)
 
-    def importance_logits(self, x: Tensor) -> Float[Tensor, "*rows C"]:
+    def rows(self, x: SiteInput) -> torch.Size:
+        """The shape of what a site has for each of its positions, such as an importance, without C."""
+        if isinstance(x, RoutedInput):
+            return torch.Size((x.routed.n_positions,))
+        return self.subcomponents.rows(x)
+
+    def acts(self, x: SiteInput) -> Float[Tensor, "*rows C"]:
+        """h_c(x); 0 where the site is not applied."""
+        if isinstance(x, RoutedInput):
+            return x.routed.spread(self.subcomponents.acts(x.rows))
+        return self.subcomponents.acts(x)
+
+    def importance_logits(self, x: SiteInput) -> Float[Tensor, "*rows C"]:
         """What the hard sigmoids are applied to, from what the target feeds to this site.
 
-        The input vector of a token id is the row that the target's embedding has for it.
+        The input vector of a token id is the row that the target's embedding has for it. Where the site
+        is not applied it is 0, whose sigmoids are 0.
         """
+        if isinstance(x, RoutedInput):
+            return x.routed.spread(self.importance_logits(x.rows))
         if not self.subcomponents.reads_ids:
             x = x.to(self.subcomponents.V.dtype)  # from lower precision, where the target ran in it
         if not isinstance(self.importance, InputImportance):
@@ -117,23 +143,24 @@ class Site(nn.Module):
         current = self.running.current
         if current is None:
             return self.original(x)
-        x = current.read(self.place, x)
+        routed = self.running.routed
+        x = current.read(self.place, x, routed)
         mask = current.mask_of(self.place)
         if mask is None:
             return self.original(x)
         if isinstance(mask, SiteMask | Tensor):
-            return self.masked(x, as_site_mask(mask))
+            return self.masked(x, as_site_mask(mask, routed))
         make_mask = mask
 
         def run(x: Tensor) -> Tensor:
-            return self.masked(x, as_site_mask(make_mask()))
+            return self.masked(x, as_site_mask(make_mask(), routed))
 
         return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
-    def mask_of_all(self, mask: Tensor | float, x: Tensor) -> Float[Tensor, "*rows C"]:
+    def mask_of_all(self, mask: Tensor | float, x: SiteInput) -> Float[Tensor, "*rows C"]:
         """A mask that may be the same for many inputs, for each of the inputs `x`."""
         V = self.subcomponents.V
-        wanted = (*self.subcomponents.rows(x), self.C)
+        wanted = (*self.rows(x), self.C)
         tensor = torch.as_tensor(mask, dtype=V.dtype, device=V.device)
         try:
             return tensor.expand(wanted)
@@ -314,7 +341,7 @@ class ComponentModel(nn.Module):
         if overwritten:
             self.overwritten |= overwritten
             return self.target_output(batch, begin)
-        return TargetOutput(output, {path: kept[path][0] for path in self.sites})
+        return TargetOutput(output, {path: target_pass.input_of(path) for path in self.sites})
 
     def _check_calls(self, kept: Mapping[str, Sequence[Tensor]]) -> None:
         """`UserError` unless every site has read something once."""
@@ -365,7 +392,7 @@ class ComponentModel(nn.Module):
         with self.running.within(this), precision:
             yield self.target
 
-    def _lower_importances(self, path: str, x: Tensor) -> Tensor:
+    def _lower_importances(self, path: str, x: SiteInput) -> Tensor:
         logits = {path: self.sites[path].importance_logits(x)}
         return CausalImportances.of_logits(logits, self.lower_leak).lower[path]
 
@@ -401,14 +428,14 @@ class ComponentModel(nn.Module):
         with torch.autocast(batch.device.type, self.autocast):
             return run_target(self.target, batch).float()
 
-    def causal_importances(self, site_inputs: Mapping[str, Tensor]) -> CausalImportances:
+    def causal_importances(self, site_inputs: Mapping[str, SiteInput]) -> CausalImportances:
         """g_c(x) of every site from what the *target* feeds to it.
 
         Gradients reach V through h_c, if the importance functions read h_c.
         """
         return CausalImportances.of_logits(self.importance_logits(site_inputs), self.lower_leak)
 
-    def importance_logits(self, site_inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def importance_logits(self, site_inputs: Mapping[str, SiteInput]) -> dict[str, Tensor]:
         """What the hard sigmoids are applied to, for every site."""
         return {
             path: site.importance_logits(site_inputs[path]) for path, site in self.sites.items()
@@ -452,6 +479,12 @@ def _begin_anew(target: nn.Module) -> None:
             module.running.over = True
             for path in paths:
                 target.set_submodule(path, module.original)
+
+
+def in_half(model: ComponentModel) -> bool:
+    """Whether the target computes, in part at least, in half precision."""
+    halves = any(parameter.dtype in HALVES for parameter in model.target.parameters())
+    return halves or model.autocast is not None
 
 
 def layers_of(target: nn.Module) -> list[nn.Module]:

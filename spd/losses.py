@@ -23,7 +23,7 @@ from spd.config import (
 )
 from spd.importance import CausalImportances
 from spd.kernels import KLKernel, kl_per_row
-from spd.masks import Mask, stochastic_mask
+from spd.masks import Mask, SiteInput, stochastic_mask
 from spd.problem import Batch, ReconKind
 
 Noise = Mapping[str, Tensor]
@@ -37,7 +37,7 @@ class StepContext(NamedTuple):
     batch: Batch
     target_out: Tensor
     """output of the unchanged target; with KL as recon, logits that are log-probabilities"""
-    site_inputs: dict[str, Tensor]
+    site_inputs: dict[str, SiteInput]
     """what the unchanged target feeds to each site"""
     ci: CausalImportances
     recon: ReconKind
@@ -341,10 +341,12 @@ class EmbeddingRecon(_Sampled):
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         ((path, site),) = ctx.model.sites.items()
-        expected = site.original(ctx.site_inputs[path])
+        ids = ctx.site_inputs[path]
+        assert isinstance(ids, Tensor), "an embedding reads ids at every position"
+        expected = site.original(ids)
         for sample in range(self.n_samples):
             mask = self.mask(ctx, sample, path)
-            masked = site.subcomponents(ctx.site_inputs[path], mask)
+            masked = site.subcomponents(ids, mask)
             if self.unembed is None:
                 error = ctx.mean((masked - expected).square().sum(dim=-1))
             else:

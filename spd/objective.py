@@ -145,7 +145,7 @@ class Objective(nn.Module):
         if batch.shape not in self._rows_of_shape:
             inputs = self.model.target_forward(batch).site_inputs
             self._rows_of_shape[batch.shape] = {
-                path: self.model.sites[path].subcomponents.rows(x) for path, x in inputs.items()
+                path: self.model.sites[path].rows(x) for path, x in inputs.items()
             }
         return self._rows_of_shape[batch.shape]
 

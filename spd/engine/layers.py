@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spd.component_model import HALVES, ComponentModel, Site, TargetOutput, layers_of
+from spd.component_model import ComponentModel, Site, TargetOutput, in_half, layers_of
 from spd.config import UserError
-from spd.masks import Mask, Pass, Place, Running, SiteMask
+from spd.engine.experts import Experts
+from spd.masks import Mask, Pass, Place, Routed, Running, SiteMask
 from spd.problem import Batch
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Layer(nn.Module):
     places: tuple[Place, ...]
     """of the sites that are part of it"""
     recomputed: bool
+    of_any_length: bool
+    """whether parts of it read more rows or less from batch to batch, so that no graph fits it"""
     own_forward: Callable[..., Any]
     """the original's"""
 
@@ -87,6 +90,7 @@ def install_layers_(model: ComponentModel) -> list[Layer]:
             assert isinstance(module, Layer)
             module.running, module.recomputed = model.running, False
             module.places = tuple(site.place for site in sites)
+            module.of_any_length = any(isinstance(part, Experts) for part in module.modules())
     return [layer for layer in layers_of(model.target) if isinstance(layer, Layer)]
 
 
@@ -136,16 +140,16 @@ class LayeredPass(Pass):
         """how many layers had been run when a site was called"""
         self.compiler = compiler
 
-    def read(self, place: Place, x: Tensor) -> Tensor:
+    def read(self, place: Place, x: Tensor, routed: Routed | None = None) -> Tensor:
         self.n_before.setdefault(place.path, len(self.outputs))
-        return super().read(place, x)
+        return super().read(place, x, routed)
 
     def run_layer(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.known:
             return self.known.pop(0)
         output = (
             layer.run(args, kwargs)
-            if self.compiler is None
+            if self.compiler is None or layer.of_any_length
             else self._run_compiled(layer, self.compiler(layer), args, kwargs)
         )
         if self.record:
@@ -234,15 +238,9 @@ class SharedPrefix:
             output = self.model.run(batch, this)
         except Exception as error:  # whatever a layer raises that misses something
             return f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if not _alike(output, expected, 1e-2 if self._in_half() else 1e-4):
+        if not _alike(output, expected, 1e-2 if in_half(self.model) else 1e-4):
             return "gives another output"
         return None
-
-    def _in_half(self) -> bool:
-        target = self.model.target
-        return self.model.autocast is not None or any(
-            p.dtype in HALVES for p in target.parameters()
-        )
 
     def forward(self, batch: Batch, masks: Mapping[str, Mask | None] | None) -> Tensor:
         """What `ComponentModel.forward` gives, for the batch that is `kept`."""

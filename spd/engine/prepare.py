@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spd.component_model import ComponentModel
 from spd.config import UserError
 from spd.engine.ensemble import check_one_target
+from spd.engine.experts import check_experts, join_, take_experts_apart_
 from spd.engine.layers import checkpoint_layers_, layers_of
 from spd.engine.silent_rows import SilentRows
 from spd.engine.step import may_compile, passes_of
@@ -43,6 +44,7 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
         raise UserError(
             "torch.inference_mode is on here, in which nothing can be trained; decompose outside of it"
         )
+    take_experts_apart_(problem.target, config.sites)
     model = ComponentModel(
         problem.target,
         config.sites,
@@ -52,6 +54,7 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
         seed=config.seed,
         autocast=torch.bfloat16 if execution.autocast == "bf16" else None,
     )
+    join_(model)
     if execution.activation_checkpointing:
         checkpoint_layers_(model)
     objective = Objective(model, config.losses, problem.recon, problem.position_weights)
@@ -64,6 +67,7 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f" {len(eval_batches)}"
         )
     _check_output(problem.target, eval_batches[0])
+    check_experts(model, eval_batches[0])
     if execution.compile is True and not may_compile(execution, model):
         raise UserError(
             "compile: true compiles all passes of a step together, or the layers of a Hugging Face"

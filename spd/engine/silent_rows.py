@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd.component_model import ComponentModel
+from spd.masks import RoutedInput
 from spd.problem import Batch, Problem
 
 MARGIN = 8.0
@@ -89,4 +90,4 @@ def _silence_is_silent(model: ComponentModel, batch: Batch) -> bool:
     if not isinstance(batch, Tensor) or batch.dim() != 2 or not batch.is_floating_point():
         return False
     inputs = model.target_forward(torch.zeros_like(batch[:1])).site_inputs
-    return not any(x.any() for x in inputs.values())
+    return not any(isinstance(x, RoutedInput) or x.any() for x in inputs.values())

@@ -120,7 +120,7 @@ def gather(
             if not C_of:
                 return None
             statistics = SubcomponentStatistics(C_of)
-        acts = {p: model.sites[p].subcomponents.acts(site_inputs[p]) for p in C_of}
+        acts = {p: model.sites[p].acts(site_inputs[p]) for p in C_of}
         statistics.update(
             batch,
             {path: _at_positions(upper[path], batch) for path in C_of},
