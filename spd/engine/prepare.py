@@ -17,7 +17,7 @@ from spd.engine.layers import checkpoint_layers_, layers_of
 from spd.engine.silent_rows import SilentRows
 from spd.engine.step import may_compile, passes_of
 from spd.losses import State, StepContext
-from spd.masks import SiteMask
+from spd.masks import RoutedInput, SiteMask
 from spd.metrics import HeldOutLosses, Metric, collect
 from spd.objective import Objective
 from spd.problem import Batch, NamedTensors, Problem, as_batch, describe, run_target
@@ -72,7 +72,7 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
         raise UserError(
             "compile: true compiles all passes of a step together, or the layers of a Hugging Face"
             f" target: it needs passes: together (passes is {execution.passes!r}, here"
-            f" {passes_of(execution.passes, model)}) or such layers"
+            f" {passes_of(execution.passes, model)}) and no experts as sites, or such layers"
             f" ({type(problem.target).__name__} has {len(layers_of(problem.target))}), and"
             " activation_checkpointing: false (it is"
             f" {str(execution.activation_checkpointing).lower()})"
@@ -116,10 +116,20 @@ def warn_of_no_effect(model: ComponentModel, batch: Batch) -> None:
     """Say which sites leave the output as it is even if they give out nothing but their bias."""
     if batch.is_meta:
         return
-    model.target_forward(batch)  # refuses a site that is not called once
-    if layers_of(model.target):
+    inputs = model.target_forward(batch).site_inputs  # refuses a site that is not called once
+    idle = {path for path, x in inputs.items() if isinstance(x, RoutedInput) and not len(x.rows)}
+    if idle:
+        logger.warning(
+            "%d matrices of experts are not used on the first batch of held-out data, since no token is"
+            " routed to them: %s",
+            len(idle),
+            ", ".join(sorted(idle)[:4]) + (", …" if len(idle) > 4 else ""),
+        )
+    if layers_of(model.target) and not any(isinstance(x, RoutedInput) for x in inputs.values()):
         batch = batch[:1]  # a row of tokens shows it, in a fraction of the memory
     for path in _without_slope(model, batch):
+        if path in idle:
+            continue
         nothing = torch.zeros(model.sites[path].C, device=batch.device)
         with torch.no_grad():
             whole, ablated = model(batch, {}), model(batch, {path: SiteMask(nothing)})

@@ -7,6 +7,7 @@ from torch import Tensor
 from spd.component_model import ComponentModel
 from spd.engine.compilation import CompiledStep, tf32_matmuls
 from spd.engine.ensemble import Alone, Ensemble, StepInputs
+from spd.engine.experts import experts_in
 from spd.engine.layers import layers_of
 from spd.engine.sequential import CompiledPasses
 from spd.losses import State
@@ -96,6 +97,11 @@ def passes_of(setting: Passes, model: ComponentModel) -> Literal["together", "on
 
 
 def may_compile(execution: Execution, model: ComponentModel) -> bool:
-    """Whether there is something to compile of a step, whole or layer by layer."""
+    """Whether there is something to compile of a step, whole or layer by layer.
+
+    Experts as sites read more rows or less from batch to batch: no graph of a whole step fits them.
+    """
     together = passes_of(execution.passes, model) == "together"
+    if together and experts_in(model.target):
+        return False
     return not execution.activation_checkpointing and (together or bool(layers_of(model.target)))
