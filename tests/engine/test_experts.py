@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from spd.component_model import ComponentModel
 from spd.config import UserError
@@ -218,10 +218,14 @@ def test_only_those_that_a_pattern_names_are_taken_apart(kind: str):
         prepared(target, f"{LAST}.{PLACE[kind]}.2.down_proj", **changes)
 
 
+def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
 def test_what_taken_apart_gives_something_else_is_refused():
     target = made("mixtral")
     experts = target.get_submodule(f"{LAST}.mlp.experts")
-    experts.register_forward_hook(lambda module, args, output: 2 * output)
+    experts.register_forward_hook(doubled)
     with pytest.raises(UserError, match=f"the experts of '{LAST}.mlp.experts'.* something else"):
         prepared(target, f"{LAST}.mlp.experts.2.down_proj")
 
