@@ -6,7 +6,7 @@ A site's mask has one entry for each subcomponent, `[..., C]`.
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -61,9 +61,13 @@ class Routed(NamedTuple):
     def rows_of(self, values: Tensor, n_axes: int) -> Tensor:
         """The inverse; what is the same for all positions stays as it is. `n_axes`: after those of rows."""
         n_leading = values.dim() - n_axes
-        if values.shape[:n_leading].numel() == 1:
+        if n_leading == 0:
             return values
-        return values.flatten(0, n_leading - 1)[self.positions]
+        rows = values.flatten(0, n_leading - 1)
+        assert len(rows) in (1, self.n_positions), (
+            f"{len(rows)} rows for {self.n_positions} positions"
+        )
+        return rows if len(rows) == 1 else rows[self.positions]
 
 
 class RoutedInput(NamedTuple):
@@ -225,7 +229,7 @@ class GivenMasks(Pass):
             mask = mask(x)
         return self._mask(path, mask, x)
 
-    def _of_rows(self, path: str, mask: OneMask, x: RoutedInput) -> SiteMask:
+    def _of_rows(self, path: str, mask: Any, x: RoutedInput) -> SiteMask:
         """From what a user's function gives for the rows that a site reads."""
         if isinstance(mask, str):
             return self._mask(path, mask, x)
@@ -237,7 +241,7 @@ class GivenMasks(Pass):
         m = of_rows.components
         return SiteMask(None if m is None else x.routed.spread(m), delta, routed)
 
-    def _mask(self, path: str, mask: OneMask, x: SiteInput) -> SiteMask:
+    def _mask(self, path: str, mask: Any, x: SiteInput) -> SiteMask:
         match mask:
             case None:
                 return SiteMask()

@@ -132,6 +132,9 @@ def test_exact_subcomponents_reproduce_the_model(kind: str, model: ComponentMode
     torch.testing.assert_close(model(TOKENS, dict.fromkeys(exact)), output, rtol=1e-4, atol=1e-4)
     delta = {path: SiteMask(delta=torch.ones(2, 6)) for path in model.sites}
     torch.testing.assert_close(model(TOKENS, delta), output, rtol=1e-4, atol=1e-4)
+    one = {path: SiteMask(delta=torch.ones(1, 1)) for path in model.sites}
+    first = model.target_forward(TOKENS[:1, :1]).output
+    torch.testing.assert_close(model(TOKENS[:1, :1], one), first, rtol=1e-4, atol=1e-4)
     nowhere = {path: SiteMask(routed=torch.zeros(2, 6, dtype=torch.bool)) for path in model.sites}
     assert torch.equal(model(TOKENS, nowhere), output)
 
