@@ -23,6 +23,11 @@ class Identity:
     """Known solution: probe j needs one subcomponent of its own, j = 1 … n."""
 
     n: int
+    reads: Float[Tensor, "n d_in"] | None = field(default=None, compare=False)
+    """the direction in which the matrix reads each feature; None: feature j is its j-th input, or it writes
+    them"""
+    writes: bool = field(default=False, compare=False)
+    """feature j is the j-th output of the matrix"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ class NamedTensors:
     @property
     def is_meta(self) -> bool:
         return self._first.is_meta
+
+    def is_floating_point(self) -> bool:
+        return all(tensor.is_floating_point() for tensor in self.tensors.values())
 
     def numel(self) -> int:
         """Of all together; 0 if one of them is empty."""

@@ -131,7 +131,9 @@ def test_killed_and_begun_again(command: Command, singles: dict[int, Path], even
 
 
 @pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+    ("signum", "status"),
+    [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+    ids=["TERM", "INT"],
 )
 def test_a_signal_has_all_write_their_checkpoints(
     command: Command, singles: dict[int, Path], signum: int, status: int
