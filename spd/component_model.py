@@ -28,8 +28,20 @@ from spd.importance import (
     InputImportance,
     LowerLeak,
 )
-from spd.masks import GivenMask, GivenMasks, Mask, Pass, Place, Running, SiteMask, as_site_mask
+from spd.masks import (
+    GivenMask,
+    GivenMasks,
+    Mask,
+    Pass,
+    Place,
+    RoutedInput,
+    Running,
+    SiteInput,
+    SiteMask,
+    as_site_mask,
+)
 from spd.noise import derive_seed
+from spd.problem import Batch, as_batch, run_target
 
 HALVES = (torch.float16, torch.bfloat16)
 """in which a target may compute, but no loss is"""
@@ -45,16 +57,16 @@ class TargetOutput(NamedTuple):
 
     output: Tensor
     """the target's output"""
-    site_inputs: dict[str, Tensor]
-    """what it feeds to each site: `[..., d_in]`, or token ids for an embedding"""
+    site_inputs: dict[str, SiteInput]
+    """what it feeds to each site: `[..., d_in]`, token ids for an embedding, or rows of some positions"""
 
 
 class Site(nn.Module):
     """Stands in the target in place of one module, for good; computes exactly what that module did.
 
-    In a pass that has a mask for it, it uses its subcomponents instead. `weight` and `bias` are the
-    original's, for target code that reads them directly; so is its `state_dict`, so that the target is
-    saved, and loaded into, as if it had never been decomposed.
+    In a pass that has a mask for it, it uses its subcomponents instead. `weight`, `bias` and numbers such
+    as `num_embeddings` are the original's, for target code that reads them directly; so is its
+    `state_dict`, so that the target is saved, and loaded into, as if it had never been decomposed.
     """
 
     def __init__(
@@ -71,6 +83,9 @@ class Site(nn.Module):
         self.importance = importance
         self.place = place
         self.running = running
+        for name, value in vars(original).items():
+            if isinstance(value, int | float | str) and not hasattr(self, name):
+                setattr(self, name, value)
         self._register_load_state_dict_pre_hook(_as_original, with_module=True)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -98,11 +113,26 @@ class Site(nn.Module):
         """The original matrix, mapping inputs to outputs from the left: `x @ target_weight`."""
         return input_output_weight(self.original)
 
-    def importance_logits(self, x: Tensor) -> Float[Tensor, "*rows C"]:
+    def rows(self, x: SiteInput) -> torch.Size:
+        """The shape of what a site has for each of its positions, such as an importance, without C."""
+        if isinstance(x, RoutedInput):
+            return torch.Size((x.routed.n_positions,))
+        return self.subcomponents.rows(x)
+
+    def acts(self, x: SiteInput) -> Float[Tensor, "*rows C"]:
+        """h_c(x); 0 where the site is not applied."""
+        if isinstance(x, RoutedInput):
+            return x.routed.spread(self.subcomponents.acts(x.rows))
+        return self.subcomponents.acts(x)
+
+    def importance_logits(self, x: SiteInput) -> Float[Tensor, "*rows C"]:
         """What the hard sigmoids are applied to, from what the target feeds to this site.
 
-        The input vector of a token id is the row that the target's embedding has for it.
+        The input vector of a token id is the row that the target's embedding has for it. Where the site
+        is not applied it is 0, whose sigmoids are 0.
         """
+        if isinstance(x, RoutedInput):
+            return x.routed.spread(self.importance_logits(x.rows))
         if not self.subcomponents.reads_ids:
             x = x.to(self.subcomponents.V.dtype)  # from lower precision, where the target ran in it
         if not isinstance(self.importance, InputImportance):
@@ -113,23 +143,24 @@ class Site(nn.Module):
         current = self.running.current
         if current is None:
             return self.original(x)
-        x = current.read(self.place, x)
+        routed = self.running.routed
+        x = current.read(self.place, x, routed)
         mask = current.mask_of(self.place)
         if mask is None:
             return self.original(x)
         if isinstance(mask, SiteMask | Tensor):
-            return self.masked(x, as_site_mask(mask))
+            return self.masked(x, as_site_mask(mask, routed))
         make_mask = mask
 
         def run(x: Tensor) -> Tensor:
-            return self.masked(x, as_site_mask(make_mask()))
+            return self.masked(x, as_site_mask(make_mask(), routed))
 
         return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
-    def mask_of_all(self, mask: Tensor | float, x: Tensor) -> Float[Tensor, "*rows C"]:
+    def mask_of_all(self, mask: Tensor | float, x: SiteInput) -> Float[Tensor, "*rows C"]:
         """A mask that may be the same for many inputs, for each of the inputs `x`."""
         V = self.subcomponents.V
-        wanted = (*self.subcomponents.rows(x), self.C)
+        wanted = (*self.rows(x), self.C)
         tensor = torch.as_tensor(mask, dtype=V.dtype, device=V.device)
         try:
             return tensor.expand(wanted)
@@ -285,15 +316,17 @@ class ComponentModel(nn.Module):
         )
 
     @torch.no_grad()
-    def importances(self, batch: Tensor) -> CausalImportances:
+    def importances(self, batch: Batch | Mapping[str, Tensor]) -> CausalImportances:
         """g_c(x) of every site on a batch, without gradients."""
         return self.causal_importances(self.target_forward(batch).site_inputs)
 
-    def target_forward(self, batch: Tensor) -> TargetOutput:
+    def target_forward(self, batch: Batch | Mapping[str, Tensor]) -> TargetOutput:
         """Run the unchanged target, without gradient, and keep what it feeds to each site."""
         return self.target_output(batch, lambda: Pass({}, keep_inputs=True))
 
-    def target_output(self, batch: Tensor, begin: Callable[[], Pass]) -> TargetOutput:
+    def target_output(
+        self, batch: Batch | Mapping[str, Tensor], begin: Callable[[], Pass]
+    ) -> TargetOutput:
         """The same in a pass that the caller makes, and that keeps the inputs of sites.
 
         The first time that an input turns out to be overwritten later on, there is a second pass.
@@ -303,22 +336,30 @@ class ComponentModel(nn.Module):
             output = self.run(batch, target_pass)
         kept = target_pass.inputs
         assert kept is not None, "such a pass keeps what the sites read"
-        for path, site in self.sites.items():
-            n_calls = len(kept.get(path, ()))
-            if n_calls != 1:
-                names = " = ".join(map(repr, _paths_of_modules(self.target)[site]))
-                unseen = " (its weight is read, or not used at all)" if n_calls == 0 else ""
-                raise UserError(
-                    f"sites: the target calls {names} {n_calls} times in one pass{unseen}; a site must be"
-                    " called once"
-                )
+        self._check_calls(kept)
         overwritten = target_pass.overwritten()
         if overwritten:
             self.overwritten |= overwritten
             return self.target_output(batch, begin)
-        return TargetOutput(output, {path: kept[path][0] for path in self.sites})
+        return TargetOutput(output, {path: target_pass.input_of(path) for path in self.sites})
 
-    def forward(self, batch: Tensor, masks: Mapping[str, Mask | None] | None = None) -> Tensor:
+    def _check_calls(self, kept: Mapping[str, Sequence[Tensor]]) -> None:
+        """`UserError` unless every site has read something once."""
+        wrong = {path: n for path in self.sites if (n := len(kept.get(path, ()))) != 1}
+        if not wrong:
+            return
+        (path, n_calls), *others = wrong.items()
+        names = " = ".join(map(repr, _paths_of_modules(self.target)[self.sites[path]]))
+        unseen = " (its weight is read, or not used at all)" if n_calls == 0 else ""
+        also = f"; so it is with {', '.join(other for other, _ in others)}" if others else ""
+        raise UserError(
+            f"sites: the target calls {names} {n_calls} times in one pass{unseen}; a site must be called"
+            f" once, so name patterns that leave it out{also}"
+        )
+
+    def forward(
+        self, batch: Batch | Mapping[str, Tensor], masks: Mapping[str, Mask | None] | None = None
+    ) -> Tensor:
         """Run with the sites named in `masks` replaced by their subcomponents; `None`: all on.
 
         `masks` itself `None` replaces every site, all subcomponents on.
@@ -351,7 +392,7 @@ class ComponentModel(nn.Module):
         with self.running.within(this), precision:
             yield self.target
 
-    def _lower_importances(self, path: str, x: Tensor) -> Tensor:
+    def _lower_importances(self, path: str, x: SiteInput) -> Tensor:
         logits = {path: self.sites[path].importance_logits(x)}
         return CausalImportances.of_logits(logits, self.lower_leak).lower[path]
 
@@ -362,13 +403,13 @@ class ComponentModel(nn.Module):
         assert not unknown, f"masks for {unknown}, which are no sites"
         return {path: SiteMask() if mask is None else mask for path, mask in chosen.items()}
 
-    def run(self, batch: Tensor, this: Pass) -> Tensor:
+    def run(self, batch: Batch | Mapping[str, Tensor], this: Pass) -> Tensor:
         """Run the target as the pass says."""
         this.copied = self.overwritten
         self._check_current()
         before, self.running.current = self.running.current, this
         try:
-            return self._run_target(batch)
+            return self._run_target(as_batch(batch))
         finally:
             self.running.current = before
 
@@ -379,22 +420,22 @@ class ComponentModel(nn.Module):
                 " of it any more; to keep both, decompose copies of the target (copy.deepcopy)"
             )
 
-    def _run_target(self, batch: Tensor) -> Tensor:
+    def _run_target(self, batch: Batch) -> Tensor:
         if self.autocast is None:
-            output = self.target(batch)
+            output = run_target(self.target, batch)
             half = isinstance(output, Tensor) and output.dtype in HALVES
             return output.float() if half else output
         with torch.autocast(batch.device.type, self.autocast):
-            return self.target(batch).float()
+            return run_target(self.target, batch).float()
 
-    def causal_importances(self, site_inputs: Mapping[str, Tensor]) -> CausalImportances:
+    def causal_importances(self, site_inputs: Mapping[str, SiteInput]) -> CausalImportances:
         """g_c(x) of every site from what the *target* feeds to it.
 
         Gradients reach V through h_c, if the importance functions read h_c.
         """
         return CausalImportances.of_logits(self.importance_logits(site_inputs), self.lower_leak)
 
-    def importance_logits(self, site_inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def importance_logits(self, site_inputs: Mapping[str, SiteInput]) -> dict[str, Tensor]:
         """What the hard sigmoids are applied to, for every site."""
         return {
             path: site.importance_logits(site_inputs[path]) for path, site in self.sites.items()
@@ -438,6 +479,12 @@ def _begin_anew(target: nn.Module) -> None:
             module.running.over = True
             for path in paths:
                 target.set_submodule(path, module.original)
+
+
+def in_half(model: ComponentModel) -> bool:
+    """Whether the target computes, in part at least, in half precision."""
+    halves = any(parameter.dtype in HALVES for parameter in model.target.parameters())
+    return halves or model.autocast is not None
 
 
 def layers_of(target: nn.Module) -> list[nn.Module]:

@@ -3,7 +3,7 @@
 import fnmatch
 import sys
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -81,6 +81,43 @@ def _is_conv1d(module: nn.Module) -> bool:
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
+class ExpertMatrices(NamedTuple):
+    """How a module of transformers keeps the matrices of all its experts: as parameters of three axes."""
+
+    names: tuple[str, str]
+    """of the matrices that an expert has, in the order in which they are applied"""
+    n_experts: int
+    transposed: bool
+    """whether the parameters are `[experts, d_in, d_out]` rather than `[experts, d_out, d_in]`"""
+    biases: bool
+    """whether there are parameters of the same names with `_bias`, `[experts, d_out]`"""
+    presorted: bool
+    """whether it is called with the rows of all tokens, scaled, one expert after another (Llama 4)"""
+
+    def paths(self, path: str) -> list[str]:
+        """What these matrices are called, of the module at `path`."""
+        return [f"{path}.{e}.{name}" for e in range(self.n_experts) for name in self.names]
+
+
+def expert_matrices(module: nn.Module) -> ExpertMatrices | None:
+    """None if the module holds no experts, or holds them in another way."""
+    llama4 = sys.modules.get("transformers.models.llama4.modeling_llama4")
+    presorted = llama4 is not None and isinstance(module, llama4.Llama4TextExperts)
+    known = presorted or all(hasattr(module, name) for name in ("_apply_gate", "is_transposed"))
+    if not known or getattr(module, "_is_expert_parallel", False):
+        return None
+    biases: bool = getattr(module, "has_bias", False)
+    names = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
+    wanted = {*names, *(f"{name}_bias" for name in names if biases)}
+    parameters = dict(module.named_parameters())
+    if parameters.keys() != wanted or any(module.buffers()):
+        return None
+    if not all(parameters[n].dim() == 3 and parameters[n].is_floating_point() for n in names):
+        return None
+    transposed = presorted or bool(module.is_transposed)
+    return ExpertMatrices(names, len(parameters[names[0]]), transposed, biases, presorted)
+
+
 HOOKS = {
     "_forward_hooks": "forward hook",
     "_forward_pre_hooks": "forward pre-hook",
@@ -151,6 +188,12 @@ def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, i
     """
     modules = {path: module for path, module in target.named_modules() if path}
     usable = [path for path, module in modules.items() if decomposable(module)]
+    usable += [
+        f"{path}.*.{name}"
+        for path, module in modules.items()
+        if (experts := expert_matrices(module)) is not None
+        for name in experts.names
+    ]
     if not patterns:
         raise UserError(f"sites: at least one is needed; decomposable here: {', '.join(usable)}")
     matched: dict[str, str] = {}

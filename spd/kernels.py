@@ -147,7 +147,7 @@ def _blocks(h: Float[Tensor, "B C"], n_hidden: int) -> list[slice]:
     """Blocks of subcomponents to compute at a time; one where the compiler or a GPU makes that cheap."""
     B, C = h.shape
     whole = torch.compiler.is_compiling() or h.device.type != "cpu"
-    size = C if whole else max(1, BLOCK_ELEMENTS // (B * n_hidden))
+    size = C if whole else max(1, BLOCK_ELEMENTS // max(1, B * n_hidden))
     return [slice(start, start + size) for start in range(0, C, size)]
 
 

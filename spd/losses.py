@@ -23,8 +23,8 @@ from spd.config import (
 )
 from spd.importance import CausalImportances
 from spd.kernels import KLKernel, kl_per_row
-from spd.masks import Mask, stochastic_mask
-from spd.problem import ReconKind
+from spd.masks import Mask, SiteInput, stochastic_mask
+from spd.problem import Batch, ReconKind
 
 Noise = Mapping[str, Tensor]
 State = Mapping[str, Tensor]
@@ -34,10 +34,10 @@ class StepContext(NamedTuple):
     """Everything a loss may depend on."""
 
     model: ComponentModel
-    batch: Tensor
+    batch: Batch
     target_out: Tensor
     """output of the unchanged target; with KL as recon, logits that are log-probabilities"""
-    site_inputs: dict[str, Tensor]
+    site_inputs: dict[str, SiteInput]
     """what the unchanged target feeds to each site"""
     ci: CausalImportances
     recon: ReconKind
@@ -52,7 +52,7 @@ class StepContext(NamedTuple):
     """what terms carry from step to step, under `state_key(term, name)`"""
     term: str = ""
     """name of the loss that is being computed"""
-    run: Callable[[Tensor, Mapping[str, Mask | None] | None], Tensor] | None = None
+    run: Callable[[Batch, Mapping[str, Mask | None] | None], Tensor] | None = None
     """runs the model under masks without computing again what they share; None: passes are whole"""
     recompute_masks: bool = False
     """make the masks of all sites anew in the backward pass, so that none is stored"""
@@ -350,10 +350,12 @@ class EmbeddingRecon(_Sampled):
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         ((path, site),) = ctx.model.sites.items()
-        expected = site.original(ctx.site_inputs[path])
+        ids = ctx.site_inputs[path]
+        assert isinstance(ids, Tensor), "an embedding reads ids at every position"
+        expected = site.original(ids)
         for sample in range(self.n_samples):
             mask = self.mask(ctx, sample, path)
-            masked = site.subcomponents(ctx.site_inputs[path], mask)
+            masked = site.subcomponents(ids, mask)
             if self.unembed is None:
                 error = ctx.mean((masked - expected).square().sum(dim=-1))
             else:

@@ -6,10 +6,10 @@ A site's mask has one entry for each subcomponent, `[..., C]`.
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd.config import UserError
@@ -35,15 +35,60 @@ class SiteMask(NamedTuple):
     routed: Bool[Tensor, "*rows"] | None = None
     """where the site is replaced; elsewhere it gives the original's output itself. None: everywhere"""
 
+    def at(self, routed: "Routed | None") -> "SiteMask":
+        """Of a mask for all positions, the rows of a site that reads some of them; None: all."""
+        if routed is None:
+            return self
+        components, *others = (
+            None if values is None else routed.rows_of(values, n_axes)
+            for values, n_axes in zip(self, (1, 0, 0), strict=True)
+        )
+        return SiteMask(components, *others)
+
+
+class Routed(NamedTuple):
+    """Where a site is applied that reads some positions only, as an expert the tokens routed to it."""
+
+    positions: Int[Tensor, " n"]
+    n_positions: int
+    """of the batch"""
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """`[n, ...]` → `[n_positions, ...]`, 0 where the site is not applied."""
+        zeros = rows.new_zeros(self.n_positions, *rows.shape[1:])
+        return zeros.index_copy(0, self.positions, rows)
+
+    def rows_of(self, values: Tensor, n_axes: int) -> Tensor:
+        """The inverse; what is the same for all positions stays as it is. `n_axes`: after those of rows."""
+        n_leading = values.dim() - n_axes
+        if n_leading == 0:
+            return values
+        rows = values.flatten(0, n_leading - 1)
+        assert len(rows) in (1, self.n_positions), (
+            f"{len(rows)} rows for {self.n_positions} positions"
+        )
+        return rows if len(rows) == 1 else rows[self.positions]
+
+
+class RoutedInput(NamedTuple):
+    """What such a site reads. Where it is not applied, its importances are 0."""
+
+    rows: Float[Tensor, "n d_in"]
+    routed: Routed
+
+
+SiteInput = Tensor | RoutedInput
+"""What the target feeds to a site"""
 
 Mask = SiteMask | Tensor | Callable[[], SiteMask | Tensor]
 """What a pass says of a site. A tensor `[..., C]` stands for `SiteMask(components=tensor)`; a function
 makes either, and makes it anew in the backward pass, so that less is stored."""
 
 
-def as_site_mask(mask: SiteMask | Tensor | None) -> SiteMask:
-    """None stands for a site whose subcomponents are all on."""
-    return mask if isinstance(mask, SiteMask) else SiteMask(components=mask)
+def as_site_mask(mask: SiteMask | Tensor | None, routed: Routed | None = None) -> SiteMask:
+    """None stands for a site whose subcomponents are all on. Of a mask for all positions those `routed`."""
+    whole = mask if isinstance(mask, SiteMask) else SiteMask(components=mask)
+    return whole.at(routed)
 
 
 @dataclass
@@ -67,6 +112,8 @@ class Pass:
         """of the sites that are replaced"""
         self.inputs: dict[str, list[Tensor]] | None = {} if keep_inputs else None
         """what each site has read, call by call, if that is kept"""
+        self.routed: dict[str, Routed] = {}
+        """of the sites that have read some positions only"""
         self.versions: dict[str, int] = {}
         """how often torch had changed the last of them in place when it was read"""
         self.copied: Set[str] = frozenset()
@@ -80,9 +127,11 @@ class Pass:
         """None: the site runs as in the target."""
         return self.masks.get(self.key(place))
 
-    def read(self, place: Place, x: Tensor) -> Tensor:
-        """What a site that is called with `x` is to read."""
+    def read(self, place: Place, x: Tensor, routed: Routed | None = None) -> Tensor:
+        """What a site that is called with `x`, at all positions or some, is to read."""
         key = self.key(place)
+        if routed is not None:
+            self.routed[key] = routed
         if key in self.copied:
             x = x.clone()
         if self.inputs is not None:
@@ -90,6 +139,12 @@ class Pass:
             if not torch.compiler.is_compiling() and not x.is_inference():
                 self.versions[key] = x._version
         return x
+
+    def input_of(self, key: str) -> SiteInput:
+        """What a site has read, of a pass that keeps it, in its first call."""
+        assert self.inputs is not None, "such a pass keeps what the sites read"
+        x, routed = self.inputs[key][0], self.routed.get(key)
+        return x if routed is None else RoutedInput(x, routed)
 
     def overwritten(self) -> set[str]:
         """The sites whose kept inputs have been changed in place since they were read."""
@@ -104,6 +159,8 @@ class Running:
 
     def __init__(self) -> None:
         self.current: Pass | None = None
+        self.routed: Routed | None = None
+        """where the sites that are called now are applied; None: everywhere"""
         self.over = False
         """whether the target has been decomposed anew since, by another model"""
 
@@ -116,6 +173,15 @@ class Running:
         finally:
             self.current = before
 
+    @contextmanager
+    def at(self, routed: Routed) -> Iterator[None]:
+        """Sites that are called in the meantime read these positions alone."""
+        before, self.routed = self.routed, routed
+        try:
+            yield
+        finally:
+            self.routed = before
+
 
 OneMask = SiteMask | Tensor | float | str | None
 GivenMask = OneMask | Callable[[Tensor], OneMask]
@@ -126,7 +192,7 @@ GivenMask = OneMask | Callable[[Tensor], OneMask]
 class MaskedSite(Protocol):
     """What is asked of a site."""
 
-    def mask_of_all(self, mask: Tensor | float, x: Tensor) -> Tensor: ...
+    def mask_of_all(self, mask: Tensor | float, x: SiteInput) -> Tensor: ...
 
 
 class GivenMasks(Pass):
@@ -136,19 +202,19 @@ class GivenMasks(Pass):
         self,
         given: Mapping[str, GivenMask],
         sites: Mapping[str, MaskedSite],
-        importances: Callable[[str, Tensor], Tensor],
+        importances: Callable[[str, SiteInput], Tensor],
     ) -> None:
         super().__init__({})
         self.given = given
         self.sites = sites
         self.importances = importances
         """site, its input → g_c of it"""
-        self.latest: dict[str, Tensor] = {}
+        self.latest: dict[str, SiteInput] = {}
         """what a site is being called with"""
 
-    def read(self, place: Place, x: Tensor) -> Tensor:
-        x = super().read(place, x)
-        self.latest[self.key(place)] = x
+    def read(self, place: Place, x: Tensor, routed: Routed | None = None) -> Tensor:
+        x = super().read(place, x, routed)
+        self.latest[self.key(place)] = x if routed is None else RoutedInput(x, routed)
         return x
 
     def mask_of(self, place: Place) -> SiteMask | None:
@@ -158,7 +224,24 @@ class GivenMasks(Pass):
             return None
         mask = self.given[path]
         if callable(mask) and not isinstance(mask, Tensor | SiteMask):
+            if isinstance(x, RoutedInput):
+                return self._of_rows(path, mask(x.rows), x)
             mask = mask(x)
+        return self._mask(path, mask, x)
+
+    def _of_rows(self, path: str, mask: Any, x: RoutedInput) -> SiteMask:
+        """From what a user's function gives for the rows that a site reads."""
+        if isinstance(mask, str):
+            return self._mask(path, mask, x)
+        of_rows = self._mask(path, mask, x.rows)
+        n = len(x.rows)
+        delta, routed = (
+            None if values is None else x.routed.spread(values.expand(n)) for values in of_rows[1:]
+        )
+        m = of_rows.components
+        return SiteMask(None if m is None else x.routed.spread(m), delta, routed)
+
+    def _mask(self, path: str, mask: Any, x: SiteInput) -> SiteMask:
         match mask:
             case None:
                 return SiteMask()

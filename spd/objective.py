@@ -1,6 +1,7 @@
 """The step as a pure callable: batch, progress, noise and state in; total, terms and new state out."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from spd.importance import CausalImportances
 from spd.losses import Loss, Noise, State, StepContext, loss_terms, noise_key, state_key
 from spd.metrics import L0_THRESHOLD
 from spd.noise import Share, StepNoise
-from spd.problem import ReconKind
+from spd.problem import Batch, ReconKind
 
 ALL_ROWS = Share()
 
@@ -26,18 +27,18 @@ class Objective(nn.Module):
         model: ComponentModel,
         losses: Mapping[str, Loss],
         recon: ReconKind,
-        position_weights: Callable[[Tensor], Tensor] | None = None,
+        position_weights: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.losses = {name: spec for name, spec in losses.items() if spec.coeff > 0}
         self.recon: ReconKind = recon
         self.position_weights = position_weights
-        self._rows_of_shape: dict[torch.Size, dict[str, torch.Size]] = {}
+        self._rows_of_shape: dict[Any, dict[str, torch.Size]] = {}
 
     def context(
         self,
-        batch: Tensor,
+        batch: Batch,
         progress: Tensor,
         noise: Noise,
         row_weights: Tensor | None = None,
@@ -52,7 +53,7 @@ class Objective(nn.Module):
         self,
         target: TargetOutput,
         ci: CausalImportances,
-        batch: Tensor,
+        batch: Batch,
         progress: Tensor,
         noise: Noise,
         row_weights: Tensor | None = None,
@@ -77,7 +78,7 @@ class Objective(nn.Module):
 
     def forward(
         self,
-        batch: Tensor,
+        batch: Batch,
         progress: Tensor,
         noise: Noise,
         row_weights: Tensor | None = None,
@@ -117,7 +118,7 @@ class Objective(nn.Module):
         return logged
 
     def noise(
-        self, batch: Tensor, *, stream: str, seed: int, step: int, share: Share = ALL_ROWS
+        self, batch: Batch, *, stream: str, seed: int, step: int, share: Share = ALL_ROWS
     ) -> StepNoise:
         """All uniform draws of one step; each depends on (stream, seed, step, term, sample, site) alone.
 
@@ -135,21 +136,21 @@ class Objective(nn.Module):
                         own[key] = share.rows(rows[0])
         return StepNoise(shapes, batch.device, stream=stream, seed=seed, step=step, rows=own)
 
-    def draw_noise(self, batch: Tensor, *, stream: str, seed: int, step: int) -> dict[str, Tensor]:
+    def draw_noise(self, batch: Batch, *, stream: str, seed: int, step: int) -> dict[str, Tensor]:
         """The same, all at once."""
         return dict(self.noise(batch, stream=stream, seed=seed, step=step))
 
-    def _rows(self, batch: Tensor) -> dict[str, torch.Size]:
+    def _rows(self, batch: Batch) -> dict[str, torch.Size]:
         """The shape of each site's importances without C, as the target's pass over such a batch has it."""
         if batch.shape not in self._rows_of_shape:
             inputs = self.model.target_forward(batch).site_inputs
             self._rows_of_shape[batch.shape] = {
-                path: self.model.sites[path].subcomponents.rows(x) for path, x in inputs.items()
+                path: self.model.sites[path].rows(x) for path, x in inputs.items()
             }
         return self._rows_of_shape[batch.shape]
 
-    def _shared_by_examples(self, batch: Tensor) -> set[str]:
+    def _shared_by_examples(self, batch: Batch) -> set[str]:
         """The sites that have the same rows whatever the number of examples, as of positions."""
-        other = batch[:1] if len(batch) > 1 else torch.cat([batch, batch])
+        other = batch[:1] if len(batch) > 1 else batch[[0, 0]]
         rows_of_other = self._rows(other)
         return {path for path, rows in self._rows(batch).items() if rows == rows_of_other[path]}

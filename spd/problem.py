@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -50,11 +50,70 @@ class Resumable(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Batches:
-    """A field that is given whatever holds batches, such as a `DataLoader`, and is an iterator of Tensors.
+class NamedTensors:
+    """A batch of several Tensors, each under the name by which the target takes it.
 
-    Of a pair (x, y) it gives x. What is no iterator begins again at its end, if `again`. Batches that can
-    be resumed stay the object that was given.
+    Along the first axis of each are the examples. Of what a Tensor has it has what is asked of a batch.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+
+    @property
+    def shape(self) -> tuple[tuple[str, torch.Size], ...]:
+        """What decides the shapes of all that the target computes."""
+        return tuple((name, tensor.shape) for name, tensor in self.tensors.items())
+
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self._first.is_cuda
+
+    @property
+    def is_meta(self) -> bool:
+        return self._first.is_meta
+
+    def is_floating_point(self) -> bool:
+        return all(tensor.is_floating_point() for tensor in self.tensors.values())
+
+    def numel(self) -> int:
+        """Of all together; 0 if one of them is empty."""
+        sizes = [tensor.numel() for tensor in self.tensors.values()]
+        return sum(sizes) if all(sizes) else 0
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(self._first)
+
+    def __getitem__(self, examples: slice | list[int]) -> "NamedTensors":
+        return NamedTensors({name: tensor[examples] for name, tensor in self.tensors.items()})
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self.tensors.values()))
+
+
+Batch = Tensor | NamedTensors
+
+
+def as_batch(given: Batch | Mapping[str, Tensor]) -> Batch:
+    """A mapping becomes the batch that it stands for."""
+    return NamedTensors(given) if isinstance(given, Mapping) else given
+
+
+def run_target(target: nn.Module, batch: Batch) -> Any:
+    """What a target gives for a batch: a Tensor is its only argument, Tensors with names are keywords."""
+    return target(**batch.tensors) if isinstance(batch, NamedTensors) else target(batch)
+
+
+class Batches:
+    """A field that is given whatever holds batches, such as a `DataLoader`, and is an iterator of batches.
+
+    Of a pair (x, y) it gives x, which is a Tensor or a mapping of names to Tensors. What is no iterator
+    begins again at its end, if `again`. Batches that can be resumed stay the object that was given.
     """
 
     def __init__(self, *, again: bool) -> None:
@@ -63,20 +122,20 @@ class Batches:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Iterator[Tensor]:
+    def __get__(self, instance: Any, owner: type | None = None) -> Iterator[Batch]:
         if instance is None:
             raise AttributeError(f"{self.name} has no default")
         return instance.__dict__[self.name]
 
     def __set__(self, instance: Any, given: Any) -> None:
-        if isinstance(given, Tensor) or not isinstance(given, Iterable):
+        if isinstance(given, Tensor | Mapping) or not isinstance(given, Iterable):
             raise UserError(
-                f"{self.name}: {_kind(given)}; a DataLoader, a list or an iterator of batches is needed"
+                f"{self.name}: {describe(given)}; a DataLoader, a list or an iterator of batches is needed"
             )
         resumable = isinstance(given, Iterator) and isinstance(given, Resumable)
-        instance.__dict__[self.name] = given if resumable else self._tensors(given)
+        instance.__dict__[self.name] = given if resumable else self._batches(given)
 
-    def _tensors(self, given: Iterable[Any]) -> Iterator[Tensor]:
+    def _batches(self, given: Iterable[Any]) -> Iterator[Batch]:
         begins_again = self.again and not isinstance(given, Iterator)
         said = False
         while True:
@@ -84,12 +143,14 @@ class Batches:
             for item in given:
                 n += 1
                 batch = item[0] if isinstance(item, list | tuple) and item else item
-                if not isinstance(batch, Tensor):
+                batch = self._named(batch, n) if isinstance(batch, Mapping) else batch
+                if not isinstance(batch, Batch):
                     raise UserError(
-                        f"{self.name}: a batch is {_kind(item)}; a Tensor, or (x, y) with one, is needed"
+                        f"{self.name}: a batch is {describe(item)}; a Tensor, names with Tensors, or (x, y)"
+                        " with one of these, is needed"
                     )
                 if batch.numel() == 0:
-                    raise UserError(f"{self.name}: batch {n} is {_kind(batch)}: it is empty")
+                    raise UserError(f"{self.name}: batch {n} is {describe(batch)}: it is empty")
                 yield batch
             if not begins_again or n == 0:
                 return
@@ -97,24 +158,40 @@ class Batches:
                 logger.info("%s: ended after %d batches, and begins again", self.name, n)
                 said = True
 
+    def _named(self, item: Mapping[Any, Any], n: int) -> NamedTensors:
+        other = [name for name, value in item.items() if not isinstance(value, Tensor)]
+        if other or not item:
+            found = f"{other[0]!r} is {describe(item[other[0]])}" if other else "no name"
+            raise UserError(
+                f"{self.name}: in batch {n}, {found}; a batch of names has a Tensor for each"
+            )
+        lengths = {name: len(value) if value.dim() else 0 for name, value in item.items()}
+        if len(set(lengths.values())) != 1:
+            counts = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise UserError(
+                f"{self.name}: batch {n} has different numbers of examples ({counts}); the first axis of"
+                " each Tensor is that of the examples"
+            )
+        return NamedTensors(item)
+
 
 @dataclass(frozen=True)
 class Problem:
     """A frozen target, its data, and what is known about the answer.
 
-    `target` maps one batch Tensor to one output Tensor; it is decomposed in place. Held-out
-    data must come from another seed than `train_batches`.
+    `target` maps one batch, a Tensor or several by name, to one output Tensor; it is decomposed in place.
+    Held-out data must come from another seed than `train_batches`.
     """
 
     target: nn.Module
     train_batches: Any = Batches(again=True)
-    """given as whatever holds batches, kept as an `Iterator[Tensor]`; what is no iterator begins again"""
+    """given as whatever holds batches, kept as an `Iterator[Batch]`; what is no iterator begins again"""
     eval_batches: Any = Batches(again=False)
     """the same, without beginning again"""
     recon: ReconKind = "mse"
     independent_rows: bool = False
     """the target maps every row of a batch by itself; zero rows then cost nothing"""
-    position_weights: Callable[[Tensor], Tensor] | None = None
+    position_weights: Callable[[Any], Tensor] | None = None
     """batch → a weight for each of its rows or positions, with mean 1, 0 for what does not count in losses
     and figures; None: all count alike"""
     tied_sites: tuple[tuple[str, str], ...] = ()
@@ -142,7 +219,10 @@ class Problem:
             shutil.copytree(self.target_dir, directory, copy_function=shutil.copyfile)
 
 
-def _kind(given: Any) -> str:
+def describe(given: Any) -> str:
+    """What something given as a batch is."""
+    if isinstance(given, NamedTensors):
+        return f"Tensors of shapes {', '.join(f'{name} {tuple(s)}' for name, s in given.shape)}"
     if isinstance(given, Tensor):
         return f"a Tensor of shape {tuple(given.shape)}"
     return "None" if given is None else f"a {type(given).__name__}"

@@ -12,7 +12,7 @@ from spd.config import RunError, UserError
 from spd.engine.prepare import prepare
 from spd.kernels import kl_per_row
 from spd.metrics import column_match
-from spd.problem import Problem
+from spd.problem import NamedTensors, Problem
 from spd.runs.library import decompose
 from spd.spd_config import SPDConfig
 from tests.toy import make_config
@@ -84,7 +84,11 @@ def test_what_holds_batches_is_taken_and_begins_again(
     [
         (XS, r"train_batches: a Tensor of shape \(12, 2\); a DataLoader, a list"),
         (None, "train_batches: None; a DataLoader, a list"),
-        ([{"x": XS}], "train_batches: a batch is a dict; a Tensor, or"),
+        ({"x": XS}, "train_batches: a dict; a DataLoader, a list"),
+        (["text"], "train_batches: a batch is a str; a Tensor, names with Tensors, or"),
+        ([{"x": XS, "y": 3}], "train_batches: in batch 1, 'y' is a int; a batch of names has a T"),
+        ([{}], "train_batches: in batch 1, no name; a batch of names has a Tensor for each"),
+        ([{"x": XS, "y": XS[1:]}], r"batch 1 has different numbers of examples \(x 12, y 11\)"),
     ],
 )
 def test_what_holds_no_batches_is_refused(given: Any, said: str) -> None:
@@ -167,3 +171,65 @@ def test_training_mode_does_not_wake_the_targets_dropout():
     ).objective.model
     expected = model.target_forward(x).output
     assert torch.equal(model.train().target_forward(x).output, expected)
+
+
+class Two(nn.Module):
+    """Two streams of different lengths, as an encoder and a decoder have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.write = nn.Linear(4, 6), nn.Linear(3, 6)
+
+    def forward(self, memory: Tensor, own: Tensor) -> Tensor:
+        return self.write(own).relu() + self.read(memory).mean(dim=1, keepdim=True)
+
+
+class Packed(nn.Module):
+    """The same of one Tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.write = nn.Linear(4, 6), nn.Linear(3, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, own = x[:, :20].view(-1, 5, 4), x[:, 20:].view(-1, 2, 3)
+        return self.write(own).relu() + self.read(memory).mean(dim=1, keepdim=True)
+
+
+LOSSES = {
+    "stochastic_recon": {"coeff": 1.0},
+    "stochastic_recon_layerwise": {"coeff": 1.0},
+    "importance_minimality": {"coeff": 1e-3, "pnorm": 1.0},
+}
+
+
+@pytest.mark.parametrize("passes", ["together", "one_by_one"])
+@pytest.mark.parametrize("n_examples", [1, 3])
+def test_a_batch_of_several_tensors_by_name(passes: str, n_examples: int) -> None:
+    """Gives the numbers of the same data in one Tensor."""
+    data = [torch.randn(n_examples, 26) for _ in range(3)]
+    named = [{"memory": x[:, :20].view(-1, 5, 4), "own": x[:, 20:].view(-1, 2, 3)} for x in data]
+    changes: dict[str, Any] = {"sites": {"read": 5, "write": 3}, "steps": 3, "n_eval_batches": 1}
+    config = make_config(LOSSES, passes=passes, log_every=1, **changes)
+    histories = []
+    for kind, given in ((Packed, data), (Two, named)):
+        torch.manual_seed(0)
+        result = decompose(Problem(kind(), given, given[:1]), config, quiet=True)
+        histories.append(result.history)
+    assert histories[0] == histories[1] and len(histories[0]) > 3
+    model = result.model
+    assert model.importances(named[0]).lower["read"].shape == (n_examples, 5, 5)
+    assert torch.equal(model(named[0]), model(NamedTensors(named[0])))
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({"memory": torch.ones(2, 5, 4)}, r"memory \(2, 5, 4\): TypeError: .*'own'; a batch is"),
+        (torch.ones(2, 5, 4), r"a Tensor of shape \(2, 5, 4\): TypeError: .*'own'"),
+    ],
+)
+def test_a_batch_that_the_target_cannot_take_is_refused_in_one_line(batch: Any, said: str) -> None:
+    config = make_config(LOSSES, sites={"read": 5}, n_eval_batches=1)
+    with pytest.raises(UserError, match=f"target: Two fails on the first batch .*{said}"):
+        prepare(Problem(Two(), [batch], [batch]), config)

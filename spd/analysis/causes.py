@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from spd.config import UserError
 from spd.metrics.causes import (
     ADVERSARIAL,
@@ -56,7 +58,11 @@ def judged(directory: Path) -> tuple[Causes, bool]:
     """The figures of a finished run, and whether the thresholds mean anything for it."""
     run = load_run(directory)
     prepared = run.prepared
-    batches = prepared.eval_batches
+    batches = [batch for batch in prepared.eval_batches if isinstance(batch, Tensor)]
+    if not batches:
+        raise UserError(
+            f"{directory}: its batches have names; only batches of one Tensor can be judged"
+        )
     tokens = not batches[0].is_floating_point()
     causes = causes_of(
         prepared.objective.model,

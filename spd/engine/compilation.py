@@ -18,6 +18,7 @@ import torch
 from spd.config import UserError
 from spd.engine import reassociation
 from spd.engine.cost import nominal_seconds
+from spd.problem import NamedTensors
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,10 @@ class CompiledStep:
 
 def _shapes(*args: Any) -> list[list[int]]:
     """What decides whether a graph fits: the shapes of the tensors among the arguments."""
-    return [list(arg.shape) for arg in args if isinstance(arg, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    for arg in args:
+        tensors += arg.tensors.values() if isinstance(arg, NamedTensors) else [arg]
+    return [list(arg.shape) for arg in tensors if isinstance(arg, torch.Tensor)]
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:

@@ -18,12 +18,13 @@ from spd.config import UserError
 from spd.kernels import WITH_OWN_GRADIENT
 from spd.losses import Noise, State
 from spd.objective import Objective
+from spd.problem import Batch
 
 
 class StepInputs(NamedTuple):
     """What a step is computed from: the arguments of `Objective.forward`."""
 
-    batch: Tensor
+    batch: Batch
     progress: Tensor
     noise: Noise
     row_weights: Tensor | None = None
@@ -98,7 +99,7 @@ class Ensemble:
 
     def function(
         self,
-        batch: Tensor,
+        batch: Batch,
         progress: Tensor,
         noise: Noise,
         row_weights: Tensor | None,
@@ -131,7 +132,9 @@ class Ensemble:
             key: torch.stack([_filled(own.noise[key], n_rows) for own in inputs])
             for key in inputs[0].noise
         }
-        batch = torch.stack([_filled(own.batch, n_rows) for own in inputs])
+        batches = [own.batch for own in inputs if isinstance(own.batch, Tensor)]
+        assert len(batches) == len(inputs), "runs side by side are given Tensors"
+        batch = torch.stack([_filled(own, n_rows) for own in batches])
         state = self.stacked([own.state for own in inputs])
         return StepInputs(batch, inputs[0].progress, noise, row_weights, state)
 
@@ -226,6 +229,7 @@ def _filled(rows: Float[Tensor, "n_own *rest"], n_rows: int) -> Float[Tensor, "{
 def _filled_weights(own: StepInputs, n_rows: int) -> Float[Tensor, " {n_rows}"]:
     """With a mean of 1 again, over all rows."""
     n_own = len(own.batch)
+    assert isinstance(own.batch, Tensor), "runs side by side are given Tensors"
     weights = own.batch.new_ones(n_own) if own.row_weights is None else own.row_weights
     return _filled(weights * (n_rows / n_own), n_rows)
 

@@ -5,6 +5,7 @@ Which modules are layers is what transformers itself marks for checkpointing. It
 it is off in evaluation mode, in which a target always is.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -14,9 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spd.component_model import ComponentModel, Site, TargetOutput, layers_of
+from spd.component_model import ComponentModel, Site, TargetOutput, in_half, layers_of
 from spd.config import UserError
-from spd.masks import Mask, Pass, Place, Running
+from spd.engine.experts import Experts
+from spd.masks import Mask, Pass, Place, Routed, Running, SiteMask
+from spd.problem import Batch
+
+logger = logging.getLogger(__name__)
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 """what layers are given to append to; a second time would be one too many"""
@@ -34,6 +39,8 @@ class Layer(nn.Module):
     places: tuple[Place, ...]
     """of the sites that are part of it"""
     recomputed: bool
+    of_any_length: bool
+    """whether parts of it read more rows or less from batch to batch, so that no graph fits it"""
     own_forward: Callable[..., Any]
     """the original's"""
 
@@ -83,6 +90,7 @@ def install_layers_(model: ComponentModel) -> list[Layer]:
             assert isinstance(module, Layer)
             module.running, module.recomputed = model.running, False
             module.places = tuple(site.place for site in sites)
+            module.of_any_length = any(isinstance(part, Experts) for part in module.modules())
     return [layer for layer in layers_of(model.target) if isinstance(layer, Layer)]
 
 
@@ -132,16 +140,16 @@ class LayeredPass(Pass):
         """how many layers had been run when a site was called"""
         self.compiler = compiler
 
-    def read(self, place: Place, x: Tensor) -> Tensor:
+    def read(self, place: Place, x: Tensor, routed: Routed | None = None) -> Tensor:
         self.n_before.setdefault(place.path, len(self.outputs))
-        return super().read(place, x)
+        return super().read(place, x, routed)
 
     def run_layer(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.known:
             return self.known.pop(0)
         output = (
             layer.run(args, kwargs)
-            if self.compiler is None
+            if self.compiler is None or layer.of_any_length
             else self._run_compiled(layer, self.compiler(layer), args, kwargs)
         )
         if self.record:
@@ -169,7 +177,7 @@ class SharedPrefix:
 
     No value before the first replaced site depends on masks or on anything that is trained. What a
     layer gives out is kept from the target's pass over a batch to the end of `kept`. Without layers,
-    and outside of it, every pass is a whole one.
+    outside of it, and where `try_out` has found that layers take more than that, every pass is whole.
 
     `compiled`: in between, layers run compiled, each as a graph of its own. Layers that are alike share
     it, so there are as many graphs as ways in which the sites of a layer are replaced.
@@ -178,25 +186,69 @@ class SharedPrefix:
     def __init__(self, model: ComponentModel) -> None:
         self.model = model
         self.compiled = False
+        self.whole = False
+        """whether passes are not shortened"""
         self.recorded: LayeredPass | None = None
         """the target's pass over the batch that is kept"""
         self._forwards: dict[Callable[..., Any], Callable[..., Any]] = {}
         install_layers_(model)
 
     @contextmanager
-    def kept(self, batch: Tensor) -> Iterator[TargetOutput]:
+    def kept(self, batch: Batch) -> Iterator[TargetOutput]:
         """Run the target; passes over this batch within are shortened."""
         try:
-            yield self.model.target_output(batch, self._record)
+            target = self.model.target_output(batch, self._record)
+            if self.whole and self.recorded is not None:
+                self.recorded.outputs.clear()
+            yield target
         finally:
             self.recorded = None
 
-    def forward(self, batch: Tensor, masks: Mapping[str, Mask | None] | None) -> Tensor:
+    @torch.no_grad()
+    def try_out(self, batch: Batch) -> None:
+        """From now on, passes are whole if shortened ones do not give the target's output on this batch.
+
+        So it is where layers take more than what the one before gives out, such as keys and values that
+        an earlier one has left behind (Gemma 3n and 4). Runs a pass from every layer where one may begin.
+        """
+        with self.kept(batch) as target:
+            assert self.recorded is not None, "there is a pass that is kept"
+            begins = sorted({n for n in self.recorded.n_before.values() if n})
+            if not begins:
+                return
+            sites = self.model.sites.items()
+            off = {path: SiteMask(site.subcomponents.V.new_zeros(site.C)) for path, site in sites}
+            self.model(batch, off)  # so that what layers have left behind is not that of the target
+            for n_known in begins:
+                why = self._difference(batch, target.output, n_known)
+                if why is not None:
+                    self.whole = True
+                    logger.warning(
+                        "passes run whole, which is slower: begun after %d layers, the target %s",
+                        n_known,
+                        why,
+                    )
+                    return
+
+    def _difference(self, batch: Batch, expected: Tensor, n_known: int) -> str | None:
+        """What is wrong about the output of an unmasked pass of which so many layers are known."""
+        assert self.recorded is not None, "there is a pass that is kept"
+        this = LayeredPass({}, known=self.recorded.outputs[:n_known])
+        try:
+            output = self.model.run(batch, this)
+        except Exception as error:  # whatever a layer raises that misses something
+            return f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if not _alike(output, expected, 1e-2 if in_half(self.model) else 1e-4):
+            return "gives another output"
+        return None
+
+    def forward(self, batch: Batch, masks: Mapping[str, Mask | None] | None) -> Tensor:
         """What `ComponentModel.forward` gives, for the batch that is `kept`."""
         if self.recorded is None:
             return self.model(batch, masks)
         replaced = self.model.known_masks(masks)
-        n_known = min((self.recorded.n_before[path] for path in replaced), default=0)
+        first = min((self.recorded.n_before[path] for path in replaced), default=0)
+        n_known = 0 if self.whole else first
         known = self.recorded.outputs[:n_known]
         return self.model.run(batch, LayeredPass(replaced, known=known, compiler=self._compiler()))
 
@@ -212,3 +264,11 @@ class SharedPrefix:
         if forward not in self._forwards:
             self._forwards[forward] = torch.compile(forward, dynamic=False)
         return self._forwards[forward]
+
+
+def _alike(output: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether they differ by no more than this share of their norm; -∞ and NaN stand where they stood."""
+    if output.shape != expected.shape or not torch.equal(output.isfinite(), expected.isfinite()):
+        return False
+    output, expected = (x.where(x.isfinite(), 0.0).double() for x in (output, expected))
+    return bool((output - expected).norm() <= tolerance * expected.norm())

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from spd.config import RunError, UserError
 from spd.engine import checkpoint
@@ -16,7 +15,7 @@ from spd.engine.prepare import Prepared
 from spd.engine.update import Update
 from spd.engine.zero_rows import Rows
 from spd.losses import State, faithfulness
-from spd.problem import Resumable
+from spd.problem import Batch, Resumable, as_batch
 from spd.spd_config import WarmupConfig
 
 
@@ -49,9 +48,9 @@ def step_inputs(prepared: Prepared, step: int, state: State) -> StepInputs:
     return StepInputs(batch[own], progress, noise, own_weights, state)
 
 
-def _next_batch(batches: Iterator[Tensor], step: int, steps: int) -> Tensor:
+def _next_batch(batches: Iterator[Batch], step: int, steps: int) -> Batch:
     try:
-        return next(batches)
+        return as_batch(next(batches))
     except StopIteration:
         raise RunError(f"the training data ended before step {step} of {steps}") from None
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from spd.component_model import ComponentModel
 from spd.config import UserError
 from spd.engine.ensemble import check_one_target
+from spd.engine.experts import check_experts, join_, take_experts_apart_
 from spd.engine.layers import checkpoint_layers_, layers_of
 from spd.engine.step import may_compile, passes_of
 from spd.engine.zero_rows import ZeroRows
 from spd.losses import State, StepContext
-from spd.masks import SiteMask
+from spd.masks import RoutedInput, SiteMask
 from spd.metrics import HeldOutLosses, Metric, collect
 from spd.objective import Objective
-from spd.problem import Problem
+from spd.problem import Batch, NamedTensors, Problem, as_batch, describe, run_target
 from spd.spd_config import SPDConfig
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Prepared(NamedTuple):
     problem: Problem
     config: SPDConfig
     objective: Objective
-    eval_batches: list[Tensor]
+    eval_batches: list[Batch]
     """the held-out batches, drawn once"""
     zero_rows: ZeroRows
 
@@ -43,6 +44,7 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
         raise UserError(
             "torch.inference_mode is on here, in which nothing can be trained; decompose outside of it"
         )
+    take_experts_apart_(problem.target, config.sites)
     model = ComponentModel(
         problem.target,
         config.sites,
@@ -52,23 +54,25 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
         seed=config.seed,
         autocast=torch.bfloat16 if execution.autocast == "bf16" else None,
     )
+    join_(model)
     if execution.activation_checkpointing:
         checkpoint_layers_(model)
     objective = Objective(model, config.losses, problem.recon, problem.position_weights)
     for spec in objective.losses.values():
         spec.check(model)
-    eval_batches = list(islice(problem.eval_batches, config.n_eval_batches))
+    eval_batches = [*map(as_batch, islice(problem.eval_batches, config.n_eval_batches))]
     if len(eval_batches) < config.n_eval_batches:
         raise UserError(
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
             f" {len(eval_batches)}"
         )
     _check_output(problem.target, eval_batches[0])
+    check_experts(model, eval_batches[0])
     if execution.compile is True and not may_compile(execution, model):
         raise UserError(
             "compile: true compiles all passes of a step together, or the layers of a Hugging Face"
             f" target: it needs passes: together (passes is {execution.passes!r}, here"
-            f" {passes_of(execution.passes, model)}) or such layers"
+            f" {passes_of(execution.passes, model)}) and no experts as sites, or such layers"
             f" ({type(problem.target).__name__} has {len(layers_of(problem.target))}), and"
             " activation_checkpointing: false (it is"
             f" {str(execution.activation_checkpointing).lower()})"
@@ -81,31 +85,51 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
 
 
 @torch.no_grad()
-def _check_output(target: nn.Module, batch: Tensor) -> None:
+def _check_output(target: nn.Module, batch: Batch) -> None:
     """`UserError` unless the target gives one Tensor of numbers for a batch, and the same one again."""
     if batch.numel() == 0:
-        raise UserError(f"eval_batches: the first has the shape {tuple(batch.shape)}: it is empty")
-    output = target(batch)
+        raise UserError(f"eval_batches: the first is {describe(batch)}: it is empty")
+    try:
+        output = run_target(target, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a target raises for a batch that is not the one it needs
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"target: {type(target).__name__} fails on the first batch of eval_batches,"
+            f" {describe(batch)}: {type(error).__name__}: {reason}; a batch is the argument of its forward,"
+            " or a dict of them by name where it needs several"
+        ) from error
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise UserError(
             f"target: {type(target).__name__} returns {_kind(output)}; one Tensor of numbers is needed,"
             " so give a module whose forward picks it out of what yours returns"
         )
-    if not torch.allclose(output, target(batch), rtol=1e-3, atol=1e-5, equal_nan=True):
+    if not torch.allclose(output, run_target(target, batch), rtol=1e-3, atol=1e-5, equal_nan=True):
         raise UserError(
             f"target: {type(target).__name__} gives two different outputs for one batch, in evaluation"
             " mode too; remove what is random in it, such as dropout in its forward, before decomposing"
         )
 
 
-def warn_of_no_effect(model: ComponentModel, batch: Tensor) -> None:
+def warn_of_no_effect(model: ComponentModel, batch: Batch) -> None:
     """Say which sites leave the output as it is even if they give out nothing but their bias."""
     if batch.is_meta:
         return
-    model.target_forward(batch)  # refuses a site that is not called once
-    if layers_of(model.target):
+    inputs = model.target_forward(batch).site_inputs  # refuses a site that is not called once
+    idle = {path for path, x in inputs.items() if isinstance(x, RoutedInput) and not len(x.rows)}
+    if idle:
+        logger.warning(
+            "%d matrices of experts are not used on the first batch of held-out data, since no token is"
+            " routed to them: %s",
+            len(idle),
+            ", ".join(sorted(idle)[:4]) + (", …" if len(idle) > 4 else ""),
+        )
+    if layers_of(model.target) and not any(isinstance(x, RoutedInput) for x in inputs.values()):
         batch = batch[:1]  # a row of tokens shows it, in a fraction of the memory
     for path in _without_slope(model, batch):
+        if path in idle:
+            continue
         nothing = torch.zeros(model.sites[path].C, device=batch.device)
         with torch.no_grad():
             whole, ablated = model(batch, {}), model(batch, {path: SiteMask(nothing)})
@@ -117,7 +141,7 @@ def warn_of_no_effect(model: ComponentModel, batch: Tensor) -> None:
             )
 
 
-def _without_slope(model: ComponentModel, batch: Tensor) -> list[str]:
+def _without_slope(model: ComponentModel, batch: Batch) -> list[str]:
     """The sites on whose masks a random projection of the output does not depend, to first order."""
     scale = {
         path: torch.ones(site.C, device=batch.device, requires_grad=True)
@@ -170,6 +194,11 @@ def check_side_by_side(runs: Sequence[Prepared]) -> None:
             f" not for language models, passes: one_by_one (it is {execution.passes}) or"
             f" activation_checkpointing (it is {str(execution.activation_checkpointing).lower()}); run one"
             " seed at a time"
+        )
+    if isinstance(runs[0].eval_batches[0], NamedTensors):
+        raise UserError(
+            "seeds: runs side by side take batches of one Tensor, and here a batch has names; run one seed"
+            " at a time"
         )
     check_one_target([run.objective for run in runs])
 

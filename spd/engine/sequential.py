@@ -16,6 +16,7 @@ from spd.importance import CausalImportances
 from spd.kernels import KLKernel, kl_and_gradient
 from spd.losses import Loss, Noise, State, StepContext
 from spd.objective import Objective
+from spd.problem import Batch
 
 
 class Sequential:
@@ -30,7 +31,7 @@ class Sequential:
 
     def __call__(
         self,
-        batch: Tensor,
+        batch: Batch,
         progress: Tensor,
         noise: Noise,
         row_weights: Tensor | None = None,

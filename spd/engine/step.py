@@ -7,10 +7,12 @@ from torch import Tensor
 from spd.component_model import ComponentModel
 from spd.engine.compilation import CompiledStep, tf32_matmuls
 from spd.engine.ensemble import Alone, Ensemble, StepInputs
+from spd.engine.experts import experts_in
 from spd.engine.layers import layers_of
 from spd.engine.sequential import CompiledPasses
 from spd.engine.threads import one_for_a_light_step
 from spd.losses import State
+from spd.problem import Batch
 from spd.spd_config import Execution, Passes, SPDConfig
 
 
@@ -60,7 +62,7 @@ class SequentialStep:
 
 
 def make_step(
-    trained: Alone | Ensemble, config: SPDConfig, batch: Tensor, earlier: dict[str, Any]
+    trained: Alone | Ensemble, config: SPDConfig, batch: Batch, earlier: dict[str, Any]
 ) -> Step:
     """The step of a run, or of several side by side, on batches like this one.
 
@@ -82,7 +84,9 @@ def make_step(
         )
         step = JointStep(trained, execution, tf32=tf32, resumed=bool(earlier))
     else:
-        step = SequentialStep(CompiledPasses(objective, setting, n_steps), tf32=tf32)
+        passes = CompiledPasses(objective, setting, n_steps)
+        passes.sequential.prefix.try_out(batch)
+        step = SequentialStep(passes, tf32=tf32)
     step.execution.shapes = [*earlier.get("compiled_shapes", [])]
     return step
 
@@ -102,6 +106,11 @@ def passes_of(setting: Passes, model: ComponentModel) -> Literal["together", "on
 
 
 def may_compile(execution: Execution, model: ComponentModel) -> bool:
-    """Whether there is something to compile of a step, whole or layer by layer."""
+    """Whether there is something to compile of a step, whole or layer by layer.
+
+    Experts as sites read more rows or less from batch to batch: no graph of a whole step fits them.
+    """
     together = passes_of(execution.passes, model) == "together"
+    if together and experts_in(model.target):
+        return False
     return not execution.activation_checkpointing and (together or bool(layers_of(model.target)))

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.problem import Problem
+from spd.masks import RoutedInput
+from spd.problem import Batch, Problem
 
 DOUBT = 4.0
 """standard deviations that the share of rows with input may lie above its estimate (one in 30,000 does)"""
@@ -29,7 +30,7 @@ MIN_SAVING = 0.05
 class Rows(NamedTuple):
     """A batch of which some rows may stand for several."""
 
-    batch: Tensor
+    batch: Batch
     weights: Float[Tensor, " rows"] | None = None
     """how many rows of the data each row stands for, scaled to mean 1; None: one each"""
 
@@ -40,17 +41,18 @@ class ZeroRows:
     The share of rows with input is estimated from held-out batches of the same distribution.
     """
 
-    def __init__(self, model: ComponentModel, problem: Problem, held_out: Sequence[Tensor]) -> None:
+    def __init__(self, model: ComponentModel, problem: Problem, held_out: Sequence[Batch]) -> None:
         self.share: float | None = None
         """of rows with input; None: batches stay as they are"""
         self.n_counted = sum(len(batch) for batch in held_out)
         """rows of which it is the share"""
         if problem.independent_rows and _zeros_stay_zeros(model, held_out[0]):
-            self.share = torch.cat([_has_input(batch) for batch in held_out]).float().mean().item()
+            rows = [_has_input(batch) for batch in held_out if isinstance(batch, Tensor)]
+            self.share = torch.cat(rows).float().mean().item()
 
-    def merge(self, batch: Tensor) -> Rows:
+    def merge(self, batch: Batch) -> Rows:
         """The rows with input, then zero rows that share the weight of all zero rows."""
-        if self.share is None:
+        if self.share is None or not isinstance(batch, Tensor):
             return Rows(batch)
         room = room_for(self.share, self.n_counted, len(batch))
         return Rows(batch) if room is None else merge_zero_rows(batch, room)
@@ -101,9 +103,9 @@ def _has_input(batch: Float[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
     return (batch != 0).any(dim=1)
 
 
-def _zeros_stay_zeros(model: ComponentModel, batch: Tensor) -> bool:
+def _zeros_stay_zeros(model: ComponentModel, batch: Batch) -> bool:
     """Whether the target feeds nothing but zeros to every site on a row of zeros."""
-    if batch.dim() != 2 or not batch.is_floating_point():
+    if not isinstance(batch, Tensor) or batch.dim() != 2 or not batch.is_floating_point():
         return False
     inputs = model.target_forward(torch.zeros_like(batch[:1])).site_inputs
-    return not any(x.any() for x in inputs.values())
+    return not any(isinstance(x, RoutedInput) or x.any() for x in inputs.values())

@@ -101,6 +101,7 @@ class _Causes:
         self.batches: list[Tensor] = []
 
     def update(self, ctx: StepContext) -> None:
+        assert isinstance(ctx.batch, Tensor), "what has a known solution is given one Tensor"
         self.batches.append(ctx.batch)
 
     def compute(self) -> dict[str, float]:

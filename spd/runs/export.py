@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, Site
 from spd.config import UserError, nearest
+from spd.engine.experts import stacked
 from spd.run_files import TARGET, give_usual_mode, new_directory, write_safetensors
 from spd.runs.run import Run
 
@@ -126,11 +127,12 @@ def _pretrained(model: ComponentModel) -> Any | None:
 
 def _named(module: nn.Module, weights: Mapping[nn.Module, Tensor]) -> dict[str, Tensor]:
     """The same under every name that a site has in a module."""
-    return {
+    named = {
         f"{path}.weight": weights[part].cpu()
         for path, part in module.named_modules(remove_duplicate=False)
         if part in weights
     }
+    return stacked(module, named)
 
 
 def _save_pretrained(inner: Any, weights: Mapping[nn.Module, Tensor], folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Masked passes start where the first replaced site is; the values are those of whole passes."""
 
+import logging
+import re
 from typing import Any
 
 import pytest
@@ -33,6 +35,21 @@ def made(kind: str) -> ComponentModel:
     torch.manual_seed(0)
     inner = transformers.AutoModelForCausalLM.from_config({"llama": LLAMA, "gpt2": GPT2}[kind])
     sites = dict.fromkeys([*SITES[kind], "lm_head"], 4)
+    return ComponentModel(TokenModel(inner.eval(), "logits"), sites, AffineImportanceConfig())
+
+
+def gemma4() -> ComponentModel:
+    """Its last two layers take the keys and values of the first two."""
+    settings: dict[str, Any] = {
+        **{**SIZES, "num_hidden_layers": 4, "intermediate_size": 24},
+        **{"num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 8},
+        **{"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        **{"vocab_size_per_layer_input": 37, "hidden_size_per_layer_input": 4},
+    }
+    config = transformers.Gemma4TextConfig(**settings)
+    torch.manual_seed(0)
+    inner = transformers.Gemma4ForCausalLM(config)
+    sites = dict.fromkeys(["model.layers.*.mlp.up_proj", "lm_head"], 4)
     return ComponentModel(TokenModel(inner.eval(), "logits"), sites, AffineImportanceConfig())
 
 
@@ -87,3 +104,41 @@ def test_a_target_without_layers_is_run_as_ever():
         masks = {"last": torch.rand(8, MLP_SITES["last"])}
         assert torch.equal(prefix.forward(batch, masks), model(batch, masks))
         assert list(target.site_inputs) == list(MLP_SITES)
+
+
+def a_layer_reads_what_the_first_has_left_behind(model: ComponentModel) -> None:
+    """On itself, from one pass to the next, so that a pass that does not run the first finds the old."""
+    left: dict[str, Tensor] = {}
+    first, last = (model.target.get_submodule(LAYERS["llama"].format(i)) for i in (0, 2))
+
+    def leave(module: nn.Module, args: Any, output: Tensor) -> None:
+        left["by the first"] = output
+
+    first.get_submodule("mlp").register_forward_hook(leave)
+    last.register_forward_pre_hook(lambda module, args: (args[0] + left["by the first"], *args[1:]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "left behind", "gemma4"])
+def test_passes_are_whole_where_layers_take_more_than_the_one_before_gives_out(
+    kind: str, caplog: pytest.LogCaptureFixture
+):
+    model = gemma4() if kind == "gemma4" else made(kind.replace("left behind", "llama"))
+    if kind == "left behind":
+        a_layer_reads_what_the_first_has_left_behind(model)
+    batch, last = torch.randint(0, 37, (2, 5)), list(model.sites)[-2]
+    masks = {last: torch.rand(2, 5, 4)}
+    prefix = SharedPrefix(model)
+    with caplog.at_level(logging.WARNING):
+        prefix.try_out(batch)
+    said = {
+        "left behind": "passes run whole, .* begun after 2 layers, the target gives another output",
+        "gemma4": "passes run whole, .* begun after 1 layers, the target raises KeyError: 'sliding",
+    }
+    assert prefix.whole == (kind in said) == bool(caplog.records)
+    if kind in said:
+        assert re.search(said[kind], caplog.text)
+    with prefix.kept(batch):
+        everything_off = {path: torch.zeros(2, 5, 4) for path in model.sites}
+        prefix.forward(batch, everything_off)
+        assert torch.equal(prefix.forward(batch, masks), model(batch, masks))
+    assert prefix.recorded is None and model.running.current is None

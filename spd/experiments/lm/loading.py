@@ -96,11 +96,14 @@ def load_lm(
     model = TokenModel(inner, wanted.output).eval()
     try:
         check_output(model, torch.zeros((1, 2), dtype=torch.long, device=device))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        if not isinstance(instead, nn.Module):
-            raise
-        kind = type(instead).__name__
-        raise UserError(f"target: a {kind} does not read token ids: {_one_line(error)}") from None
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # T5, whisper and ViT each raise something else
+        raise UserError(
+            f"target: a {type(inner).__name__} does not read token ids alone: {_one_line(error)}; a model"
+            " that needs another batch is decomposed by a program of yours, with a Problem"
+            " (docs/language_models.md)"
+        ) from None
     return LoadedTarget(
         model,
         _load_tokenizer(origin, wanted),

@@ -148,6 +148,7 @@ class _CrossEntropy:
 
     def update(self, ctx: StepContext) -> None:
         tokens, weights = ctx.batch, ctx.row_weights
+        assert isinstance(tokens, Tensor), "batches of a language model are token ids"
         kept = torch.ones_like(tokens, dtype=torch.bool) if weights is None else weights > 0
         n_kept, predicted = int(kept.sum()), kept[:, :-1] & kept[:, 1:]
         self._count(tokens[:, 1:][predicted], n_vocab=ctx.target_out.shape[-1])

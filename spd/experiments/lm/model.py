@@ -34,8 +34,9 @@ class TokenModel(nn.Module):
         self.inner.train(mode)
         return super().train(mode)
 
-    def forward(self, batch: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d"]:
-        returned = self.inner(batch)
+    def forward(self, *batch: Tensor, **named: Tensor) -> Float[Tensor, "batch *rest"]:
+        """Of token ids, or of whatever else `inner` takes, by its names."""
+        returned = self.inner(*batch, **named)
         if isinstance(self.output, int):
             return returned[self.output]
         return getattr(returned, self.output)

@@ -152,6 +152,7 @@ class _LabelPerformance:
         self.n_batches = 0
 
     def update(self, ctx: StepContext) -> None:
+        assert isinstance(ctx.batch, Tensor), "batches of features are one Tensor"
         labels = self.labels(ctx.batch)
         outputs = {
             "target": ctx.target_out,

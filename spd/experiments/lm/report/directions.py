@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, Site
 from spd.components import input_output_weight
+from spd.masks import RoutedInput, SiteInput
 
 NOT_FROM_STREAM = (
     "its input is not the residual stream, so token embeddings do not tell what it reads"
@@ -120,7 +121,11 @@ def _embeds_or_normalises(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
+def _same(x: SiteInput, y: Tensor) -> bool:
+    if isinstance(x, RoutedInput):
+        rows = y.flatten(0, -2)
+        own = len(rows) == x.routed.n_positions and len(x.rows) > 0
+        return own and _same(x.rows, rows[x.routed.positions])
     return x.shape == y.shape and torch.equal(x, y)
 
 

@@ -65,7 +65,8 @@ def write_lm_report(
     """
     logger.info("report: looking at up to %d held-out batches", n_batches)
     held_out = chain(prepared.eval_batches, prepared.problem.eval_batches)
-    batches = list(islice(held_out, n_batches))  # these are token ids, a few megabytes
+    # these are token ids, a few megabytes
+    batches = [batch for batch in islice(held_out, n_batches) if isinstance(batch, Tensor)]
     if len(batches) < at_least:
         raise UserError(
             f"--batches: {at_least} are wanted, but {run_dir} keeps {len(batches)} of held-out text"
@@ -115,7 +116,7 @@ def gather(
             if not C_of:
                 return None
             statistics = SubcomponentStatistics(C_of)
-        acts = {p: model.sites[p].subcomponents.acts(site_inputs[p]) for p in C_of}
+        acts = {p: model.sites[p].acts(site_inputs[p]) for p in C_of}
         statistics.update(
             batch,
             {path: _at_positions(upper[path], batch) for path in C_of},
