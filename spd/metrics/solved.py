@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from spd.component_model import ComponentModel
+from spd.config import UserError
 from spd.losses import StepContext
 from spd.metrics.causes import LIMITS, causes_of
 from spd.metrics.spec import Conclusion, Metric, MetricSpec, Quantity
@@ -101,7 +102,11 @@ class _Causes:
         self.batches: list[Tensor] = []
 
     def update(self, ctx: StepContext) -> None:
-        assert isinstance(ctx.batch, Tensor), "what has a known solution is given one Tensor"
+        if not isinstance(ctx.batch, Tensor):
+            raise UserError(
+                "metrics.causes: batches have names here, and only batches of one Tensor can be judged;"
+                " remove it"
+            )
         self.batches.append(ctx.batch)
 
     def compute(self) -> dict[str, float]:

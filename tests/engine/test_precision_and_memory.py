@@ -150,6 +150,7 @@ def test_only_the_target_and_its_sites_run_in_bf16(together: bool):
     for path, g in ctx.ci.lower.items():
         assert g.dtype == ctx.ci.upper[path].dtype == torch.float32
         x = ctx.site_inputs[path]
+        assert isinstance(x, torch.Tensor)
         h = model.sites[path].subcomponents.acts(x.float() if x.is_floating_point() else x)
         assert torch.equal(g, lower_leaky_hard_sigmoid(model.sites[path].importance(h)))
     exact = gradients(make_objective(wrapped(), LOSSES, "kl"), together=together)

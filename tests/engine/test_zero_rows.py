@@ -98,6 +98,7 @@ def test_the_weights_count_every_row_once():
     n = int(batch.any(dim=1).sum())
     kept, weights = merge_zero_rows(batch, 256)
     assert weights is not None and weights.mean().item() == pytest.approx(1.0)
+    assert isinstance(kept, Tensor)
     counts = weights * (640 / 256)
     assert torch.equal(kept[:n], batch[batch.any(dim=1)]) and not kept[n:].any()
     torch.testing.assert_close(counts[:n], torch.ones(n))
