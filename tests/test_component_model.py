@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from spd.component_model import ComponentModel, Site
 from spd.components import resolve_sites
 from spd.config import UserError
-from tests.toy import MLP, MLP_SITES, TokenModel, decompose, make_objective
+from tests.toy import MLP, MLP_SITES, TokenModel, decompose, inputs_of, make_objective
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_training_steps_leave_the_target_bitwise_alone(model: ComponentModel):
 
 def test_what_the_target_feeds_to_each_site(model: ComponentModel):
     x = torch.randn(2, 3, 4, requires_grad=True)
-    output, inputs = model.target_forward(x)
+    output, inputs = model.target_forward(x).output, inputs_of(model, x)
     first, mid = model.sites["first"], model.sites["deep.mid"]
     assert list(inputs) == ["first", "deep.mid", "last"]
     assert torch.equal(inputs["first"], x)
@@ -249,7 +249,7 @@ def test_token_ids_reach_the_embedding():
     torch.manual_seed(0)
     model = decompose(TokenModel(), {"embed": 6, "mid": 3})
     tokens = torch.randint(0, 11, (2, 5))
-    inputs = model.target_forward(tokens).site_inputs
+    inputs = inputs_of(model, tokens)
     assert torch.equal(inputs["embed"], tokens)
     ci = model.causal_importances(inputs)
     assert ci.lower["embed"].shape == (2, 5, 6) and ci.upper["mid"].shape == (2, 5, 3)

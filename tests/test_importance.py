@@ -17,7 +17,7 @@ from spd.importance import (
     upper_leaky_hard_sigmoid,
 )
 from tests import naive
-from tests.toy import MLP, MLP_SITES, decompose
+from tests.toy import MLP, MLP_SITES, decompose, inputs_of
 
 POINTS = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0])
 
@@ -228,7 +228,7 @@ def test_masks_and_minimality_get_the_sigmoids_that_are_theirs(leak: LowerLeak):
     model = decompose(MLP(), MLP_SITES, lower_leak=leak)
     for site in model.sites.values():
         nn.init.normal_(site.importance.get_parameter("out_bias"), std=2)
-    inputs = model.target_forward(torch.randn(64, 4)).site_inputs
+    inputs = inputs_of(model, torch.randn(64, 4))
     ci = model.causal_importances(inputs)
     for path, site in model.sites.items():
         x = site.importance(inputs[path] @ site.subcomponents.V)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from spd.component_model import ComponentModel
 from spd.config import UserError
 from spd.noise import Share
-from tests.toy import decompose, make_objective, terms_of
+from tests.toy import decompose, inputs_of, make_objective, terms_of
 
 LOSSES = {
     "faithfulness": {"coeff": 1.0},
@@ -68,7 +68,7 @@ def test_what_a_site_reads_is_kept_though_the_target_overwrites_it():
     torch.manual_seed(0)
     model, x = decompose(Residual(), {"a": 4, "b": 4, "o": 4}), torch.randn(5, 8)
     for _ in range(2):
-        inputs = model.target_forward(x).site_inputs
+        inputs = inputs_of(model, x)
         assert torch.equal(inputs["a"], x) and not torch.equal(inputs["o"], x)
     assert model.overwritten == {"a"}
     objective = make_objective(model, LOSSES)
@@ -98,7 +98,7 @@ def test_a_module_under_two_names_is_decomposed_under_both():
     assert bias is not None
     out = model(x, {"enc": torch.zeros(4, 10)})
     assert torch.equal(out, bias.expand_as(out)), "nothing of the matrix is left"
-    assert torch.equal(model.target_forward(x).site_inputs["enc"], x)
+    assert torch.equal(inputs_of(model, x)["enc"], x)
 
 
 def test_a_module_that_is_called_under_two_names_is_refused_by_both():

@@ -33,6 +33,7 @@ from tests.toy import (
     decompose,
     make_config,
     make_objective,
+    tensors,
 )
 
 PROGRESS = torch.tensor(0.5)
@@ -341,7 +342,7 @@ def test_losses_that_are_all_off_are_refused():
 def test_evaluation_sees_the_same_held_out_batches_every_time():
     config = make_config(TRAIN, n_eval_batches=3)
     prepared = prepare(problem(), config)
-    held_out = list(prepared.eval_batches)
+    held_out = tensors(prepared.eval_batches)
     expected = batches(1)
     assert len(held_out) == 3 and all(torch.equal(b, next(expected)) for b in held_out)
     assert evaluate(prepared) == evaluate(prepared)

@@ -1,5 +1,6 @@
 """Small targets that the unit tests decompose, and the shortest way to decompose them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -117,3 +118,17 @@ def terms_of(
         noise = objective.draw_noise(batch, stream="train", seed=0, step=0)
     ctx = objective.context(batch, torch.tensor(0.0), noise)
     return loss_terms(objective.losses, ctx)
+
+
+def tensors(values: Iterable[object]) -> list[Tensor]:
+    """The same, each of which has to be a Tensor."""
+    found = list(values)
+    for value in found:
+        assert isinstance(value, Tensor), type(value)
+    return [value for value in found if isinstance(value, Tensor)]
+
+
+def inputs_of(model: ComponentModel, batch: Tensor) -> dict[str, Tensor]:
+    """What the target feeds to sites that read all positions."""
+    inputs = model.target_forward(batch).site_inputs
+    return dict(zip(inputs, tensors(inputs.values()), strict=True))

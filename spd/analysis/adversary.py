@@ -20,6 +20,7 @@ from spd.losses import recon_errors
 from spd.masks import stochastic_mask
 from spd.noise import seeded, uniform
 from spd.run_files import write_json
+from spd.runs.cli import add_ways_in
 from spd.runs.console import console_log, user_errors
 from spd.runs.run import load_run
 
@@ -101,12 +102,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--steps", type=int, default=320, metavar="N", help="of 0.1 (default 320)")
     parser.add_argument("--restarts", type=int, default=3, metavar="N", help="(default 3)")
+    add_ways_in(parser)
     args = parser.parse_args(argv)
     for name in ("steps", "restarts"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: at least 1 is needed")
     with console_log(), user_errors():
-        run = load_run(args.run_dir)
+        run = load_run(args.run_dir, trust=args.trust, verify=not args.unverified)
         found = ladder(run.prepared, Attack("batch", args.steps, args.restarts))
         path = args.run_dir / ANALYSIS
         path.parent.mkdir(parents=True, exist_ok=True)

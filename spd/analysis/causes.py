@@ -24,6 +24,7 @@ from spd.metrics.causes import (
     SiteCauses,
     causes_of,
 )
+from spd.runs.cli import add_ways_in
 from spd.runs.console import console_log, user_errors
 from spd.runs.run import load_run
 
@@ -54,9 +55,9 @@ def _cells(path: str, own: SiteCauses) -> tuple[str, ...]:
     return (path, f"{own.unfaithful:.3f}", *counts, *shares, measured)
 
 
-def judged(directory: Path) -> tuple[Causes, bool]:
+def judged(directory: Path, *, trust: bool = False, verify: bool = True) -> tuple[Causes, bool]:
     """The figures of a finished run, and whether the thresholds mean anything for it."""
-    run = load_run(directory)
+    run = load_run(directory, trust=trust, verify=verify)
     prepared = run.prepared
     batches = [batch for batch in prepared.eval_batches if isinstance(batch, Tensor)]
     if not batches:
@@ -82,9 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Five points by which a run is solved or not, site by site; status 0 (solved), 1 (not) or 2."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    add_ways_in(parser)
     args = parser.parse_args(argv)
     with console_log(), user_errors():
-        causes, judges = judged(args.run_dir)
+        causes, judges = judged(args.run_dir, trust=args.trust, verify=not args.unverified)
     print(*table(causes), sep="\n")
     how = causes.attack
     print(

@@ -251,6 +251,11 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run directory or wandb:entity/project/run"
     )
+    add_ways_in(parser)
+
+
+def add_ways_in(parser: argparse.ArgumentParser) -> None:
+    """The options by which a run is opened that would be refused else."""
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument(
         "--unverified",

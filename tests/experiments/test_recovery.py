@@ -15,6 +15,7 @@ from spd.experiments.resid_mlp.train_resid_mlp import ResidMLPTrainConfig, train
 from spd.experiments.targets import TrainedTarget, save_target
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.optimize import Member, Silent, run_side_by_side, run_steps
+from tests.toy import inputs_of
 
 EXPERIMENTS = settings.PACKAGE_DIR / "experiments"
 TMS_FAST = EXPERIMENTS / "tms" / "tms_5-2_fast_config.yaml"
@@ -137,7 +138,7 @@ def test_residual_mlps_of_one_to_three_layers_are_solved(n_layers: int, tmp_path
 
     # the same without the figures of merit: in every layer a subcomponent of its own reads feature j
     probes = 0.75 * torch.eye(N)
-    _, site_inputs = model.target_forward(probes)
+    site_inputs = inputs_of(model, probes)
     importances = model.causal_importances(site_inputs).lower
     for i in range(n_layers):
         path = mlp_in_path(i)

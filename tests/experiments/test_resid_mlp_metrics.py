@@ -21,6 +21,7 @@ from spd.metrics import collect
 from spd.problem import Problem
 from tests.experiments.test_resid_mlp_solution import columns_of, solved_resid_mlp
 from tests.solved_toy import set_importance, solved_toy
+from tests.toy import tensors
 
 
 def disturb(model: ComponentModel) -> None:
@@ -104,7 +105,7 @@ def test_performance_of_the_exact_solution_is_the_targets():
     set_importance(model, mlp_in_path(0), torch.zeros(10), torch.ones(10))
     set_importance(model, mlp_out_path(0), torch.zeros(10), torch.ones(10))
     found = performance(prepared)
-    x = torch.cat(prepared.eval_batches)
+    x = torch.cat(tensors(prepared.eval_batches))
     expected = float((model.target(x) - x - x.relu()).square().mean())
     assert found.keys() == {
         f"mse_to_labels/{name}"
@@ -121,7 +122,7 @@ def test_performance_with_everything_masked_is_that_of_idle_mlps():
     for path in model.sites:
         set_importance(model, path, torch.zeros(10), torch.zeros(10))
     found = performance(prepared)
-    x = torch.cat(prepared.eval_batches)
+    x = torch.cat(tensors(prepared.eval_batches))
     idle = float((x @ target.W_E @ target.W_U - x - x.relu()).square().mean())
     assert found["mse_to_labels/importance_masked"] == pytest.approx(idle, rel=1e-5)
     assert found["mse_to_labels/target"] == pytest.approx(found["mse_to_labels/unmasked"], rel=1e-4)

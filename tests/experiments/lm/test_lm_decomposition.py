@@ -29,6 +29,7 @@ from tests.lm_stand_ins import (
     tiny_stories_neo,
 )
 from tests.run_fixtures import Command, command_fixture, listing, log_lines, target_fixture
+from tests.toy import tensors
 from tests.wandb_stand_ins import FakeApi, FakeRun
 
 __all__ = ["command_fixture", "target_fixture"]
@@ -81,7 +82,7 @@ def test_the_command_and_the_data_flow_of_ss_emb(
     # the run is all there is: model and data set are gone
     shutil.rmtree(model.parent)
     run = load_run(run_dir)
-    assert run.step == 2 and torch.equal(run.prepared.eval_batches[0], held_out[:4].long())
+    assert run.step == 2 and torch.equal(tensors(run.prepared.eval_batches)[0], held_out[:4].long())
     assert run.problem.target(held_out[:1].long()).shape == (1, 512, 4096)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from spd.component_model import ComponentModel
 from spd.experiments.lm.report.directions import look_around, token_directions
 from tests.little_lm import VOCAB, RandomBatches, decomposed, little_model, unembed_of
-from tests.toy import TokenModel, decompose
+from tests.toy import TokenModel, decompose, inputs_of
 
 EXPECTED = {
     "llama": {
@@ -62,7 +62,7 @@ def test_what_is_read_is_the_inner_activation_of_each_token_alone():
     """Of the first layer's queries, which see a token's embedding and nothing else."""
     path = "model.layers.0.self_attn.q_proj"
     model, around, _ = around_of("llama", [path, "model.embed_tokens"])
-    inputs = model.target_forward(torch.arange(VOCAB)[:, None]).site_inputs
+    inputs = inputs_of(model, torch.arange(VOCAB)[:, None])
     columns, sign = torch.tensor([3, 0]), torch.tensor([1.0, -1.0])
     for site in (path, "model.embed_tokens"):
         acts = model.sites[site].subcomponents.acts(inputs[site])[:, 0, columns] * sign

@@ -26,7 +26,7 @@ from spd.metrics import Metric
 from spd.objective import Objective
 from spd.problem import Problem
 from spd.reports.results import format_result, result_of
-from tests.toy import TokenModel, make_config
+from tests.toy import TokenModel, make_config, tensors
 
 KINDS = ("unmasked", "masked", "stochastic", "rounded", "zero")
 VOCAB, SITES = 11, {"mid": 6}
@@ -56,7 +56,7 @@ def measured(problem: LMProblem) -> tuple[Objective, list[Tensor], dict[str, flo
     with torch.no_grad():
         for ctx in eval_contexts(prepared):
             metric.update(ctx)
-    return prepared.objective, prepared.eval_batches, metric.compute()
+    return prepared.objective, tensors(prepared.eval_batches), metric.compute()
 
 
 # --- the formulas ----------------------------------------------------------------------------------

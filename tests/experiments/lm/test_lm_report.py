@@ -41,7 +41,7 @@ from tests.little_lm import (
 )
 from tests.made_up_run import add_figures, make_run
 from tests.reports.test_report import Page
-from tests.toy import MLP, make_config
+from tests.toy import MLP, inputs_of, make_config
 
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
@@ -112,7 +112,7 @@ def test_what_the_page_says_of_a_subcomponent_is_what_the_model_does():
     data = page_data(model, gathered, None)
     g, h = {}, {}
     for path, site in model.sites.items():
-        inputs = [model.target_forward(batch).site_inputs for batch in batches]
+        inputs = [inputs_of(model, batch) for batch in batches]
         upper = [model.causal_importances(x).upper[path] for x in inputs]
         g[path] = torch.cat(upper).clamp(0, 1).detach()
         h[path] = torch.cat([site.subcomponents.acts(x[path]) for x in inputs]).detach()

@@ -17,6 +17,7 @@ from spd.experiments.lm.problem import LMProblem
 from spd.runs.run import Run, load_run, resume, start
 from spd.runs.trust import UntrustedError
 from tests.lm_stand_ins import little_llama, make_tokenizer, save_model, stories
+from tests.toy import tensors
 
 IDS = torch.arange(12).reshape(2, 6)
 UP = "model.layers.0.mlp.up_proj"
@@ -101,10 +102,10 @@ def test_a_target_that_is_gone_is_named_and_another_place_is_taken(
         resume(LMConfig, build, run)
     loaded = load_run(run, target=gone)
     assert isinstance(loaded.problem, LMProblem) and loaded.problem.tokenizer is not None
-    held_out = loaded.prepared.eval_batches[0]
+    held_out = tensors(loaded.prepared.eval_batches)[0]
     again = load_run(run, target=str(gone))
     assert torch.equal(importances(loaded), importances(again))
-    assert torch.equal(held_out, again.prepared.eval_batches[0]), "that of the run"
+    assert torch.equal(held_out, tensors(again.prepared.eval_batches)[0]), "that of the run"
     with pytest.raises(UserError, match="target '/no/such/place': no such directory"):
         load_run(run, target="/no/such/place")
 
