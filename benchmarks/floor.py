@@ -64,7 +64,7 @@ class Peaks(NamedTuple):
 
 def work_of(prepared: Prepared) -> Work:
     batch = next(prepared.problem.train_batches)
-    rows = prepared.silent_rows.merge(batch)
+    rows = prepared.zero_rows.merge(batch)
     objective = prepared.objective
     noise = objective.draw_noise(rows.batch, stream="train", seed=0, step=0)
     n_masks = Counter(key.partition(".")[2].partition(".")[2] for key in noise)

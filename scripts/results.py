@@ -41,9 +41,11 @@ PAGE_HEAD = """\
 # Results
 
 Made by `python scripts/results.py page` from the records in `docs/results/`, one for each finished run; do
-not edit it. `python scripts/results.py record RUN_DIR` makes a record. *Pattern* counts the runs in which
-every site shows the known importance pattern on one-hot inputs of 0.75 without an error. That is the
-published criterion, and a weak one: a run can match and be wrong, and a right one can miss a threshold.
+not edit it. `python scripts/results.py record RUN_DIR` makes a record. *Solved* counts the runs that are
+right by what their subcomponents cause (docs/running.md); a dash: a run was made before that was judged.
+*Pattern* counts those in which every site shows the known importance pattern on one-hot inputs of 0.75
+without an error. That is the published criterion, and a weak one: a run can match and be wrong, and a
+right one can miss a threshold.
 Cosine and length (MMCS, ML2R) are of `linear1`, inert subcomponents left out, and ± is over the features
 (n − 1) of one run. In a headline figures are means over the seeds. A commit with a `+` had changes in its
 checkout. A *stale* record is of a run whose code computed other numbers for the objective than this code
@@ -175,22 +177,40 @@ def summary(
     lines = []
     for name, of_experiment in records.items():
         seeds = [record["result"]["seed"] for record in of_experiment]
-        solved = [record["result"]["solved"] for record in of_experiment]
+        by_pattern = [matches_pattern(record["result"]) for record in of_experiment]
+        by_causes = [solved_by_causes(record["result"]) for record in of_experiment]
         n_stale = sum(is_stale(record["objective"], present) for record in of_experiment)
         minutes = sum(record["result"]["seconds"] for record in of_experiment) / len(seeds) / 60
         lines.append(
             [
                 f"`{name}`",
                 _ranges(seeds),
-                f"{sum(map(bool, solved))} of {len(seeds)}" if None not in solved else "–",
+                _count(by_causes),
+                _count(by_pattern),
                 _headline(of_experiment, "published"),
                 _headline(of_experiment, "value"),
                 f"{minutes:.0f}" if minutes >= 9.5 else f"{minutes:.1f}",
                 f"{n_stale} stale" if n_stale else "current",
             ]
         )
-    heads = ["experiment", "seeds", "pattern", "published", "here", "min", "records"]
+    heads = ["experiment", "seeds", "solved", "pattern", "published", "here", "min", "records"]
     return _table(heads, lines)
+
+
+def matches_pattern(result: Mapping[str, Any]) -> bool | None:
+    """Whether every site shows the known pattern; None where none is known."""
+    errors = [row["value"] for row in result["rows"] if row["key"] == "errors/total"]
+    return errors[0] == 0 if errors else None
+
+
+def solved_by_causes(result: Mapping[str, Any]) -> bool | None:
+    """None where that was not judged, as in records of runs that were made before it could be."""
+    judged = any(row["key"].startswith("effect_errors/") for row in result["rows"])
+    return result["solved"] if judged else None
+
+
+def _count(verdicts: Sequence[bool | None]) -> str:
+    return "–" if None in verdicts else f"{sum(map(bool, verdicts))} of {len(verdicts)}"
 
 
 def experiment_table(records: Sequence[Mapping[str, Any]], present: Mapping[str, float]) -> str:
@@ -205,10 +225,11 @@ def experiment_table(records: Sequence[Mapping[str, Any]], present: Mapping[str,
                 own = f"{row['value']:.4g}"
             cells = rows.setdefault(row["metric"], [published, *["–"] * len(results)])
             cells[column + 1] = own
-    solved = {True: "yes", False: "no", None: "–"}
+    said = {True: "yes", False: "no", None: "–"}
     lines = [[metric, *cells] for metric, cells in rows.items()]
     lines += [
-        ["matches the pattern", "", *(solved[result["solved"]] for result in results)],
+        ["solved by causes", "", *(said[solved_by_causes(result)] for result in results)],
+        ["matches the pattern", "", *(said[matches_pattern(result)] for result in results)],
         ["seconds", "", *(f"{result['seconds']:.0f}" for result in results)],
         ["threads, device", "", *(f"{r['num_threads']}, {r['device']}" for r in records)],
         ["torch", "", *(record["versions"]["torch"] for record in records)],

@@ -56,6 +56,12 @@ RULES = (
         instead=("^make ", f"make -n -C '{REPO}' "),
         reason="makes an environment, or runs the tests themselves: its recipe is printed",
     ),
+    Rule(
+        "python -m spd.analysis.causes",
+        statuses=(0, 1),
+        reason="a shortened run is not solved, which is status 1",
+    ),
+    Rule("python -m spd.analysis.adversary"),
     Rule("source ", instead=(".*", "true"), reason="changes an interactive shell"),
     Rule(
         r"(spd-run ss_emb|.*/ts_config\.yaml)",

@@ -139,6 +139,15 @@ def recon_error(
     return mean_over_rows((prediction - target).square().mean(dim=-1), weights)
 
 
+def recon_errors(
+    prediction: Float[Tensor, "*rows d"], target: Float[Tensor, "*rows d"], kind: ReconKind
+) -> Float[Tensor, "*rows"]:
+    """D of every row by itself; with KL both are logits."""
+    if kind == "kl":
+        return kl_per_row(prediction, target)
+    return (prediction - target).square().mean(dim=-1)
+
+
 def kl_divergence(
     logits: Float[Tensor, "*rows d"],
     target_logits: Float[Tensor, "*rows d"],

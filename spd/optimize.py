@@ -16,6 +16,7 @@ from spd.engine.ensemble import train_together
 from spd.engine.members import NonFiniteError, restore, save, shared, step_inputs, warm_up
 from spd.engine.prepare import Prepared, check_side_by_side, evaluate
 from spd.engine.step import execution_record, make_step
+from spd.engine.threads import as_before
 from spd.engine.update import Update
 from spd.losses import State
 from spd.noise import own_generators
@@ -91,6 +92,7 @@ def run_steps(
     return prepared.objective.model
 
 
+@as_before()
 def run_side_by_side(
     members: Sequence[Member],
     *,
@@ -129,7 +131,7 @@ def run_side_by_side(
             if stopping:
                 raise Interrupted(f"stopped before step {step} of {config.steps}", stopping)
             if due(step, config.eval_every, last):
-                _evaluate(members, states, step)
+                _evaluate(members, states, step, last=last)
             if last or not _going(members):
                 break
             inputs = zip(runs, states, strict=True)
@@ -166,7 +168,7 @@ def _going(members: Sequence[Member]) -> list[Member]:
     return [member for member in members if member.failure is None]
 
 
-def _evaluate(members: Sequence[Member], states: Sequence[State], step: int) -> None:
+def _evaluate(members: Sequence[Member], states: Sequence[State], step: int, *, last: bool) -> None:
     """Tell the observers the metrics on held-out data; a member that is not finite ends here."""
     for member, state in zip(members, states, strict=True):
         if member.failure is not None:
@@ -176,7 +178,7 @@ def _evaluate(members: Sequence[Member], states: Sequence[State], step: int) -> 
         if bad:
             member.failure = NonFiniteError(f"step {step}: {', '.join(bad)} not finite")
         elif is_leader():
-            member.observer.evaluated(step, evaluate(member.prepared, state))
+            member.observer.evaluated(step, evaluate(member.prepared, state, at_end=last))
 
 
 def _log(

@@ -23,6 +23,11 @@ class Identity:
     """Known solution: probe j needs one subcomponent of its own, j = 1 … n."""
 
     n: int
+    reads: Float[Tensor, "n d_in"] | None = field(default=None, compare=False)
+    """the direction in which the matrix reads each feature; None: feature j is its j-th input, or it writes
+    them"""
+    writes: bool = field(default=False, compare=False)
+    """feature j is the j-th output of the matrix"""
 
 
 @dataclass(frozen=True)

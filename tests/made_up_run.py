@@ -5,7 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from spd.metrics import ColumnMatchMetric, PatternErrorsMetric, Published, SparsityMetric
+from spd.metrics import (
+    CausesMetric,
+    ColumnMatchMetric,
+    PatternErrorsMetric,
+    Published,
+    SparsityMetric,
+)
 from spd.reports.drawing import DescribedFigure, FigureText
 from spd.reports.figures import save_figures
 from spd.reports.results import result_of
@@ -33,7 +39,7 @@ def make_run(root: Path, **changes: Any) -> Path:
         "metrics.jsonl": [
             {"step": 0, "eval/loss/total": 2.0, "eval/l0/linear1": 3.0, "eval/errors/linear1": 7.0},
             {"step": 0, "loss/total": 2.0},
-            {"step": 1200, "eval/loss/total": 0.5, "eval/l0/linear1": 0.25, "eval/solved": 1.0}
+            {"step": 1200, "eval/loss/total": 0.5, "eval/l0/linear1": 0.25, "eval/matches": 1.0}
             | {"eval/errors/linear1": 0.0, "eval/errors/total": 0.0},
         ],
         "timings.jsonl": [{"step": 0, "seconds": 1.0, "steps_per_second": 51.5}],
@@ -72,7 +78,8 @@ METRICS = {
         },
         expected={"mmcs/linear1": (0.99, 1.001), "ml2r/linear1": (0.95, 1.05)},
     ),
-    "pattern_errors": PatternErrorsMetric(expected={"solved": (0.5, 1.0)}),
+    "pattern_errors": PatternErrorsMetric(),
+    "causes": CausesMetric(expected={"solved": (0.5, 1.0)}),
     "sparsity": SparsityMetric(),
 }
 
@@ -91,10 +98,11 @@ def result(*, solved: bool | None, errors: int, **values: float) -> dict[str, An
     }
     metrics = dict(METRICS)
     if solved is None:
-        del metrics["pattern_errors"]
+        del metrics["pattern_errors"], metrics["causes"]
     else:
         figures |= {"errors/linear1": float(errors), "errors/total": float(errors)}
-        figures["solved"] = float(solved)
+        figures |= {"matches": float(errors == 0), "solved": float(solved)}
+        figures |= {"unfaithful/linear1": 0.01, "effect_errors/linear1": float(errors)}
     config = SimpleNamespace(experiment="tms_5-2", seed=3, steps=40000, metrics=metrics)
     last = {"step": 40000, **{f"eval/{key}": value for key, value in figures.items()}}
     return json.loads(json.dumps(result_of(config, [last], 754.2).as_json()))

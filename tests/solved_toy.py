@@ -59,7 +59,11 @@ def toy_problem(n_features: int, n_hidden: int, *, hidden_layer: bool = False) -
         eval_batches=_batches(n_features, "eval"),
         tied_sites=(("linear1", "linear2"),),
         probes=PROBE * torch.eye(n_features),
-        solution={"linear1": Identity(n_features), **hidden, "linear2": Identity(n_features)},
+        solution={
+            "linear1": Identity(n_features),
+            **hidden,
+            "linear2": Identity(n_features, writes=True),
+        },
     )
 
 

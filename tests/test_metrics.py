@@ -130,12 +130,12 @@ def test_errors_of_every_known_site_and_in_all():
     importances_become_(model, "enc", perfect)
     known = problem_of(model, probes=probes, solution={"enc": Identity(3)})
     metric = PatternErrorsMetric().build(model, known)
-    assert metric.compute() == {"errors/enc": 0.0, "errors/total": 0.0, "solved": 1.0}
+    assert metric.compute() == {"errors/enc": 0.0, "errors/total": 0.0, "matches": 1.0}
     torch.testing.assert_close(probe_importances(model, probes)["enc"], perfect)
 
     perfect[0, 0] = 0.5
     importances_become_(model, "enc", perfect)
-    assert metric.compute() == {"errors/enc": 1.0, "errors/total": 1.0, "solved": 0.0}
+    assert metric.compute() == {"errors/enc": 1.0, "errors/total": 1.0, "matches": 0.0}
 
     both = problem_of(model, probes=probes, solution={"enc": Identity(3), "dec": Identity(3)})
     values = PatternErrorsMetric().build(model, both).compute()

@@ -13,8 +13,8 @@ from spd.engine import checkpoint
 from spd.engine.distributed import average_, own_share
 from spd.engine.ensemble import StepInputs
 from spd.engine.prepare import Prepared
-from spd.engine.silent_rows import Rows
 from spd.engine.update import Update
+from spd.engine.zero_rows import Rows
 from spd.losses import State, faithfulness
 from spd.problem import Resumable
 from spd.spd_config import WarmupConfig
@@ -39,7 +39,7 @@ def step_inputs(prepared: Prepared, step: int, state: State) -> StepInputs:
     problem, config, objective, *_ = prepared
     batch = _next_batch(problem.train_batches, step, config.steps)
     share = own_share()
-    merged = prepared.silent_rows.merge(batch)
+    merged = prepared.zero_rows.merge(batch)
     batch, row_weights = merged if len(merged.batch) % share.of == 0 else Rows(batch)
     noise = objective.noise(batch, stream="train", seed=config.seed, step=step, share=share)
     # filled in on the device: a copy from the host would wait for it

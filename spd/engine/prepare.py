@@ -13,8 +13,8 @@ from spd.component_model import ComponentModel
 from spd.config import UserError
 from spd.engine.ensemble import check_one_target
 from spd.engine.layers import checkpoint_layers_, layers_of
-from spd.engine.silent_rows import SilentRows
 from spd.engine.step import may_compile, passes_of
+from spd.engine.zero_rows import ZeroRows
 from spd.losses import State, StepContext
 from spd.masks import SiteMask
 from spd.metrics import HeldOutLosses, Metric, collect
@@ -33,7 +33,7 @@ class Prepared(NamedTuple):
     objective: Objective
     eval_batches: list[Tensor]
     """the held-out batches, drawn once"""
-    silent_rows: SilentRows
+    zero_rows: ZeroRows
 
 
 def prepare(problem: Problem, config: SPDConfig) -> Prepared:
@@ -74,9 +74,9 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             f" {str(execution.activation_checkpointing).lower()})"
         )
     warn_of_no_effect(model, eval_batches[0])
-    silent_rows = SilentRows(model, problem, eval_batches)
-    prepared = Prepared(problem, config, objective, eval_batches, silent_rows)
-    build_metrics(prepared)
+    zero_rows = ZeroRows(model, problem, eval_batches)
+    prepared = Prepared(problem, config, objective, eval_batches, zero_rows)
+    build_metrics(prepared, at_end=True)
     return prepared
 
 
@@ -174,11 +174,15 @@ def check_side_by_side(runs: Sequence[Prepared]) -> None:
     check_one_target([run.objective for run in runs])
 
 
-def build_metrics(prepared: Prepared) -> list[Metric]:
-    """Fresh accumulators: every loss on held-out data, and what the configuration names."""
+def build_metrics(prepared: Prepared, *, at_end: bool) -> list[Metric]:
+    """Fresh accumulators: every loss on held-out data, and what the configuration names.
+
+    Metrics that are computed at the end of a run alone are among them only then.
+    """
     problem, config, objective, *_ = prepared
-    specs = [spec.build(objective.model, problem) for spec in config.metrics.values()]
-    return [HeldOutLosses(objective.losses), *specs]
+    specs = [spec for spec in config.metrics.values() if at_end or not spec.at_end]
+    built = [spec.build(objective.model, problem) for spec in specs]
+    return [HeldOutLosses(objective.losses), *built]
 
 
 def eval_contexts(prepared: Prepared, state: State | None = None) -> Iterator[StepContext]:
@@ -195,7 +199,13 @@ def eval_contexts(prepared: Prepared, state: State | None = None) -> Iterator[St
 
 
 @torch.no_grad()
-def evaluate(prepared: Prepared, state: State | None = None) -> dict[str, float]:
-    """All metrics on the held-out batches, under keys that begin with `eval/`."""
-    values = collect(build_metrics(prepared), eval_contexts(prepared, state))
+def evaluate(
+    prepared: Prepared, state: State | None = None, *, at_end: bool = True
+) -> dict[str, float]:
+    """All metrics on the held-out batches, under keys that begin with `eval/`.
+
+    Without `at_end` those are left out that cost too much for every evaluation.
+    """
+    metrics = build_metrics(prepared, at_end=at_end)
+    values = collect(metrics, eval_contexts(prepared, state))
     return {f"eval/{key}": value for key, value in values.items()}

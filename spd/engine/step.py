@@ -9,6 +9,7 @@ from spd.engine.compilation import CompiledStep, tf32_matmuls
 from spd.engine.ensemble import Alone, Ensemble, StepInputs
 from spd.engine.layers import layers_of
 from spd.engine.sequential import CompiledPasses
+from spd.engine.threads import one_for_a_light_step
 from spd.losses import State
 from spd.spd_config import Execution, Passes, SPDConfig
 
@@ -28,11 +29,19 @@ class Step(Protocol):
 class JointStep:
     """All passes of a step in one graph, which goes back as a whole."""
 
-    def __init__(self, trained: Alone | Ensemble, execution: CompiledStep, *, tf32: bool) -> None:
+    def __init__(
+        self, trained: Alone | Ensemble, execution: CompiledStep, *, tf32: bool, resumed: bool
+    ) -> None:
         self.trained, self.execution, self.tf32 = trained, execution, tf32
+        self.threads_are_chosen = resumed  # by the checkpoint
 
     def __call__(self, inputs: StepInputs) -> tuple[dict[str, Tensor], State]:
         batch, progress, noise, row_weights, state = inputs
+        if not self.threads_are_chosen and not batch.is_cuda:
+            self.threads_are_chosen = True
+            one_for_a_light_step(
+                self.execution.forward, batch, progress, dict(noise), row_weights, state
+            )
         with self.execution.explained(), tf32_matmuls(self.tf32):
             total, terms, state = self.execution(batch, progress, dict(noise), row_weights, state)
             total.backward()
@@ -71,7 +80,7 @@ def make_step(
             n_members=trained.n_members,
             cuda_graphs=batch.is_cuda and config.execution.cuda_graphs,
         )
-        step = JointStep(trained, execution, tf32=tf32)
+        step = JointStep(trained, execution, tf32=tf32, resumed=bool(earlier))
     else:
         step = SequentialStep(CompiledPasses(objective, setting, n_steps), tf32=tf32)
     step.execution.shapes = [*earlier.get("compiled_shapes", [])]

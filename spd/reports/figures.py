@@ -239,7 +239,7 @@ def loss_curves(history: Sequence[Mapping[str, float]]) -> Figure:
         "The course of the run",
         "Loss terms (before their coefficients; the total after them) on the training batches and"
         " on held-out data, on logarithmic axes; the mean number of subcomponents in use per input"
-        " (L0); and the errors against the known importance pattern, none in a solved run.",
+        " (L0); and the errors against the known importance pattern.",
         "",
     )
     keys = {key: None for line in history for key in line}
@@ -305,7 +305,7 @@ def _group_panel(
         ax.set_ylim(bottom=-0.15)
     else:
         ax.set_yscale("log")
-    ax.set_title("errors (0: solved)" if is_errors else "L0, held out", fontsize=10)
+    ax.set_title("errors against the pattern" if is_errors else "L0, held out", fontsize=10)
     ax.set_ylabel("errors" if is_errors else "subcomponents per input", fontsize=9)
     ax.legend(fontsize=8, frameon=False)
 

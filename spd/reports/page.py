@@ -1,10 +1,14 @@
 """Pages: a template and what it shows, as one file that needs nothing else."""
 
+import base64
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from spd.run_files import atomic_write
 
@@ -29,3 +33,17 @@ def render_page(
     page = environment.get_template(template).render(contents)
     atomic_write(path, page)
     return path
+
+
+def inline_json(value: Any) -> Markup:
+    """JSON that may stand inside a `<script>` element, whatever text it holds."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def inline_script(text: str) -> tuple[Markup, str]:
+    """A script of our own, as it stands inside its element, and what lets a page's policy run it."""
+    if "</script" in text:
+        raise ValueError("a script that ends its own element")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return Markup(text), f"'sha256-{digest}'"

@@ -14,6 +14,7 @@ from spd.engine import checkpoint
 from spd.engine.prepare import Prepared, evaluate
 from spd.metrics import MetricSpec
 from spd.registry import EXPERIMENTS
+from spd.reports.curves import live_curves
 from spd.reports.drawing import FigureText
 from spd.reports.figures import Drawable, draw, loss_curves, png_bytes, read_png, save_figures
 from spd.reports.origin import (
@@ -141,7 +142,7 @@ def report_contents(
             list(config.get("figures") or {}),
             at=last_step if stopped else None,
         ),
-        "curves": _curves(run_dir, history, last_step) if history else None,
+        **_curves(run_dir, history, last_step),
         "target": target_record(run_dir / TARGET / "training.json"),
         "target_config": text_of(run_dir / TARGET / CONFIG_FILE),
         "config_text": config_text,
@@ -317,10 +318,17 @@ def _images(directory: Path, configured: list[str], *, at: int | None = None) ->
     ]
 
 
-def _curves(run_dir: Path, history: Sequence[Mapping[str, float]], last_step: int) -> Image:
+def _curves(
+    run_dir: Path, history: Sequence[Mapping[str, float]], last_step: int
+) -> dict[str, Any]:
+    """The curves, drawn and for the page's script; nothing where nothing was logged."""
+    if not history:
+        return {"curves": None}
+    figure = loss_curves(history)
+    live = live_curves(figure)
+    drawn = _image(CURVES, png_bytes(figure))  # which leaves the figure empty
     png = run_dir / FIGURES / CURVES / f"{last_step:08d}.png"
-    curves = _image(CURVES, png_bytes(loss_curves(history)))
-    return curves._replace(numbers=_numbers_of(png, run_dir / FIGURES))
+    return {"curves": drawn._replace(numbers=_numbers_of(png, run_dir / FIGURES)), "live": live}
 
 
 def _numbers_of(png: Path, figures: Path) -> str | None:
@@ -359,7 +367,8 @@ def look_at_checkpoint(
         return
     state = checkpoint.load_state(run_dir / CHECKPOINTS / f"{step:08d}")["carried"]
     device = prepared.eval_batches[0].device
-    values = evaluate(prepared, {key: value.to(device) for key, value in state.items()})
+    carried = {key: value.to(device) for key, value in state.items()}
+    values = evaluate(prepared, carried, at_end=False)
     write_json(run_dir / EVALUATION_FILE, {"step": step, **values})
     curves = loss_curves(_until_checkpoint(read_metrics(run_dir), {"step": step, **values}))
     save_figures(run_dir / FIGURES, step, {**draw(prepared, figures), CURVES: curves})

@@ -159,8 +159,9 @@ def evaluation_of(values: Mapping[str, float], metrics: Mapping[str, MetricSpec]
                 published_spread=reference.spread if reference else None,
             )
         )
-    conclusions = [spec.conclusion(values) for spec in metrics.values()]
-    conclusion = next((found for found in conclusions if found is not None), None)
+    found = [end for spec in metrics.values() if (end := spec.conclusion(values)) is not None]
+    found.sort(key=lambda conclusion: conclusion.solved is None)  # a verdict goes first
+    conclusion = found[0] if found else None
     return Evaluation(
         solved=conclusion.solved if conclusion else None,
         conclusion=conclusion,

@@ -229,7 +229,7 @@ def _check_metric(
     exact = [f"{place}loss/{term}" for place in ("", "eval/") for term in ("total", *losses)]
     with_site, with_more = ["l0"], []
     for spec in metrics:
-        own = type(spec).__module__ != "spd.metrics"
+        own = not type(spec).__module__.startswith("spd.metrics.")
         for key, quantity in spec.quantities.items():
             names = [f"eval/{one}" for one in (key, quantity.spread) if one is not None]
             exact += names

@@ -93,20 +93,28 @@ CASES = {
     "residual MLP": ("resid_mlp2", TERMS, "both"),
     "residual MLP, other terms": ("resid_mlp2", OTHER_TERMS, "gradient"),
 }
+QUICK_ONES = ("tms, other terms", "tms with an identity", "residual MLP, other terms")
+"""between them every term, both leaks and every family"""
 
 
-@pytest.mark.parametrize(("name", "losses", "leak"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("name", "losses", "leak"),
+    [
+        pytest.param(*case, id=name, marks=() if name in QUICK_ONES else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 def test_members_are_single_runs(
     targets: dict[str, Path], name: str, losses: dict[str, Any], leak: str
 ):
-    """With silent rows merged."""
+    """With zero rows merged."""
     changes = (f"losses={losses}".replace("'", ""), f"lower_leak={leak}", SITES[name])
     members, singles = (
         [experiment(name, targets[name], seed, *changes) for seed in SEEDS] for _ in range(2)
     )
     start = singles[0].objective.model.subcomponent_parameters()
     before = {key: value.detach().clone() for key, value in start.items()}
-    assert all(prepared.silent_rows.share is not None for prepared in members)
+    assert all(prepared.zero_rows.share is not None for prepared in members)
     trackers = run_both(members, singles)
     for member, single, (lines, own_lines) in zip(members, singles, trackers, strict=True):
         assert_same(member, single, lines, own_lines)
@@ -193,8 +201,8 @@ def test_a_batch_without_room_is_taken_whole_beside_the_others():
         [prepared_toy(seed, full_at=3 if seed == 1 else -1) for seed in SEEDS] for _ in range(2)
     )
     full = sparse_batches(1, "train", full_at=0)
-    assert singles[1].silent_rows.merge(next(full)).weights is None
-    assert singles[1].silent_rows.merge(next(full)).weights is not None
+    assert singles[1].zero_rows.merge(next(full)).weights is None
+    assert singles[1].zero_rows.merge(next(full)).weights is not None
     for pair in zip(members, singles, run_both(members, singles), strict=True):
         assert_same(pair[0], pair[1], *pair[2])
 

@@ -93,7 +93,7 @@ def test_a_step_waits_for_nothing_and_copies_nothing_from_the_host(
     name: str, n_members: int, monkeypatch: pytest.MonkeyPatch
 ):
     runs = [prepared_run(name, seed) for seed in range(n_members)]
-    assert all(run.silent_rows.share is not None for run in runs)
+    assert all(run.zero_rows.share is not None for run in runs)
     monkeypatch.setattr(torch, "Generator", MetaGenerator)
     for run in runs:
         run.objective.to(META)
@@ -168,7 +168,7 @@ def test_the_loop_waits_for_the_device_where_it_logs_and_nowhere_else(
     groups = {"components": {"grad_clip": 0.5}, "importances": {"lr": 1e-2}}
     runs = [prepared_run(name, seed, **changes, **groups) for seed in range(n_members)]
     for run in runs:  # what merges rows may look at a number of the CPU itself, and there alone
-        run.silent_rows.share = None
+        run.zero_rows.share = None
     waits = Waits(monkeypatch)
     watched = Watched(runs[0].problem.train_batches, waits)
     runs[0] = runs[0]._replace(problem=replace(runs[0].problem, train_batches=watched))

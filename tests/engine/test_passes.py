@@ -154,7 +154,7 @@ def test_a_joint_step_keeps_nothing_of_its_graph():
         saved.append(weakref.ref(kept))
         return kept
 
-    step = JointStep(trained, CompiledStep(trained.function, False, 1), tf32=False)
+    step = JointStep(trained, CompiledStep(trained.function, False, 1), tf32=False, resumed=False)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
         terms, state = step(inputs)
     assert len(saved) > 50 and not any(ref() is not None for ref in saved)

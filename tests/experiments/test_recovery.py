@@ -69,7 +69,7 @@ def test_side_by_side_a_seed_ends_as_it_does_alone(tmp_path: Path, monkeypatch: 
         run_steps(alone, Silent())
         own, expected = evaluate(member.prepared), evaluate(alone)
         assert own["eval/errors/total"] == expected["eval/errors/total"] == n_errors
-        assert own["eval/solved"] == expected["eval/solved"] == (n_errors == 0)
+        assert own["eval/matches"] == expected["eval/matches"] == (n_errors == 0)
         for key in ("eval/mmcs/linear1", "eval/ml2r/linear1"):
             assert own[key] == pytest.approx(expected[key], abs=1e-3)
 
@@ -130,7 +130,8 @@ def test_residual_mlps_of_one_to_three_layers_are_solved(n_layers: int, tmp_path
     model = run_steps(prepared, Silent())
     values = evaluate(prepared)
 
-    assert values["eval/solved"] == 1.0 and values["eval/errors/total"] == 0.0
+    assert values["eval/matches"] == 1.0 and values["eval/errors/total"] == 0.0
+    assert values["eval/solved"] == 1.0, values
     assert values["eval/correlation/neuron_contributions"] >= 0.999
     assert abs(values["eval/slope/neuron_contributions"] - 1) <= 0.03
 

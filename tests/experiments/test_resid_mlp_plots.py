@@ -166,6 +166,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return command.runs()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_every_figure_metric_and_the_report(finished: list[Path]):
     run = finished[0]
     names = {path.parent.name for path in run.glob("figures/*/00000003.png")}

@@ -169,12 +169,12 @@ def test_loss_curves_draw_training_and_held_out_values_of_every_term():
     ]
     figure = loss_curves(history)
     titles = [ax.get_title() for ax in figure.axes]
-    assert titles == ["total", "stochastic recon", "L0, held out", "errors (0: solved)"]
+    assert titles == ["total", "stochastic recon", "L0, held out", "errors against the pattern"]
     assert line(panel(figure, "total"), "training") == ([0, 10], [2.0, 1.0])
     assert line(panel(figure, "total"), "held out") == ([0, 20], [3.0, 0.5])
     assert line(panel(figure, "stochastic recon"), "training") == ([0], [1.5])
     assert panel(figure, "total").get_yscale() == "log"
-    assert line(panel(figure, "errors (0: solved)"), "a.b") == ([0, 20], [4.0, 0.0])
+    assert line(panel(figure, "errors against the pattern"), "a.b") == ([0, 20], [4.0, 0.0])
     assert all(ax.get_xlabel() == "step" and ax.get_ylabel() for ax in figure.axes)
 
 

@@ -85,13 +85,14 @@ def assert_leaves_its_files(command: Command, name: str, *args: str) -> None:
         ]
     )
     assert config["steps"] == 2 and config["target"] == str(target)
-    verdict = "errors against the known pattern"
+    verdict = "not solved by causes"
     assert done.out.startswith(f"{name}, seed 0, 2 steps") and verdict in done.out
     assert done.out.endswith(f"report: {run / 'report.html'}\n")
     lines = log_lines(run)
     assert [line["step"] for line in lines] == [0, 0, 1, 2]
-    for metric in ("eval/errors/total", "eval/solved", "eval/loss/total"):
+    for metric in ("eval/errors/total", "eval/matches", "eval/loss/total"):
         assert metric in lines[0] and metric in lines[-1]
+    assert "eval/solved" in lines[-1] and "eval/solved" not in lines[0], "at the end alone"
     timings = (run / "timings.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in timings] == [0, 1]
 

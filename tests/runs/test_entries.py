@@ -99,6 +99,7 @@ def in_a_notebook(folder: Path, target: Path, code: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 def test_in_a_notebook_start_runs_and_cli_says_so(tmp_path: Path):
     target = make_tms_target(tmp_path / "target")
     done = in_a_notebook(tmp_path, target, "print(start(config, tms.build))")

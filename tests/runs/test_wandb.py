@@ -65,7 +65,9 @@ def history(run: Path) -> list[dict[str, Any]]:
 def offline_fixture(tmp_path_factory: pytest.TempPathFactory, tms_target: Path) -> Path:
     command = Command(tmp_path_factory.mktemp("offline"), tms_target)
     command.environment.update(OFFLINE)
-    done = finished_run(command, "figures={mean_activity: {}}", "metrics={pattern_errors: {}}")
+    done = finished_run(
+        command, "figures={mean_activity: {}}", "metrics={pattern_errors: {}, causes: {}}"
+    )
     run = command.only_run()
     sync = next(run.glob("wandb/offline-run-*"))
     assert f"W&B: {sync} (offline; `wandb sync {sync}` sends all of it)\n" in done.err

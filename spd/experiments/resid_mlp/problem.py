@@ -42,7 +42,7 @@ def known_solution(target: ResidMLP) -> dict[str, Pattern]:
     solution: dict[str, Pattern] = {}
     for layer, block in enumerate(target.layers):
         assert isinstance(block, MLPBlock), f"a {type(block).__name__} among the layers"
-        solution[mlp_in_path(layer)] = Identity(n_features)
+        solution[mlp_in_path(layer)] = Identity(n_features, reads=target.W_E.detach())
         d_mlp = block.mlp_out.in_features
         if d_mlp <= basis.shape[1]:
             solution[mlp_out_path(layer)] = Dense(d_mlp, basis)

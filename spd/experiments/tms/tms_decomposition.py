@@ -76,7 +76,7 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
 
     solution: dict[str, Pattern] = {
         "linear1": Identity(n_features),
-        "linear2": Identity(n_features),
+        "linear2": Identity(n_features, writes=True),
     }
     for index in range(training.model.n_hidden_layers):
         solution[f"hidden_layers.{index}"] = Dense(n_hidden)

@@ -51,6 +51,7 @@ def simple_stories(tmp_path: Path) -> tuple[Path, Path]:
     return model, data
 
 
+@pytest.mark.slow
 def test_the_command_and_the_data_flow_of_ss_emb(
     command: Command, simple_stories: tuple[Path, Path]
 ):

@@ -3,9 +3,6 @@
 Reads and shows: what is counted is in `statistics`, what is projected in `directions`.
 """
 
-import base64
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate, chain, islice
@@ -14,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from markupsafe import Markup
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +27,7 @@ from spd.experiments.lm.report.directions import (
 )
 from spd.experiments.lm.report.token_texts import TokenTexts, readable_tokens
 from spd.metrics import MetricSpec
-from spd.reports.page import render_page
+from spd.reports.page import inline_json, inline_script, render_page
 from spd.reports.report import REPORT_FILE, report_contents, write_report
 
 logger = logging.getLogger(__name__)
@@ -88,14 +84,14 @@ def write_subcomponents(
     run_dir: Path, data: Mapping[str, Any], metrics: Mapping[str, MetricSpec] | None = None
 ) -> Path:
     """Write the page of a run around what `page_data` gives; `metrics` are those of the run."""
-    script = (HERE / SCRIPT).read_text(encoding="utf-8")
+    script, policy = inline_script((HERE / SCRIPT).read_text(encoding="utf-8"))
     contents = {
         "sites": data["sites"],
         "left_out": data["left_out"],
         "n_positions": data["positions"],
         "data": inline_json(data),
-        "script": Markup(script),
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "script": script,
+        "script_policy": policy,
     }
     contents |= report_contents(run_dir, metrics)
     return render_page(run_dir / REPORT_FILE, TEMPLATE, contents, folder=HERE)
@@ -197,12 +193,6 @@ def page_data(
         "rows": rows,
         "tokens": texts.texts,
     }
-
-
-def inline_json(value: Any) -> Markup:
-    """JSON that may stand inside a `<script>` element, whatever text it holds."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c"))
 
 
 # --- one subcomponent's entries ------------------------------------------------------------------

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from spd.component_model import ComponentModel
 from spd.engine.prepare import prepare
-from spd.engine.silent_rows import (
+from spd.engine.zero_rows import (
     Rows,
-    SilentRows,
-    merge_silent_rows,
+    ZeroRows,
+    highest_share,
+    merge_zero_rows,
     room_for,
 )
 from spd.problem import Problem
@@ -51,10 +52,10 @@ def deep_model(**options: Any) -> ComponentModel:
     return decompose(Deep(**options), {"first": 7, "mid": 5, "last": 9})
 
 
-def silent_rows(model: ComponentModel, batch: Tensor, *, independent: bool = True) -> SilentRows:
+def zero_rows(model: ComponentModel, batch: Tensor, *, independent: bool = True) -> ZeroRows:
     nothing = iter(())
     problem = Problem(model.target, nothing, nothing, independent_rows=independent)
-    return SilentRows(model, problem, [batch])
+    return ZeroRows(model, problem, [batch])
 
 
 def gradients(model: ComponentModel, total: Tensor) -> list[Tensor]:
@@ -66,7 +67,7 @@ def test_every_term_and_gradient_is_that_of_the_whole_batch():
     model = deep_model()
     objective = make_objective(model, ALL_LOSSES)
     batch = sparse(1000)
-    rows = silent_rows(model, batch).merge(batch)
+    rows = zero_rows(model, batch).merge(batch)
     assert rows.weights is not None and len(rows.batch) < 0.4 * len(batch)
     noise = objective.draw_noise(rows.batch, stream="train", seed=0, step=0)
     has_input = batch.any(dim=1)
@@ -75,7 +76,7 @@ def test_every_term_and_gradient_is_that_of_the_whole_batch():
     for (
         key,
         uniform,
-    ) in noise.items():  # silent rows have noise of their own, of which nothing depends
+    ) in noise.items():  # zero rows have noise of their own, of which nothing depends
         whole[key] = torch.rand(len(batch), uniform.shape[1])
         whole[key][has_input] = uniform[:n]
 
@@ -95,7 +96,7 @@ def test_every_term_and_gradient_is_that_of_the_whole_batch():
 def test_the_weights_count_every_row_once():
     batch = sparse(640)
     n = int(batch.any(dim=1).sum())
-    kept, weights = merge_silent_rows(batch, 256)
+    kept, weights = merge_zero_rows(batch, 256)
     assert weights is not None and weights.mean().item() == pytest.approx(1.0)
     counts = weights * (640 / 256)
     assert torch.equal(kept[:n], batch[batch.any(dim=1)]) and not kept[n:].any()
@@ -105,28 +106,60 @@ def test_the_weights_count_every_row_once():
 
 def test_a_batch_with_more_input_than_expected_stays_whole():
     model = deep_model()
-    rows = silent_rows(model, sparse(1000)).merge(full := sparse(1000, share=1.0))
+    rows = zero_rows(model, sparse(1000)).merge(full := sparse(1000, share=1.0))
     assert rows == Rows(full)
 
 
-def test_nothing_is_left_out_where_silence_is_not_silent():
+def test_nothing_is_left_out_where_zeros_do_not_stay_zeros():
     biased = deep_model(early_bias=True)
-    assert silent_rows(biased, sparse(1000)).share is None, "zeros do not stay zeros"
+    assert zero_rows(biased, sparse(1000)).share is None, "zeros do not stay zeros"
     model = deep_model()
-    assert silent_rows(model, sparse(1000), independent=False).share is None
+    assert zero_rows(model, sparse(1000), independent=False).share is None
     tokens = torch.zeros(8, 3, dtype=torch.long)
-    assert silent_rows(model, tokens).share is None
-    assert silent_rows(model, torch.zeros(8, 3, 4)).share is None, "rows of rows"
-    assert silent_rows(model, sparse(1000)).share == pytest.approx(0.2, abs=0.05)
+    assert zero_rows(model, tokens).share is None
+    assert zero_rows(model, torch.zeros(8, 3, 4)).share is None, "rows of rows"
+    assert zero_rows(model, sparse(1000)).share == pytest.approx(0.2, abs=0.05)
 
 
 @pytest.mark.parametrize(
-    ("share", "batch_size", "room"),
-    [(0.226, 4096, 1152), (0.634, 2048, 1536), (0.0, 1000, 64), (1.0, 1000, None), (0.9, 64, None)],
+    ("share", "n_counted", "batch_size", "room"),
+    [
+        *[(0.226, 16384, 4096, 1152), (0.226, 1024, 4096, 1344), (0.634, 16384, 2048, 1472)],
+        *[(0.0, 16384, 1000, 64), (0.0, 100, 1000, 256), (1.0, 16384, 1000, None)],
+        *[(0.9, 1024, 64, None)],
+    ],
 )
-def test_room(share: float, batch_size: int, room: int | None):
-    """Eight standard deviations above the mean, in steps of 64; None where little is saved."""
-    assert room_for(share, batch_size) == room
+def test_room(share: float, n_counted: int, batch_size: int, room: int | None):
+    """In steps of 64, more where few rows were counted; None where little is saved."""
+    assert room_for(share, n_counted, batch_size) == room
+
+
+def test_the_highest_share():
+    """The estimate lies four standard deviations, of that share, below it."""
+    for share, n in ((0.2, 100), (0.0, 64), (0.9, 1000)):
+        most = highest_share(share, n)
+        assert most - share == pytest.approx(4 * (most * (1 - most) / n) ** 0.5)
+    assert highest_share(1.0, 10) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("share", "n_counted", "batch_size"),
+    [
+        *[(0.226, 16384, 4096), (0.226, 512, 4096), (0.0, 16384, 4096), (0.0, 64, 512)],
+        *[(0.001, 1000, 1000), (0.634, 2048, 2048), (0.5, 16384, 256)],
+    ],
+)
+def test_there_is_room_for_ten_thousand_batches_at_the_worst_of_the_estimate(
+    share: float, n_counted: int, batch_size: int
+):
+    """As many rows with input as a batch can have while the estimate is four deviations too low."""
+    room = room_for(share, n_counted, batch_size)
+    assert room is not None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        most = torch.full((10_000,), highest_share(share, n_counted))
+        n_with_input = torch.binomial(torch.tensor(float(batch_size)).expand(10_000), most)
+    assert n_with_input.max() < room
 
 
 def test_a_run_uses_it():
@@ -143,10 +176,10 @@ def test_a_run_uses_it():
     problem = Problem(target, endless(batch), endless(batch), independent_rows=True)
     losses = {"stochastic_recon": {"coeff": 1.0}}
     prepared = prepare(problem, make_config(losses, sites={"enc": 6, "dec": 6}))
-    rows = prepared.silent_rows.merge(batch)
+    rows = prepared.zero_rows.merge(batch)
     noise = prepared.objective.draw_noise(rows.batch, stream="train", seed=0, step=0)
     seen.clear()
     prepared.objective(rows.batch, PROGRESS, noise, rows.weights)
     assert set(seen) == {len(rows.batch)} and len(rows.batch) == room_for(
-        prepared.silent_rows.share or 0.0, 1000
+        prepared.zero_rows.share or 0.0, 4000, 1000
     )

@@ -1,9 +1,9 @@
 """Leaving out of a step the rows of a batch without any input: exact, and sparse data are full of them.
 
-A row is *silent* if it is all zeros and the target then feeds zeros to every site. Whatever the masks,
-a site that reads zeros writes its bias alone, as the original does: in every masked pass the row's
-output is the target's, its reconstruction error and gradient are 0. And all silent rows have the same
-importances. So one silent row stands for all of them, with their number as its weight.
+A *zero row* is all zeros, and the target then feeds zeros to every site. Whatever the masks, a site that
+reads zeros writes its bias alone, as the original does: in every masked pass the row's output is the
+target's, its reconstruction error and gradient are 0. And all zero rows have the same importances. So one
+zero row stands for all of them, with their number as its weight.
 """
 
 import math
@@ -17,8 +17,10 @@ from torch import Tensor
 from spd.component_model import ComponentModel
 from spd.problem import Problem
 
-MARGIN = 8.0
-"""standard deviations between the expected number of rows with input and the room for them"""
+DOUBT = 4.0
+"""standard deviations that the share of rows with input may lie above its estimate (one in 30,000 does)"""
+REFUSED = 1e-7
+"""bound on the part of the batches of such a share that have more rows with input than there is room for"""
 MULTIPLE = 64
 MIN_SAVING = 0.05
 """below this share of rows saved, batches stay as they are"""
@@ -32,8 +34,8 @@ class Rows(NamedTuple):
     """how many rows of the data each row stands for, scaled to mean 1; None: one each"""
 
 
-class SilentRows:
-    """Merges the silent rows of training batches, if that is allowed and worth it for a problem.
+class ZeroRows:
+    """Merges the zero rows of training batches, if that is allowed and worth it for a problem.
 
     The share of rows with input is estimated from held-out batches of the same distribution.
     """
@@ -41,24 +43,42 @@ class SilentRows:
     def __init__(self, model: ComponentModel, problem: Problem, held_out: Sequence[Tensor]) -> None:
         self.share: float | None = None
         """of rows with input; None: batches stay as they are"""
-        if problem.independent_rows and _silence_is_silent(model, held_out[0]):
+        self.n_counted = sum(len(batch) for batch in held_out)
+        """rows of which it is the share"""
+        if problem.independent_rows and _zeros_stay_zeros(model, held_out[0]):
             self.share = torch.cat([_has_input(batch) for batch in held_out]).float().mean().item()
 
     def merge(self, batch: Tensor) -> Rows:
-        """The rows with input, then silent ones that share the weight of all silent ones."""
-        room = None if self.share is None else room_for(self.share, len(batch))
-        return Rows(batch) if room is None else merge_silent_rows(batch, room)
+        """The rows with input, then zero rows that share the weight of all zero rows."""
+        if self.share is None:
+            return Rows(batch)
+        room = room_for(self.share, self.n_counted, len(batch))
+        return Rows(batch) if room is None else merge_zero_rows(batch, room)
 
 
-def room_for(share: float, batch_size: int) -> int | None:
-    """How many rows a batch without its silent rows is given; None where little is to be gained."""
-    spread = math.sqrt(batch_size * share * (1 - share))
-    needed = batch_size * share + MARGIN * spread + 1  # one for the silent rows
+def room_for(share: float, n_counted: int, batch_size: int) -> int | None:
+    """How many rows a batch without its zero rows is given; None where little is to be gained.
+
+    `share` is that of the rows with input among `n_counted`. Their number in a batch is binomial; its true
+    share is taken as large as the estimate allows (Wilson's bound), the number by Bernstein's inequality.
+    """
+    most = highest_share(share, n_counted)
+    log_odds = math.log(1 / REFUSED)
+    variance = batch_size * most * (1 - most)
+    above = log_odds / 3 + math.sqrt(log_odds**2 / 9 + 2 * log_odds * variance)
+    needed = batch_size * most + above + 1  # one for the zero rows
     room = MULTIPLE * math.ceil(needed / MULTIPLE)
     return room if room <= (1 - MIN_SAVING) * batch_size else None
 
 
-def merge_silent_rows(batch: Float[Tensor, "rows n"], room: int) -> Rows:
+def highest_share(share: float, n_counted: int) -> float:
+    """Wilson's upper bound on a probability, `DOUBT` standard deviations above its estimate."""
+    squared = DOUBT**2 / n_counted
+    spread = DOUBT * math.sqrt(share * (1 - share) / n_counted + squared / (4 * n_counted))
+    return min(1.0, (share + squared / 2 + spread) / (1 + squared))
+
+
+def merge_zero_rows(batch: Float[Tensor, "rows n"], room: int) -> Rows:
     """`room` rows that stand for the whole batch.
 
     Shapes do not depend on the data, and nothing waits for a GPU. On the CPU a batch that needs more
@@ -81,7 +101,7 @@ def _has_input(batch: Float[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
     return (batch != 0).any(dim=1)
 
 
-def _silence_is_silent(model: ComponentModel, batch: Tensor) -> bool:
+def _zeros_stay_zeros(model: ComponentModel, batch: Tensor) -> bool:
     """Whether the target feeds nothing but zeros to every site on a row of zeros."""
     if batch.dim() != 2 or not batch.is_floating_point():
         return False

@@ -1,0 +1,120 @@
+"""Adversarial masks: the sources r of m = g + (1 − g) r that make a masked pass as wrong as it can be.
+
+Projected gradient ascent ("fresh PGD" of the VPD paper, Bushnaq et al. 2026): r starts at U(0, 1), then
+r ← clamp(r + η sign ∂D/∂r, 0, 1). V, U and g are fixed. Knows no model: what is attacked is a function.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd.masks import stochastic_mask
+from spd.noise import seeded, uniform
+
+Scope = Literal["batch", "row"]
+Masks = Mapping[str, Tensor]
+Errors = Callable[[Masks], Float[Tensor, "*rows"]]
+"""masks of all sites, `[*rows, C]` or broadcasting to it → D of every row"""
+STEP_SIZE = 0.1
+
+
+class Attack(NamedTuple):
+    """How hard the masks are searched for."""
+
+    scope: Scope
+    """one source for the whole batch, or one for each row (each position of a text)"""
+    n_steps: int = 20
+    n_restarts: int = 1
+    step_size: float = STEP_SIZE
+    seed: int = 0
+
+
+class Found(NamedTuple):
+    """The largest errors that were met, over the restarts."""
+
+    by_step: list[float]
+    """mean D after so many steps of ascent, 0 first: the largest up to there"""
+    rows: Float[Tensor, "*rows"]
+    """D of each row at its worst: with one source for each row that of the row, else that of the batch"""
+
+
+def attack(errors: Errors, g: Mapping[str, Float[Tensor, "*rows C"]], how: Attack) -> Found:
+    """Search for the worst masks between g, clipped to [0, 1], and 1.
+
+    The same every time, from seeds by restart and site. With scope `row` the errors of one row must not
+    depend on the masks of another.
+    """
+    clipped = {path: own.detach().clamp(0, 1) for path, own in g.items()}
+    curves, ends = [], []
+    for restart in range(how.n_restarts):
+        curve, end = _ascend(errors, clipped, how, restart)
+        curves.append(curve)
+        ends.append(end)
+    if how.scope == "row":
+        worst = torch.stack([torch.stack(curve) for curve in curves]).amax(dim=0)
+        running = worst.cummax(dim=0).values
+        return Found([rows.mean().item() for rows in running], running[-1])
+    means = torch.stack([torch.stack([rows.mean() for rows in curve]) for curve in curves])
+    by_step = means.amax(dim=0).cummax(dim=0).values.tolist()
+    return Found(by_step, ends[int(means.amax(dim=1).argmax())])
+
+
+def _ascend(
+    errors: Errors, g: Mapping[str, Tensor], how: Attack, restart: int
+) -> tuple[list[Tensor], Tensor]:
+    """The errors of all rows before the first step and after each; those of the worst moment."""
+    sources = {path: _start(own, how, restart, path) for path, own in g.items()}
+    curve = []
+    for _ in range(how.n_steps):
+        with torch.enable_grad():
+            leaves = {path: source.requires_grad_(True) for path, source in sources.items()}
+            rows = errors(_masks(g, leaves))
+            slopes = torch.autograd.grad(rows.sum(), list(leaves.values()), allow_unused=True)
+        curve.append(rows.detach())
+        sources = {
+            path: _moved(source, slope, how.step_size)
+            for (path, source), slope in zip(leaves.items(), slopes, strict=True)
+        }
+    with torch.no_grad():
+        curve.append(errors(_masks(g, sources)))
+    return curve, max(curve, key=lambda rows: rows.mean().item())
+
+
+def _masks(g: Masks, sources: Masks) -> Masks:
+    return {path: stochastic_mask(g[path], r.expand_as(g[path])) for path, r in sources.items()}
+
+
+def _start(g: Tensor, how: Attack, restart: int, path: str) -> Tensor:
+    shape = g.shape if how.scope == "row" else [1] * (g.dim() - 1) + [g.shape[-1]]
+    generator = seeded(g.device, "adversary", how.seed, restart, path)
+    return uniform(shape, generator, dtype=g.dtype)
+
+
+def _moved(source: Tensor, slope: Tensor | None, step_size: float) -> Tensor:
+    if slope is None:
+        return source.detach()
+    return (source.detach() + step_size * slope.sign()).clamp(0, 1)
+
+
+def worst_corner(errors: Errors, g: Mapping[str, Tensor], scope: Scope) -> float:
+    """The largest mean D over all 2^ΣC corners r ∈ {0, 1}^ΣC, to tell how good an attack is.
+
+    D is not convex in r everywhere, so that a point within the cube may still be worse than any corner.
+    """
+    clipped = {path: own.detach().clamp(0, 1) for path, own in g.items()}
+    sizes: Sequence[int] = [own.shape[-1] for own in g.values()]
+    n = sum(sizes)
+    assert n <= 16, f"2^{n} corners"
+    found: list[Tensor] = []
+    for number in range(2**n):
+        bits = torch.tensor([number >> place & 1 for place in range(n)], dtype=torch.float32)
+        corner = dict(zip(g, bits.split(list(sizes)), strict=True))
+        with torch.no_grad():
+            found.append(errors(_masks(clipped, corner)))
+    rows = torch.stack(found)
+    if scope == "row":
+        return rows.amax(dim=0).mean().item()
+    return rows.flatten(start_dim=1).mean(dim=1).max().item()

@@ -1,0 +1,108 @@
+"""The verdict of a run: solved by causes, or what is beyond its limits."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from spd.component_model import ComponentModel
+from spd.losses import StepContext
+from spd.metrics.causes import LIMITS, causes_of
+from spd.metrics.spec import Conclusion, Metric, MetricSpec, Quantity
+from spd.problem import Problem
+
+
+class CausesMetric(MetricSpec):
+    """Whether the run is solved: five points by what its subcomponents cause (`spd.metrics.causes`).
+
+    Without a known solution those on mechanisms and weights are left out.
+    """
+
+    at_end = True
+    quantities = {
+        "solved": Quantity(
+            label="solved",
+            meaning="1 if matrices, mechanisms, weights, adversarial masks and importances on data are all"
+            " within the limits that docs/running.md names",
+            headline=False,
+        ),
+        "unfaithful": Quantity(
+            label="unfaithful", meaning="‖W − V U‖ over ‖W‖", format=".3f", headline=False
+        ),
+        "effect_errors": Quantity(
+            label="effect errors",
+            meaning="deviations of the effects of ablating single subcomponents on the probes from the"
+            " known mechanisms",
+            headline=False,
+        ),
+        "wrong_weights": Quantity(
+            label="wrong weights",
+            meaning="features whose weights are not the target's",
+            headline=False,
+        ),
+        "lost_effect": Quantity(
+            label="lost effect",
+            meaning="share of the effects that lies where g < 0.5",
+            format=".3f",
+            headline=False,
+        ),
+        "idle_importance": Quantity(
+            label="idle importance",
+            meaning="share of g that lies where ablation does nothing",
+            format=".3f",
+            headline=False,
+        ),
+        "never_active": Quantity(
+            label="never active",
+            meaning="Σ ‖U_c‖ ‖V_c‖ of what is never on, over ‖W‖",
+            format=".3f",
+            headline=False,
+        ),
+        "adversarial": Quantity(
+            label="adversarial error",
+            meaning="mean D under masks that so many steps of gradient ascent found for each row, over that"
+            " of ablating everything",
+            format=".3f",
+            headline=False,
+        ),
+    }
+
+    type: Literal["causes"] = "causes"
+
+    def build(self, model: ComponentModel, problem: Problem) -> Metric:
+        return _Causes(model, problem)
+
+    def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
+        if "solved" not in values:
+            return None
+        known = any(key.startswith("effect_errors/") for key in values)
+        if values["solved"]:
+            how = "by causes" if known else "as far as it is known without a solution"
+            return Conclusion(headline=f"solved {how}", solved=True)
+        return Conclusion(
+            headline="not solved by causes", detail="; ".join(_beyond(values)), solved=False
+        )
+
+
+def _beyond(values: Mapping[str, float]) -> list[str]:
+    """Which figures are beyond their limits, in words."""
+    found = []
+    for key, value in values.items():
+        name, _, place = key.partition("/")
+        if name in LIMITS and not value <= LIMITS[name]:
+            label = CausesMetric.quantities[name].label
+            found.append(f"{label} {place} {value:.3g} (at most {LIMITS[name]:g})")
+    return found
+
+
+class _Causes:
+    def __init__(self, model: ComponentModel, problem: Problem) -> None:
+        self.model, self.problem = model, problem
+        self.batches: list[Tensor] = []
+
+    def update(self, ctx: StepContext) -> None:
+        self.batches.append(ctx.batch)
+
+    def compute(self) -> dict[str, float]:
+        causes = causes_of(self.model, self.problem, self.batches)
+        return {**causes.figures(), "solved": float(causes.solved)}

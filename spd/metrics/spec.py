@@ -1,0 +1,110 @@
+"""What a metric is: an accumulator behind a spec that says how its figures are shown."""
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Protocol, Self, TypeVar, runtime_checkable
+
+from pydantic import ConfigDict, model_validator
+
+from spd.component_model import ComponentModel
+from spd.config import BaseConfig, nearest
+from spd.losses import StepContext
+from spd.problem import Problem
+
+Value = TypeVar("Value")
+
+
+@runtime_checkable
+class Accumulator(Protocol[Value]):
+    """Sees every held-out batch, then gives named results: the protocol of metrics and figures."""
+
+    def update(self, ctx: StepContext) -> None: ...
+    def compute(self) -> dict[str, Value]: ...
+
+
+Metric = Accumulator[float]
+"""Keys are `<metric>/<site>`."""
+
+
+class Quantity(BaseConfig):
+    """How the figures of one name are shown, wherever they are: `<name>/<place>`, or this name alone."""
+
+    label: str
+    meaning: str = ""
+    """for readers who do not know it: a phrase that goes on after the label and a colon"""
+    format: str = ""
+    """as Python's `format` takes it; empty: as the size of the value suggests"""
+    headline: bool = True
+    """stands where there is room for a few figures only, as in a table of many runs"""
+    spread: str | None = None
+    """the name of what stands behind its ±, in place of a line of its own"""
+    published_as: str | None = None
+    """the name whose published figure this one is compared with, too"""
+
+
+class Published(BaseConfig):
+    """A published figure and its spread over the features of one run."""
+
+    value: float
+    spread: float | None = None
+
+
+class Conclusion(BaseConfig):
+    """What a run comes to, by one of its metrics."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    headline: str
+    detail: str = ""
+    solved: bool | None = None
+    """None: there is no known solution"""
+
+
+class MetricSpec(BaseConfig):
+    """A metric as a configuration names it, by the field `type` of its class."""
+
+    at_end: ClassVar[bool] = False
+    """costs too much for every evaluation: it is computed at the end of a run alone"""
+    quantities: ClassVar[Mapping[str, Quantity]] = {}
+    """what it computes, by name; an exact key (`errors/total`) goes before its name (`errors`)"""
+
+    published: Mapping[str, Published] = {}
+    """key → the figure to show beside this run's"""
+    expected: Mapping[str, tuple[float, float]] = {}
+    """key → lowest and highest mean over the seeds, as `spd-evals` judges it"""
+
+    @model_validator(mode="after")
+    def _computes_them(self) -> Self:
+        for field, keys in (("published", self.published), ("expected", self.expected)):
+            for key in keys if self.quantities else ():
+                if quantity_of(key, self.quantities) is None:
+                    known = ", ".join(self.quantities)
+                    hint = nearest(key.partition("/")[0], self.quantities)
+                    raise ValueError(f"{field}: {key!r} is not computed{hint} (computed: {known})")
+        for key, (low, high) in self.expected.items():
+            if not low <= high:
+                raise ValueError(f"expected: {key}: from {low} to {high} is no range")
+        return self
+
+    def build(self, model: ComponentModel, problem: Problem) -> Metric:
+        """A fresh accumulator, or a `UserError` where this metric makes no sense."""
+        raise NotImplementedError
+
+    def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
+        """What the figures of an evaluation come to; None if this metric does not say."""
+        return None
+
+
+def quantity_of(key: str, quantities: Mapping[str, Quantity]) -> Quantity | None:
+    """What a figure is: what its key itself is declared as, else what its name is."""
+    return quantities.get(key) or quantities.get(key.partition("/")[0])
+
+
+def collect(
+    makers: Iterable[Accumulator[Value]], contexts: Iterable[StepContext]
+) -> dict[str, Value]:
+    """Show every context to every accumulator, then put all their results together."""
+    makers = list(makers)
+    for ctx in contexts:
+        for maker in makers:
+            maker.update(ctx)
+    return {key: value for maker in makers for key, value in maker.compute().items()}

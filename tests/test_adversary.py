@@ -1,0 +1,107 @@
+"""The adversary: as good as it says, the same every time, and not to be fooled."""
+
+import torch
+from torch import Tensor
+
+from spd.adversary import Attack, Errors, Masks, attack, worst_corner
+from spd.analysis.adversary import Ladder, ladder, lines
+from spd.losses import recon_errors
+from tests.solved_toy import columns_of, solved_toy
+from tests.test_causes import toy
+
+C = 6
+ROWS = 40
+
+
+def small() -> tuple[dict[str, Tensor], Errors]:
+    """A toy of 12 subcomponents in all, and importances that leave something to search for."""
+    prepared = solved_toy(2, 2, C)
+    model, batch = prepared.objective.model, prepared.eval_batches[0][:ROWS]
+    output, site_inputs = model.target_forward(batch)
+    with torch.no_grad():
+        g = dict(model.causal_importances(site_inputs).lower)
+    generator = torch.Generator().manual_seed(0)
+    g = {path: own * torch.rand(own.shape, generator=generator) for path, own in g.items()}
+    for site in model.sites.values():  # what is unused does something
+        with torch.no_grad():
+            site.subcomponents.U.add_(0.3 * torch.randn(site.subcomponents.U.shape))
+
+    def errors(masks: Masks) -> Tensor:
+        return recon_errors(model(batch, masks), output, "mse")
+
+    return g, errors
+
+
+def test_it_comes_near_the_worst_of_all_corners():
+    torch.manual_seed(0)
+    g, errors = small()
+    assert sum(own.shape[-1] for own in g.values()) == 12
+    for scope in ("row", "batch"):
+        corner = worst_corner(errors, g, scope)
+        found = attack(errors, g, Attack(scope, n_steps=40, n_restarts=8)).by_step[-1]
+        print(f"{scope}: attack {found:.5f}, worst corner {corner:.5f}, ratio {found / corner:.3f}")
+        assert found >= 0.9 * corner
+    weak = attack(errors, g, Attack("row", n_steps=1)).by_step[-1]
+    assert weak < 0.9 * worst_corner(errors, g, "row"), "one step is no search"
+
+
+def test_the_curve_never_falls_and_begins_before_the_first_step():
+    g, errors = small()
+    for scope in ("row", "batch"):
+        found = attack(errors, g, Attack(scope, n_steps=7, n_restarts=2))
+        assert len(found.by_step) == 8 and found.by_step == sorted(found.by_step)
+        assert found.rows.shape == (ROWS,)
+    assert abs(found.rows.mean().item() - found.by_step[-1]) < 1e-7
+
+
+def test_the_same_every_time_and_another_with_another_seed():
+    g, errors = small()
+    how = Attack("row", n_steps=3, n_restarts=2)
+    first = attack(errors, g, how)
+    assert first.by_step == attack(errors, g, how).by_step
+    assert first.by_step != attack(errors, g, how._replace(seed=1)).by_step
+    with torch.no_grad():
+        assert first.by_step == attack(errors, g, how).by_step, "gradients are its own affair"
+
+
+def test_one_source_for_all_rows_does_no_more_than_one_for_each():
+    g, errors = small()
+    batch, row = (attack(errors, g, Attack(s, 20, 4)).by_step[-1] for s in ("batch", "row"))
+    assert batch < row
+
+
+def test_masks_lie_between_g_and_1():
+    seen: list[Tensor] = []
+    g = {"site": torch.tensor([[-0.2, 0.3, 1.4]])}
+
+    def errors(masks: Masks) -> Tensor:
+        seen.append(masks["site"].detach())
+        return masks["site"].sum(dim=-1)
+
+    attack(errors, g, Attack("row", n_steps=15, n_restarts=2))
+    for mask in seen:
+        assert (mask >= g["site"].clamp(0, 1)).all() and (mask <= 1).all()
+    assert seen[-1].tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_a_planted_pair_is_seen_by_random_masks_and_the_adversary_alone():
+    """± u vᵀ at g = 0: whoever leaves both on, or both off, sees nothing."""
+
+    def with_pair(size: float) -> Ladder:
+        prepared = toy()
+        site = prepared.objective.model.sites["linear1"].subcomponents
+        one, other = [c for c in range(8) if c not in columns_of(4, 8)][:2]
+        with torch.no_grad():
+            site.V[:, [one, other]] = 0.5
+            site.U[one], site.U[other] = size, -size
+        return ladder(prepared, Attack("batch", n_steps=20))
+
+    without, planted = with_pair(0.0), with_pair(2.0)
+    for name in ("unmasked", "importances", "rounded at 0.5"):
+        assert abs(planted.rungs[name] - without.rungs[name]) < 1e-6
+    assert planted.rungs["stochastic"] > 10 * without.rungs["stochastic"] + 1e-3
+    for scope in ("batch", "row"):
+        worst = planted.attacks[scope].by_step[-1]
+        assert worst > planted.rungs["ablated"] > 10 * without.attacks[scope].by_step[-1]
+    table = "\n".join(lines(planted))
+    assert "one source for the whole batch, 20 steps" in table and "ablated" in table
