@@ -127,6 +127,7 @@ def test_an_added_metric_is_seen_wherever_figures_are(
     assert "effective rank map" in (folder / "summary.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_of_an_experiment_outside_is_a_run_like_any_other(extended: Path) -> None:
     """By its YAML file: run, and loaded elsewhere."""
     own = extended / "own"

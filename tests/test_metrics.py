@@ -6,9 +6,11 @@ from torch import Tensor
 
 from spd.component_model import ComponentModel
 from spd.config import UserError
+from spd.engine.prepare import evaluate
 from spd.importance import CausalImportances
 from spd.losses import StepContext, loss_terms
 from spd.metrics import (
+    CausesMetric,
     ColumnMatchMetric,
     HeldOutLosses,
     PatternErrorsMetric,
@@ -20,6 +22,7 @@ from spd.metrics import (
     probe_importances,
 )
 from spd.problem import Identity, Problem
+from tests.solved_toy import solved_toy
 from tests.toy import MLP, MLP_SITES, TiedMLP, TokenModel, decompose, make_objective
 
 
@@ -155,6 +158,31 @@ def test_pattern_errors_need_a_known_solution():
     for problem in (problem_of(model), elsewhere):
         with pytest.raises(UserError, match="no known solution"):
             PatternErrorsMetric().build(model, problem)
+
+
+# --- the verdict --------------------------------------------------------------------------------------
+
+
+def test_what_costs_too_much_is_computed_at_the_end_alone():
+    assert CausesMetric.at_end and not PatternErrorsMetric.at_end
+    prepared = solved_toy()
+    config = prepared.config.model_copy(update={"metrics": {"causes": CausesMetric()}})
+    prepared = prepared._replace(config=config)
+    on_the_way, last = evaluate(prepared, at_end=False), evaluate(prepared)
+    assert "eval/solved" in last and "eval/unfaithful/linear1" in last
+    assert on_the_way == {key: last[key] for key in last if key.startswith("eval/loss/")}
+
+
+def test_the_verdict_names_what_is_beyond_its_limit():
+    figures = {"solved": 0.0, "unfaithful/a": 0.06, "unfaithful/b": 0.05, "effect_errors/a": 0.0}
+    found = CausesMetric().conclusion({**figures, "adversarial/20_steps": 0.4})
+    assert found is not None and found.solved is False
+    assert found.detail == (
+        "unfaithful a 0.06 (at most 0.05); adversarial error 20_steps 0.4 (at most 0.1)"
+    )
+    assert CausesMetric().conclusion({"unfaithful/a": 1.0}) is None, "not judged yet"
+    without = CausesMetric().conclusion({"solved": 1.0, "unfaithful/a": 0.0})
+    assert without is not None and "without a solution" in without.headline
 
 
 # --- sparsity --------------------------------------------------------------------------------------

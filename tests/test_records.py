@@ -64,7 +64,10 @@ def test_the_page_shows_every_seed(docs: Path, tmp_path: Path) -> None:
     assert [r["result"]["seed"] for r in read_records(docs / "results")["tms_5-2"]] == [0, 1, 2, 10]
     assert "|  | published | seed 0 | seed 1 | seed 2 | seed 10 |" in page
     assert "`spd-run tms_5-2 seed=SEED`" in page
-    assert "| `tms_5-2` | 0, 1, 2, 10 | 4 of 4 | MMCS linear1 1.000, ML2R linear1 0.993 |" in readme
+    assert (
+        "| `tms_5-2` | 0, 1, 2, 10 | 4 of 4 | 4 of 4 | MMCS linear1 1.000, ML2R linear1 0.993 |"
+        in readme
+    )
     assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
     assert "stale" not in readme and "current" in readme
 

@@ -34,6 +34,7 @@ def page(run: Path) -> str:
     return (run / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_page_of_a_stopped_run_shows_one_checkpoint(command: Command):
     """It was evaluated and drawn at step 3, logged until step 5; its newest checkpoint is of step 4."""
     command.tms(*OWN, stop=Stop(signal.SIGKILL, "open *.00000006.partial"))

@@ -50,10 +50,8 @@ def test_an_experiment_from_its_script_to_its_files(command: Command, name: str)
     assert_leaves_its_files(command, name, "figures={}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name == DRAWN else pytest.mark.slow) for name in TOYS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOYS)
 def test_an_experiment_with_all_its_figures(command: Command, name: str):
     assert_leaves_its_files(command, name)
 

@@ -107,6 +107,7 @@ def test_group_job_type_tags_and_notes_are_set_by_themselves(offline: Path):
     assert notes.startswith(f"{meta['command']}\n{offline} on ") and meta["commit"] in notes
 
 
+@pytest.mark.slow
 def test_labels_are_those_of_the_command_line_or_of_the_study(command: Command):
     given = ("wandb_group=mine", "wandb_job_type=trial", "wandb_tags=[a, b]", "wandb_notes=why")
     in_study = {**OFFLINE, "WANDB_RUN_GROUP": "20261126-a", "WANDB_JOB_TYPE": "evals"}

@@ -277,6 +277,7 @@ def test_a_run_on_wandb_is_loaded_and_its_target_decomposed_again(little: LMConf
     assert again.problem.target(ids).equal(whole.problem.target(ids))
 
 
+@pytest.mark.slow
 def test_a_target_that_is_trained_brings_its_text(tmp_path: Path, little: LMConfig):
     text = little.model_dump(mode="json")["data"]
     training = {
