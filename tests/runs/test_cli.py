@@ -30,21 +30,13 @@ FEW = ("steps=2", "batch_size=16", "eval_batch_size=16", "n_eval_batches=1", "lo
 
 TOYS = [name for name, experiment in EXPERIMENTS.items() if "/lm/" not in experiment.config]
 """language models have targets and results of another sort: see test_lm_decomposition"""
-DRAWN = "tms_5-2"
-"""the one whose figures are drawn also where the slow tests are left out"""
-
-
 QUICK_ONES = ("tms_40-10-id", "resid_mlp2")
 """one of each family; the others are run where the slow tests are"""
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in QUICK_ONES else pytest.mark.slow)
-        for name in TOYS
-        if name != DRAWN
-    ],
+    [pytest.param(name, marks=() if name in QUICK_ONES else pytest.mark.slow) for name in TOYS],
 )
 def test_an_experiment_from_its_script_to_its_files(command: Command, name: str):
     assert_leaves_its_files(command, name, "figures={}")
