@@ -9,12 +9,12 @@ from spd.losses import recon_errors
 from tests.solved_toy import columns_of, solved_toy
 from tests.test_causes import toy
 
-C = 6
-ROWS = 40
+C = 5
+ROWS = 20
 
 
 def small() -> tuple[dict[str, Tensor], Errors]:
-    """A toy of 12 subcomponents in all, and importances that leave something to search for."""
+    """A toy of 10 subcomponents in all, and importances that leave something to search for."""
     prepared = solved_toy(2, 2, C)
     model, batch = prepared.objective.model, prepared.eval_batches[0][:ROWS]
     output, site_inputs = model.target_forward(batch)
@@ -24,7 +24,8 @@ def small() -> tuple[dict[str, Tensor], Errors]:
     g = {path: own * torch.rand(own.shape, generator=generator) for path, own in g.items()}
     for site in model.sites.values():  # what is unused does something
         with torch.no_grad():
-            site.subcomponents.U.add_(0.3 * torch.randn(site.subcomponents.U.shape))
+            U = site.subcomponents.U
+            U.add_(0.3 * torch.randn(U.shape, generator=generator))
 
     def errors(masks: Masks) -> Tensor:
         return recon_errors(model(batch, masks), output, "mse")
@@ -33,12 +34,11 @@ def small() -> tuple[dict[str, Tensor], Errors]:
 
 
 def test_it_comes_near_the_worst_of_all_corners():
-    torch.manual_seed(0)
     g, errors = small()
-    assert sum(own.shape[-1] for own in g.values()) == 12
+    assert sum(own.shape[-1] for own in g.values()) == 10
     for scope in ("row", "batch"):
         corner = worst_corner(errors, g, scope)
-        found = attack(errors, g, Attack(scope, n_steps=40, n_restarts=8)).by_step[-1]
+        found = attack(errors, g, Attack(scope, n_steps=30, n_restarts=4)).by_step[-1]
         print(f"{scope}: attack {found:.5f}, worst corner {corner:.5f}, ratio {found / corner:.3f}")
         assert found >= 0.9 * corner
     weak = attack(errors, g, Attack("row", n_steps=1)).by_step[-1]

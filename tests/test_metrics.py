@@ -178,7 +178,8 @@ def test_the_verdict_names_what_is_beyond_its_limit():
     found = CausesMetric().conclusion({**figures, "adversarial/20_steps": 0.4})
     assert found is not None and found.solved is False
     assert found.detail == (
-        "unfaithful a 0.06 (at most 0.05); adversarial error 20_steps 0.4 (at most 0.1)"
+        "beyond the limits: a: faithful: W - V U is 0.06 of W (at most 0.05); adversary: masks between"
+        " g and 1 cost 0.4 of ablating everything (at most 0.1)"
     )
     assert CausesMetric().conclusion({"unfaithful/a": 1.0}) is None, "not judged yet"
     without = CausesMetric().conclusion({"solved": 1.0, "unfaithful/a": 0.0})

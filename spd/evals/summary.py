@@ -33,14 +33,50 @@ class Seed(NamedTuple):
     """its path, from the study"""
 
 
+class Rate(NamedTuple):
+    """On how many of n seeds something holds."""
+
+    k: int
+    n: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the rate over seeds that nobody has chosen."""
+        from scipy.stats import binomtest  # takes a second that few commands need
+
+        found = binomtest(self.k, self.n).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+
+
+def rate_of(verdicts: Sequence[bool | None]) -> Rate | None:
+    """Of what was judged; None if nothing was."""
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    return Rate(sum(judged), len(judged)) if judged else None
+
+
+def in_words(rate: Rate | None) -> str:
+    if rate is None:
+        return "–"
+    low, high = rate.interval
+    return f"{rate.k} of {rate.n} ({low:.2f}–{high:.2f})"
+
+
+def matches_pattern(result: Result) -> bool | None:
+    """None: the run has no figure of it."""
+    errors = [row.value for row in result.rows if row.key == "errors/total"]
+    return errors[0] == 0 if errors else None
+
+
 class Row(NamedTuple):
     """One experiment."""
 
     experiment: str
     figures: list[Figure]
     seeds: list[Seed]
-    n_solved: int | None
-    """None: there is no known solution"""
+    solved_by: Rate | None
+    """causes; None: nothing was judged"""
+    matching: Rate | None
+    """the known pattern; None: none is known"""
     misses: list[str]
     """in what it is not as expected"""
 
@@ -58,7 +94,11 @@ class Row(NamedTuple):
 
     @property
     def solved(self) -> str:
-        return "–" if self.n_solved is None else f"{self.n_solved} of {len(self.finished)}"
+        return in_words(self.solved_by)
+
+    @property
+    def pattern(self) -> str:
+        return in_words(self.matching)
 
     @property
     def time(self) -> str:
@@ -122,19 +162,20 @@ def summarise(name: str, seeds: list[Seed]) -> Row:
     """The figures of one experiment over its finished seeds, and in what they are not as expected."""
     results = [seed.result for seed in seeds if seed.result is not None]
     figures = figures_over(results)
-    verdicts = [result.solved for result in results if result.solved is not None]
-    n_solved = sum(verdicts) if verdicts else None
-    return Row(name, figures, seeds, n_solved, _misses(results, figures))
+    solved = rate_of([result.solved for result in results])
+    matching = rate_of([matches_pattern(result) for result in results])
+    return Row(name, figures, seeds, solved, matching, _misses(results, figures))
 
 
 def format_rows(rows: Sequence[Row]) -> str:
     """One line per figure; what belongs to the whole experiment stands on its first."""
-    table = [("experiment", "figure", "mean ± sd", "published", "solved", "time", "result")]
+    heads = ("experiment", "figure", "mean ± sd", "published")
+    table: list[tuple[str, ...]] = [(*heads, "solved (95 %)", "pattern (95 %)", "time", "result")]
     for row in rows:
-        whole = (row.solved, row.time, row.verdict)
+        whole = (row.solved, row.pattern, row.time, row.verdict)
         cells = [(figure.label, figure.own, figure.beside) for figure in row.headlines]
         for index, words in enumerate(cells or [("–", "–", "–")]):
-            name, rest = (row.experiment, whole) if index == 0 else ("", ("", "", ""))
+            name, rest = (row.experiment, whole) if index == 0 else ("", ("", "", "", ""))
             table.append((name, *words, *rest))
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = [
@@ -188,11 +229,16 @@ def _plain(row: Row) -> dict[str, Any]:
         "experiment": row.experiment,
         "figures": [figure._asdict() for figure in row.figures],
         "seeds": [_plain_seed(seed) for seed in row.seeds],
-        "n_solved": row.n_solved,
+        "solved": _plain_rate(row.solved_by),
+        "pattern": _plain_rate(row.matching),
         "n_finished": len(row.finished),
         "verdict": row.verdict,
         "as_expected": row.verdict == "as expected",
     }
+
+
+def _plain_rate(rate: Rate | None) -> dict[str, Any] | None:
+    return None if rate is None else {**rate._asdict(), "wilson_95": rate.interval}
 
 
 def _plain_seed(seed: Seed) -> dict[str, Any]:

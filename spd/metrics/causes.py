@@ -42,6 +42,15 @@ LIMITS = {
     "adversarial": ADVERSARIAL,
 }
 """name of a figure → the most that a solved run has"""
+SAID = {
+    "unfaithful": "faithful: W - V U is {} of W",
+    "effect_errors": "mechanisms: {} errors in the effects on the probes",
+    "wrong_weights": "weights: {} features have other weights",
+    "lost_effect": "data: {} of the effects lie where g < 0.5",
+    "idle_importance": "data: {} of g lies where nothing depends on it",
+    "adversarial": "adversary: masks between g and 1 cost {} of ablating everything",
+}
+"""the point that does not hold where the figure of that name is larger"""
 ATTACK = Attack("row", n_steps=20, n_restarts=3)
 N_ROWS = 1024
 """held-out rows with input"""
@@ -75,13 +84,7 @@ class Causes(NamedTuple):
 
     def failures(self) -> list[str]:
         """The points that do not hold, each in one line; none: solved."""
-        found = [f"{path}: {line}" for path, own in self.sites.items() for line in _failures(own)]
-        if not self.adversarial <= ADVERSARIAL:
-            found.append(
-                f"adversary: masks between g and 1 cost {self.adversarial:.3g} of ablating everything"
-                f" (at most {ADVERSARIAL})"
-            )
-        return found
+        return beyond(self.figures())
 
     def figures(self) -> dict[str, float]:
         """Every figure by the name under which it is logged; the adversary's has its number of steps."""
@@ -107,18 +110,15 @@ class Causes(NamedTuple):
         return all(own.effect_errors is not None for own in self.sites.values())
 
 
-def _failures(own: SiteCauses) -> list[str]:
+def beyond(figures: Mapping[str, float]) -> list[str]:
+    """What is beyond its limit, of figures by the names that they are logged under, each in one line."""
     found = []
-    if not own.unfaithful <= FAITHFUL:
-        found.append(f"faithful: W - V U is {own.unfaithful:.3g} of W (at most {FAITHFUL})")
-    if own.effect_errors:
-        found.append(f"mechanisms: {own.effect_errors} errors in the effects on the probes (0)")
-    if own.wrong_weights:
-        found.append(f"weights: {own.wrong_weights} features have other weights (0)")
-    if not own.lost <= LOST:
-        found.append(f"data: {own.lost:.3g} of the effects lie where g < 0.5 (at most {LOST})")
-    if not own.idle <= IDLE:
-        found.append(f"data: {own.idle:.3g} of g lies where nothing depends on it (at most {IDLE})")
+    for key, value in figures.items():
+        name, _, place = key.partition("/")
+        if name in LIMITS and not value <= LIMITS[name]:
+            said = SAID[name].format(f"{value:.3g}")
+            where = "" if name == "adversarial" else f"{place}: "
+            found.append(f"{where}{said} (at most {LIMITS[name]:g})")
     return found
 
 

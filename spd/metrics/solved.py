@@ -8,7 +8,7 @@ from torch import Tensor
 from spd.component_model import ComponentModel
 from spd.config import UserError
 from spd.losses import StepContext
-from spd.metrics.causes import LIMITS, causes_of
+from spd.metrics.causes import beyond, causes_of
 from spd.metrics.spec import Conclusion, Metric, MetricSpec, Quantity
 from spd.problem import Problem
 
@@ -81,19 +81,10 @@ class CausesMetric(MetricSpec):
             how = "by causes" if known else "as far as it is known without a solution"
             return Conclusion(headline=f"solved {how}", solved=True)
         return Conclusion(
-            headline="not solved by causes", detail="; ".join(_beyond(values)), solved=False
+            headline="not solved by causes",
+            detail="beyond the limits: " + "; ".join(beyond(values)),
+            solved=False,
         )
-
-
-def _beyond(values: Mapping[str, float]) -> list[str]:
-    """Which figures are beyond their limits, in words."""
-    found = []
-    for key, value in values.items():
-        name, _, place = key.partition("/")
-        if name in LIMITS and not value <= LIMITS[name]:
-            label = CausesMetric.quantities[name].label
-            found.append(f"{label} {place} {value:.3g} (at most {LIMITS[name]:g})")
-    return found
 
 
 class _Causes:

@@ -9,7 +9,7 @@ import pytest
 
 from spd.config import UserError
 from spd.evals.run_evals import EvalsOptions, eval_jobs
-from spd.evals.summary import write_summary
+from spd.evals.summary import Rate, write_summary
 from spd.launch.job import Job, Status, load_job
 from spd.registry import EXPERIMENTS, expected_minutes
 from tests.made_up_run import result
@@ -53,15 +53,32 @@ def test_figures_are_means_over_seeds_beside_the_published_ones(tmp_path: Path):
             "MMCS linear1",
             "1.000 ± 0",
             "1.000 ± 0.000",
-            "2 of 2",
+            "2 of 2 (0.34–1.00)",
+            "2 of 2 (0.34–1.00)",
             "2 min",
             "as expected",
         ),
     ]
     assert re.split(r"\s{2,}", second)[1:] == ["ML2R linear1", "0.990 ± 0.014", "0.993 ± 0.002"]
     (row,) = json.loads((found.page.parent / "summary.json").read_text())
-    assert row["as_expected"] and row["n_solved"] == 2
+    assert row["as_expected"]
+    assert (row["solved"]["k"], row["solved"]["n"]) == (row["pattern"]["k"], 2) == (2, 2)
     assert row["figures"][1]["sd"] == pytest.approx(0.02 / 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"), [(14, 20, 0.481, 0.855), (0, 5, 0.0, 0.434), (2, 6, 0.097, 0.700)]
+)
+def test_a_rate_has_wilsons_interval(k: int, n: int, low: float, high: float):
+    assert Rate(k, n).interval == pytest.approx((low, high), abs=1e-3)
+
+
+def test_a_run_may_be_right_and_miss_the_pattern(tmp_path: Path):
+    found = summary(tmp_path, {"tms_5-2": [result(solved=True, errors=1), good(solved=False)]})
+    assert "1 of 2 (0.09–0.91)  0 of 2 (0.00–0.66)" in found.text
+    (row,) = json.loads((found.page.parent / "summary.json").read_text())
+    assert row["solved"]["k"] == 1 and row["pattern"]["k"] == 0
+    assert row["solved"]["wilson_95"] == pytest.approx([0.0945, 0.9055], abs=1e-3)
 
 
 def test_a_single_seed_has_no_spread(tmp_path: Path):

@@ -168,6 +168,7 @@ def run_dir(finished_run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished_run, tmp_path / finished_run.name)
 
 
+@pytest.mark.slow
 def test_redraws_every_figure_and_the_report_and_prints_the_table(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ):

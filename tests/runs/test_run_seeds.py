@@ -117,7 +117,7 @@ PLACES = {
     "event",
     [
         pytest.param(
-            event, id=name, marks=pytest.mark.slow if "first" in name or "any" in name else ()
+            event, id=name, marks=() if name == "between later checkpoints" else pytest.mark.slow
         )
         for name, event in PLACES.items()
     ],
@@ -181,6 +181,7 @@ def test_all_that_fail_are_named(command: Command):
     assert re.search(r"seed0: step .*\n  .*seed3: step ", done.err)
 
 
+@pytest.mark.slow
 def test_each_has_a_run_of_its_own_on_wandb(command: Command):
     done = side_by_side(command, env=OFFLINE)
     assert done.status == 0, done.err

@@ -168,6 +168,7 @@ def test_signals_are_heard_beside_wandb(command: Command, signum: int, status: i
     assert exits == [1]
 
 
+@pytest.mark.slow
 def test_the_newest_folder_of_a_resumed_offline_run_holds_all_of_it(command: Command):
     stop = Stop(signal.SIGKILL, "open *.00000004.partial")
     command.tms("figures={mean_activity: {}}", "figures_every=1", env=OFFLINE, stop=stop)

@@ -204,7 +204,8 @@ def stream_of(config: LMConfig, folder: Path) -> LMConfig:
     return changed(config, data={**text, "shuffle_buffer": 10})
 
 
-@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_resumed_run_ends_with_the_same_numbers(
     little: LMConfig, tmp_path: Path, streaming: bool
 ):

@@ -59,6 +59,7 @@ def run_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return start(little_config(), build)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_page_a_resumed_one_too_and_the_command_writes_it_anew(
     run: Path, capsys: pytest.CaptureFixture[str]
 ):
