@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -213,23 +214,24 @@ def test_redraws_the_runs_and_puts_them_side_by_side(
 @pytest.mark.slow
 def test_one_run_alone_is_compared_with_nothing(run_dirs: list[Path]):
     (run_dirs[0] / "result.json").unlink()
-    plots.main([str(run_dirs[0])])
+    plots.main([str(run_dirs[0]), "--unverified"])
     assert not (run_dirs[0].parent / COMPARISON_FILE).exists()
 
 
 def test_runs_with_different_sites_are_not_drawn_side_by_side(
     run_dirs: list[Path], capsys: pytest.CaptureFixture[str]
 ):
-    config = (run_dirs[1] / "config.yaml").read_text()
-    without = config.replace("  layers.*.mlp_out: 7\n", "")
-    kept = "".join(
-        line for line in without.splitlines(keepends=True) if "contribution" not in line
-    ).replace("    n_features: 10\n", "", 1)
-    (run_dirs[1] / "config.yaml").write_text(kept)
+    path = run_dirs[1] / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    del config["sites"]["layers.*.mlp_out"]
+    for entries in (config["metrics"], config["figures"]):
+        for name in [name for name in entries if "contribution" in name]:
+            del entries[name]
+    path.write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit) as stopped:
-        plots.main([str(run) for run in run_dirs])
+        plots.main([*(str(run) for run in run_dirs), "--unverified"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err
+    assert "parameters" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
