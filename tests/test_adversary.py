@@ -39,7 +39,7 @@ def test_it_comes_near_the_worst_of_all_corners():
     assert sum(own.shape[-1] for own in g.values()) == 10
     for scope in ("row", "batch"):
         corner = worst_corner(errors, g, scope)
-        found = attack(errors, g, Attack(scope, n_steps=30, n_restarts=4)).by_step[-1]
+        found = attack(errors, g, Attack(scope, n_steps=30, n_restarts=24)).by_step[-1]
         print(f"{scope}: attack {found:.5f}, worst corner {corner:.5f}, ratio {found / corner:.3f}")
         assert found >= 0.9 * corner
     weak = attack(errors, g, Attack("row", n_steps=1)).by_step[-1]
