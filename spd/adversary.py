@@ -4,7 +4,7 @@ Projected gradient ascent ("fresh PGD" of the VPD paper, Bushnaq et al. 2026): r
 r ← clamp(r + η sign ∂D/∂r, 0, 1). V, U and g are fixed. Knows no model: what is attacked is a function.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -97,24 +97,3 @@ def _moved(source: Tensor, slope: Tensor | None, step_size: float) -> Tensor:
     if slope is None:
         return source.detach()
     return (source.detach() + step_size * slope.sign()).clamp(0, 1)
-
-
-def worst_corner(errors: Errors, g: Mapping[str, Tensor], scope: Scope) -> float:
-    """The largest mean D over all 2^ΣC corners r ∈ {0, 1}^ΣC, to tell how good an attack is.
-
-    D is not convex in r everywhere, so that a point within the cube may still be worse than any corner.
-    """
-    clipped = {path: own.detach().clamp(0, 1) for path, own in g.items()}
-    sizes: Sequence[int] = [own.shape[-1] for own in g.values()]
-    n = sum(sizes)
-    assert n <= 16, f"2^{n} corners"
-    found: list[Tensor] = []
-    for number in range(2**n):
-        bits = torch.tensor([number >> place & 1 for place in range(n)], dtype=torch.float32)
-        corner = dict(zip(g, bits.split(list(sizes)), strict=True))
-        with torch.no_grad():
-            found.append(errors(_masks(clipped, corner)))
-    rows = torch.stack(found)
-    if scope == "row":
-        return rows.amax(dim=0).mean().item()
-    return rows.flatten(start_dim=1).mean(dim=1).max().item()

@@ -1,11 +1,14 @@
 """The adversary: as good as it says, the same every time, and not to be fooled."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from spd.adversary import Attack, Errors, Masks, attack, worst_corner
+from spd.adversary import Attack, Errors, Masks, Scope, attack
 from spd.analysis.adversary import Ladder, ladder, lines
 from spd.losses import recon_errors
+from spd.masks import stochastic_mask
 from tests.solved_toy import columns_of, solved_toy
 from tests.test_causes import toy
 
@@ -32,6 +35,34 @@ def small() -> tuple[dict[str, Tensor], Errors]:
         return recon_errors(model(batch, masks), output, "mse")
 
     return g, errors
+
+
+def worst_corner(errors: Errors, g: Mapping[str, Tensor], scope: Scope) -> float:
+    """The largest mean D over all 2^ΣC corners r ∈ {0, 1}^ΣC, to tell how good an attack is.
+
+    D is not convex in r everywhere, so that a point within the cube may still be worse than any corner.
+    """
+    clipped = {path: own.detach().clamp(0, 1) for path, own in g.items()}
+    sizes = [own.shape[-1] for own in g.values()]
+    n = sum(sizes)
+    assert n <= 16, f"2^{n} corners"
+    found: list[Tensor] = []
+    for number in range(2**n):
+        bits = torch.tensor([number >> place & 1 for place in range(n)], dtype=torch.float32)
+        corner = dict(zip(g, bits.split(sizes), strict=True))
+        with torch.no_grad():
+            found.append(
+                errors(
+                    {
+                        p: stochastic_mask(clipped[p], r.expand_as(clipped[p]))
+                        for p, r in corner.items()
+                    }
+                )
+            )
+    rows = torch.stack(found)
+    if scope == "row":
+        return rows.amax(dim=0).mean().item()
+    return rows.flatten(start_dim=1).mean(dim=1).max().item()
 
 
 def test_it_comes_near_the_worst_of_all_corners():

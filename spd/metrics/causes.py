@@ -9,6 +9,7 @@ does much harm, and on data importances are where effects are, and nowhere else.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -226,15 +227,20 @@ def against_solution(
             return dense_shortfall(used, pattern, weight=weight, V=V, U=U), 0
 
 
+def partners(values: Float[Tensor, "probes C"]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and columns of the one-to-one assignment with the largest sum."""
+    from scipy.optimize import linear_sum_assignment  # half a second that few runs need
+
+    return linear_sum_assignment(values.numpy(force=True), maximize=True)
+
+
 def identity_effects(share: Float[Tensor, "probes C"]) -> tuple[Tensor, int]:
     """The subcomponent of each probe, and the entries that contradict a bijection.
 
     An effect counts as wrong if it is below 0.5 of a probe's own, or above 0.02 of another.
     """
-    from scipy.optimize import linear_sum_assignment  # half a second that few runs need
-
     share = share.nan_to_num(nan=0.0, posinf=1e9)
-    probes, columns = linear_sum_assignment(share.clamp(max=1e3).numpy(force=True), maximize=True)
+    probes, columns = partners(share.clamp(max=1e3))
     own = torch.zeros_like(share, dtype=torch.bool)
     own[torch.as_tensor(probes), torch.as_tensor(columns)] = True
     n_wrong = (own & (share < NEEDED)).sum() + (~own & (share > UNNEEDED)).sum()

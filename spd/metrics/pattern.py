@@ -12,7 +12,7 @@ from torch import Tensor
 from spd.component_model import ComponentModel
 from spd.config import UserError
 from spd.losses import StepContext
-from spd.metrics.causes import dense_shortfall
+from spd.metrics.causes import dense_shortfall, partners
 from spd.metrics.spec import Conclusion, Metric, MetricSpec, Quantity
 from spd.problem import Dense, Identity, Pattern, Problem
 
@@ -24,28 +24,21 @@ def assignment(g: Float[Tensor, "probes C"]) -> Tensor:
 
     The rest follows by falling maximum.
     """
-    rows, columns = _partners(g)
-    partners = columns[np.argsort(rows)]
-    rest = [c for c in g.amax(dim=0).argsort(descending=True).tolist() if c not in set(partners)]
-    return torch.tensor([*partners.tolist(), *rest], dtype=torch.long)
+    rows, columns = partners(g)
+    own = columns[np.argsort(rows)]
+    rest = [c for c in g.amax(dim=0).argsort(descending=True).tolist() if c not in set(own)]
+    return torch.tensor([*own.tolist(), *rest], dtype=torch.long)
 
 
 def identity_errors(g: Float[Tensor, "probes C"], n: int) -> int:
     """Wrong entries after the best permutation: a diagonal one below 0.9, any other above 0.1."""
     assert g.shape[0] == n, f"{g.shape[0]} probes for a pattern of {n}"
-    rows, columns = _partners(g)
+    rows, columns = partners(g)
     expected = torch.zeros_like(g, dtype=torch.bool)
     expected[torch.as_tensor(rows), torch.as_tensor(columns)] = True
     missing = expected & (g < 1 - PATTERN_TOLERANCE)
     extra = ~expected & (g > PATTERN_TOLERANCE)
     return int(missing.sum() + extra.sum()) + n - len(rows)
-
-
-def _partners(g: Float[Tensor, "probes C"]) -> tuple[np.ndarray, np.ndarray]:
-    """The rows and columns of the one-to-one assignment with the largest sum."""
-    from scipy.optimize import linear_sum_assignment  # half a second that few runs need
-
-    return linear_sum_assignment(g.numpy(force=True), maximize=True)
 
 
 def columns_in_use(g: Float[Tensor, "probes C"]) -> Bool[Tensor, " C"]:
