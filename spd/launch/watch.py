@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from spd.config import parse_yaml
+from spd.config.yaml_file import parse_yaml
 from spd.launch.job import NOW_FILE, Job, Status
 from spd.run_files import CONFIG_FILE, read_json
 

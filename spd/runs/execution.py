@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, field_validator
 
 from spd.config import RunError, load_config
+from spd.config.limits import Seed
 from spd.engine.prepare import Prepared
 from spd.noise import own_generators
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side
@@ -41,6 +42,9 @@ from spd.spd_config import SPDConfig
 
 logger = logging.getLogger(__name__)
 
+MAX_SEEDS = 1000
+"""side by side in one process"""
+
 
 class ExperimentConfig(SPDConfig):
     """What every experiment's configuration has in common; experiments add their data."""
@@ -56,7 +60,7 @@ class ExperimentConfig(SPDConfig):
     holds its configuration class and `build`"""
     target: str | None = None
     """a trained directory, `wandb:entity/project/run`, a training YAML; None: `build` makes it"""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    seeds: Annotated[tuple[Seed, ...], Field(max_length=MAX_SEEDS)] = ()
     """runs side by side in one process, one for each of these instead of `seed`; each is an ordinary run"""
     wandb_project: str | None = None
     wandb_group: str | None = Field(default=None, min_length=1, max_length=128)

@@ -25,6 +25,7 @@ from spd.engine import checkpoint, distributed
 from spd.engine.compilation import require_compiler
 from spd.engine.fingerprint import objective_fingerprint
 from spd.engine.prepare import Prepared, check_side_by_side, prepare
+from spd.engine.size import check_step
 from spd.noise import own_generators
 from spd.problem import Problem
 from spd.reports.origin import SIDE_BY_SIDE
@@ -286,6 +287,7 @@ def _prepared(
     with own_generators("build", config.seed):
         problem = build(_with_target_beside(config, folder), device)
         prepared = prepare(problem, config)
+        check_step(prepared, getattr(config, "batch_size", 1))
     return Ready(directory, config, prepared, earlier)
 
 
