@@ -92,6 +92,8 @@ SITES = "sites"
 OVERRIDE = re.compile(r"""((?:"[^"]*"|'[^']*'|[^="'])*)=(.*)""", re.DOTALL)
 """key and value; a part of the key may stand in quotes"""
 NO_NUMBER = "no_number"
+MAX_LISTED = 20
+"""problems in one message"""
 QUOTED = re.compile(r"""(["'])(.*?)\1(?:\.(.+))?""", re.DOTALL)
 
 
@@ -201,7 +203,10 @@ def parse(cls: type[Config], raw: Mapping[str, Any], source: str) -> Config:
     try:
         return cls.model_validate(raw)
     except ValidationError as error:
-        lines = [_describe(cls, details) for details in error.errors()]
+        found = error.errors()
+        lines = [_describe(cls, details) for details in found[:MAX_LISTED]]
+        if len(found) > MAX_LISTED:
+            lines.append(f"and {len(found) - MAX_LISTED} more")
         raise UserError(f"{source}: " + "\n  ".join(lines)) from None
 
 
@@ -229,7 +234,7 @@ def value_differences(first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?` with the nearest known name, or nothing."""
-    matches = difflib.get_close_matches(str(name), list(known), n=1)
+    matches = difflib.get_close_matches(str(name)[:100], list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -346,11 +351,11 @@ def _describe(cls: type[BaseConfig], details: Any) -> str:
             return f"{place}: a value is required"
         case "union_tag_invalid":
             known = details["ctx"]["expected_tags"]
-            tag = details["ctx"]["tag"]
+            tag = _cut(str(details["ctx"]["tag"]), 100)
             hint = nearest(tag, [name.strip().strip("'") for name in known.split(",")])
             return f"{place}: unknown name {tag!r}{hint} (allowed: {known})"
         case "value_error":
-            return f"{place}: {details['ctx']['error']}"
+            return f"{place}: {_cut(str(details['ctx']['error']), 1000)}"
         case problem if problem == NO_NUMBER:
             where, found = details["ctx"]["where"], details["ctx"]["found"]
             place = ".".join([*named_once, where])

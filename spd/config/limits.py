@@ -27,9 +27,9 @@ def _whole(value: Any) -> Any:
 
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MAX_SEED)]
-Samples = Annotated[int, Field(ge=1, le=1000)]
+Samples = Annotated[int, Field(ge=1, le=100)]
 """Passes of one term in every step; published runs take one to four, and the error of a mean over a
-thousand is a thirtieth of that of one."""
+hundred is a tenth of that of one."""
 EvalBatches = Annotated[int, Field(ge=1, le=10_000)]
 """All are kept, and looked at in every evaluation; the shipped experiments take up to 64."""
 Width = Annotated[int, Field(ge=1, le=10_000_000)]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator
 
-from spd.config import RunError, load_config
+from spd.config import RunError, UserError, load_config
 from spd.config.limits import Seed
 from spd.engine.prepare import Prepared
 from spd.noise import own_generators
@@ -91,6 +91,8 @@ def load_experiment(
 ) -> ExperimentConfig:
     """`load_config`, with the file that `module` names by its full path: a run's copy is read elsewhere."""
     config = load_config(config_class, path, overrides)
+    if not config.seeds and any(key.partition("=")[0].strip() == "seeds" for key in overrides):
+        raise UserError("seeds: [] names no run; at least one seed, or leave it out")
     if config.module is None or not config.module.endswith(".py"):
         return config
     return config.model_copy(update={"module": str((path.parent / config.module).resolve())})
