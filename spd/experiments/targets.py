@@ -152,8 +152,10 @@ def save_target(directory: Path, config: BaseConfig, target: TrainedTarget) -> N
             (partial / name).write_text(text, encoding="utf-8")
         write_safetensors(partial / WEIGHTS_FILE, target.weights, {"format": "pt"})
         partial.rename(directory)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunError(f"{directory}: cannot be written: {error.strerror or error}") from None
         raise
 
 

@@ -45,6 +45,7 @@ from spd.run_files import (
 )
 from spd.runs.console import (
     kept_log,
+    lines_of,
     resolve_device,
 )
 from spd.runs.execution import (
@@ -157,13 +158,15 @@ def run_seeds(
     for directory in own:
         if directory not in begun:
             refuse_other_files(directory)
+    runs = []
     with kept_log() as earlier:
-        runs = [
-            _reopened(type(config), build, directory, given, earlier)
-            if directory in begun
-            else _prepared(given, build, folder, directory, earlier)
-            for directory, given in own.items()
-        ]
+        for directory, given in own.items():
+            with lines_of(directory):
+                runs.append(
+                    _reopened(type(config), build, directory, given, earlier)
+                    if directory in begun
+                    else _prepared(given, build, folder, directory, earlier)
+                )
     check_side_by_side([run.prepared for run in runs])
     for run in runs:
         if run.directory not in begun:
