@@ -115,6 +115,9 @@ WORDS = (
 values = st.sampled_from(ODD)
 overrides = st.builds("{}={}".format, st.sampled_from(KEYS), values)
 
+SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
+"""of a busy machine these say nothing about the examples"""
+
 
 @st.composite
 def documents(draw: st.DrawFn) -> tuple[type[BaseConfig], bytes]:
@@ -143,7 +146,7 @@ def at_random(n: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
         derandomize=True,
         deadline=None,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[*SLOW],
     )
 
 

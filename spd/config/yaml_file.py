@@ -102,7 +102,7 @@ class _Loader(Composer, _Events, SafeConstructor, Resolver):
         if self.n_nodes > MAX_NODES:
             self._refuse(f"more than {MAX_NODES} values, aliases followed", event)
         self.open.append(event.anchor)
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         if node.tag not in _TAGS:
             self._refuse(f"the tag {node.tag!r} is not read here, plain values alone", event)
         self.open.pop()
