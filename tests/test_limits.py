@@ -74,6 +74,10 @@ def test_numbers_up_to_their_limits_are_taken():
         ),
         ("n_seeds=1e9", "n_seeds: .*less than or equal to 10000"),
         ("lr=.inf", "lr: .*finite"),
+        ("model.n_features=0", "n_features: .*greater than or equal to 1"),
+        ("model.n_hidden_layers=-1", "n_hidden_layers: .*greater than or equal to 0"),
+        ("seed=-1", "seed: .*greater than or equal to 0"),
+        ("n_seeds=0", "n_seeds: .*greater than or equal to 1"),
     ],
 )
 def test_a_training_that_is_too_large(override: str, said: str, monkeypatch: pytest.MonkeyPatch):
@@ -89,6 +93,12 @@ def test_trainings_as_they_are_shipped_are_not(monkeypatch: pytest.MonkeyPatch):
     RESID_MLP_TARGET.check(training, CPU)
     with pytest.raises(UserError, match="batch_size"):
         RESID_MLP_TARGET.check(training.model_copy(update={"batch_size": 10**9}), CPU)
+
+
+def test_a_residual_mlp_has_layers_and_at_most_a_thousand():
+    for override in ("model.n_layers=0", "model.n_layers=1001"):
+        with pytest.raises(UserError, match="n_layers: "):
+            load_config(ResidMLPTrainConfig, RESID_MLP_TRAINING, [override])
 
 
 def test_nothing_is_written_for_a_training_that_is_refused(

@@ -32,8 +32,9 @@ Samples = Annotated[int, Field(ge=1, le=100)]
 hundred is a tenth of that of one."""
 EvalBatches = Annotated[int, Field(ge=1, le=10_000)]
 """All are kept, and looked at in every evaluation; the shipped experiments take up to 64."""
-Width = Annotated[int, Field(ge=1, le=10_000_000)]
+MAX_WIDTH, MAX_LAYERS = 10_000_000, 1000
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 """of a layer of a model that is trained here"""
 Members = Annotated[int, Field(ge=1, le=10_000)]
 """trained side by side"""
-Layers = Annotated[int, Field(ge=0, le=1000)]
+Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]

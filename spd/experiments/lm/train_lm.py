@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spd.config import BaseConfig, UserError, read_yaml
-from spd.config.limits import Layers, Seed, Steps, Width
+from spd.config.limits import MAX_WIDTH, Layers, Seed, Steps, Width
 from spd.experiments.lm.data.text import TextConfig, load_text
 from spd.experiments.lm.data.tokens import (
     PackedBatches,
@@ -51,10 +51,10 @@ SEQUENCES_AT_ONCE = 64
 class LlamaSize(BaseConfig):
     """The size of a Llama; its feed-forward layers are gated."""
 
-    n_layers: Layers = Field(ge=1)
+    n_layers: Layers
     n_heads: Width
     n_kv_heads: Width
-    d_model: Width = Field(ge=2)
+    d_model: int = Field(ge=2, le=MAX_WIDTH)
     d_mlp: Width
     tied_embeddings: bool = False
 
@@ -73,7 +73,7 @@ class LMTrainConfig(BaseConfig):
 
     kind: Literal["lm"] = "lm"
     data: TextConfig
-    vocab_size: Width = Field(ge=257)
+    vocab_size: int = Field(ge=257, le=MAX_WIDTH)
     """of the byte-level BPE tokenizer that is trained on the training documents"""
     model: LlamaSize
     seed: Seed = 0

@@ -25,7 +25,7 @@ class ResidMLPModelConfig(BaseConfig):
     n_features: Width
     d_embed: Width
     d_mlp: Width = Field(description="neurons per layer")
-    n_layers: Layers = Field(ge=1)
+    n_layers: Layers
     act_fn: Literal["relu", "gelu"] = "relu"
     in_bias: bool = False
     out_bias: bool = False

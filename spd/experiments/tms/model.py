@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from spd.config import BaseConfig
-from spd.config.limits import Layers, Width
+from spd.config.limits import MAX_LAYERS, Width
 
 
 class TMSModelConfig(BaseConfig):
@@ -17,7 +17,7 @@ class TMSModelConfig(BaseConfig):
 
     n_features: Width
     n_hidden: Width
-    n_hidden_layers: Layers = 0
+    n_hidden_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
     hidden_init: Literal["identity", "random"] = Field(
         default="identity",
         description="hidden layers are never trained: the identity, or fixed draws from N(0, 1)",

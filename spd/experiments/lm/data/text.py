@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pydantic import Field, model_validator
 
 from spd.config import BaseConfig, UserError
-from spd.config.limits import Seed, Width
+from spd.config.limits import MAX_WIDTH, Seed, Width
 from spd.experiments.lm.hub import hub_commit, unreachable
 from spd.noise import derive_seed
 
@@ -64,7 +64,7 @@ class TextConfig(BaseConfig):
     target reads them all the same"""
     end_token: str | None = None
     """the token that ends a document; None: the tokenizer's own (eos, or an encoder's sep); "": none"""
-    context_length: Width = Field(ge=2)
+    context_length: int = Field(ge=2, le=MAX_WIDTH)
     streaming: bool = False
     """read while training, without a copy on disk"""
     shuffle_buffer: Width = 1000
