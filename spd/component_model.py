@@ -21,6 +21,7 @@ from spd.components import (
     subcomponents_of,
 )
 from spd.config import UserError, nearest
+from spd.config.memory import NUMBER, require_memory
 from spd.importance import (
     CausalImportances,
     Importance,
@@ -230,6 +231,7 @@ class ComponentModel(nn.Module):
         C_of = resolve_sites(target, sites)
         for path in C_of:
             check_weight(path, target.get_submodule(path))
+        _check_size(target, C_of, importance)
         target.requires_grad_(False).eval()
         if any(isinstance(module, WITH_FAST_PATH) for module in target.modules()):
             torch.backends.mha.set_fastpath_enabled(False)
@@ -515,6 +517,16 @@ def _places(target: nn.Module, paths: Iterable[str]) -> dict[str, Place]:
     for layer in layers_of(target):
         in_layer |= {module: path for path, module in layer.named_modules()}
     return {path: Place(path, in_layer.get(target.get_submodule(path), path)) for path in paths}
+
+
+def _check_size(target: nn.Module, C_of: Mapping[str, int], importance: ImportanceConfig) -> None:
+    """`UserError` where the parameters of a site would not fit into memory."""
+    for path, C in C_of.items():
+        weight = target.get_submodule(path).weight
+        assert isinstance(weight, Tensor), "checked before"
+        n = C * sum(weight.shape) + importance.n_parameters(C, min(weight.shape))
+        what = f"sites: {path!r} with C = {C} has {n} parameters, with those of its importances, which need"
+        require_memory(NUMBER * n, what, weight.device)
 
 
 def _make_subcomponents(

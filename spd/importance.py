@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
@@ -11,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spd.config import BaseConfig
+from spd.config.limits import Width
 from spd.kernels import LEAK, gradient_leak, scalar_mlps
 
 LowerLeak = Literal["both", "gradient"]
@@ -182,15 +184,22 @@ class ImportanceSpec(BaseConfig):
         """For a site with C subcomponents whose input vectors have `d_in` entries."""
         raise NotImplementedError
 
+    def n_parameters(self, C: int, d_in: int) -> int:
+        """How many of them what is built will have, at least."""
+        return 0
+
 
 class MLPImportanceConfig(ImportanceSpec):
     """One small MLP per subcomponent: its inner activation → `n_hidden` GELU neurons → a scalar."""
 
     type: Literal["mlp"] = "mlp"
-    n_hidden: int = Field(default=16, ge=1)
+    n_hidden: Width = 16
 
     def build(self, C: int, d_in: int, *, generator: torch.Generator) -> Importance:
         return MLPImportance(C, self.n_hidden, generator=generator)
+
+    def n_parameters(self, C: int, d_in: int) -> int:
+        return C * (3 * self.n_hidden + 1)
 
 
 class AffineImportanceConfig(ImportanceSpec):
@@ -201,12 +210,15 @@ class AffineImportanceConfig(ImportanceSpec):
     def build(self, C: int, d_in: int, *, generator: torch.Generator) -> Importance:
         return AffineImportance(C, generator=generator)
 
+    def n_parameters(self, C: int, d_in: int) -> int:
+        return 2 * C
+
 
 class SharedMLPImportanceConfig(ImportanceSpec):
     """One MLP per site, shared by its subcomponents: the whole input vector → GELU layers → C scalars."""
 
     type: Literal["shared_mlp"] = "shared_mlp"
-    hidden_widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(128,), min_length=1)
+    hidden_widths: tuple[Width, ...] = Field(default=(128,), min_length=1, max_length=100)
     normalize: bool = False
     """divide every input vector by its root mean square first, which evens out sites but hides its size"""
 
@@ -215,12 +227,16 @@ class SharedMLPImportanceConfig(ImportanceSpec):
             C, d_in, self.hidden_widths, normalize=self.normalize, generator=generator
         )
 
+    def n_parameters(self, C: int, d_in: int) -> int:
+        widths = [d_in, *self.hidden_widths, C]
+        return sum((n_in + 1) * n_out for n_in, n_out in pairwise(widths))
+
 
 class VectorMLPImportanceConfig(ImportanceSpec):
     """One small MLP per subcomponent: the whole input vector → `n_hidden` GELU neurons → a scalar."""
 
     type: Literal["vector_mlp"] = "vector_mlp"
-    n_hidden: int = Field(default=16, ge=1)
+    n_hidden: Width = 16
     normalize: bool = False
     """as in `SharedMLPImportanceConfig`"""
 
@@ -228,6 +244,9 @@ class VectorMLPImportanceConfig(ImportanceSpec):
         return VectorMLPImportance(
             C, d_in, self.n_hidden, normalize=self.normalize, generator=generator
         )
+
+    def n_parameters(self, C: int, d_in: int) -> int:
+        return C * (self.n_hidden * (d_in + 2) + 1)
 
 
 ImportanceConfig = Annotated[

@@ -21,6 +21,7 @@ from spd.config import (
     UserError,
     nearest,
 )
+from spd.config.limits import Samples
 from spd.importance import CausalImportances
 from spd.kernels import KLKernel, kl_per_row
 from spd.masks import Mask, SiteInput, stochastic_mask
@@ -290,7 +291,7 @@ class ReconLayerwise(LossSpec):
 
 
 class _Sampled(LossSpec):
-    n_samples: int = Field(default=1, ge=1)
+    n_samples: Samples = 1
 
     @property
     def n_noise_samples(self) -> int:

@@ -216,7 +216,17 @@ class Problem:
     def save_target(self, directory: Path) -> None:
         """Write what a run needs to load its target again; `directory` is made if there is any."""
         if self.target_dir is not None:
-            shutil.copytree(self.target_dir, directory, copy_function=shutil.copyfile)
+            copy_folder(self.target_dir, directory)
+
+
+def copy_folder(source: Path, folder: Path) -> None:
+    """Copy the files below a folder; of the source's modes the copies keep none."""
+    folder.mkdir(parents=True)
+    for path in sorted(source.rglob("*")):  # a folder comes before what lies in it
+        if path.is_dir():
+            (folder / path.relative_to(source)).mkdir()
+        else:
+            shutil.copyfile(path, folder / path.relative_to(source))
 
 
 def describe(given: Any) -> str:

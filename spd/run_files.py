@@ -2,18 +2,19 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from spd.config import UserError
+from spd.config import RunError, UserError
 
 CONFIG_FILE, META_FILE, RESULT_FILE, LOG_FILE = "config.yaml", "meta.json", "result.json", "log.txt"
 CHECKPOINTS, TARGET, LOCK_FILE = "checkpoints", "target", ".lock"
@@ -201,7 +202,8 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file, text as UTF-8, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # of a process that was killed here, or a link to somewhere
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    with _removed_if_cut_short(partial):
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
 
@@ -210,12 +212,34 @@ def write_safetensors(
 ) -> None:
     """Write named tensors, whole or not at all, into a file with the mode that the umask gives."""
     # imported here: it imports torch, which not all readers of runs need
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     partial = path.with_name(f".{path.name}.partial")
-    save_file(dict(tensors), partial, metadata=metadata)
-    give_usual_mode(partial)
+    with _removed_if_cut_short(partial):
+        try:
+            save_file(dict(tensors), partial, metadata=metadata)
+        except SafetensorError as error:
+            raise _as_os_error(error, path) from None
+        give_usual_mode(partial)
     partial.replace(path)
+
+
+@contextmanager
+def _removed_if_cut_short(partial: Path) -> Iterator[None]:
+    """A disk that is full gets back what was written of a file before it was."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _as_os_error(error: Exception, path: Path) -> Exception:
+    """What safetensors says of a file that cannot be written, with the number that it has hidden there."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else error
 
 
 def give_usual_mode(path: Path) -> None:
@@ -249,8 +273,12 @@ def new_directory(directory: Path) -> Iterator[Path]:
             f"{directory.parent}: the output root cannot be written ({error.strerror});"
             " set SPD_OUT_DIR to a writable folder"
         ) from None
-    yield partial
-    partial.rename(directory)
+    try:
+        yield partial
+        partial.rename(directory)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{directory}: cannot be written: {error.strerror or error}") from None
 
 
 def refuse_other_files(directory: Path) -> None:

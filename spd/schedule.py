@@ -17,7 +17,7 @@ class ScheduleConfig(BaseConfig):
 
     type: Literal["constant", "linear", "cosine", "half_cosine", "exponential"] = "constant"
     warmup_frac: float = Field(default=0.0, ge=0.0, lt=1.0)
-    half_life: float | None = Field(default=None, gt=0.0)
+    half_life: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _half_life_belongs_to_exponential(self) -> Self:

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from spd.config import BaseConfig
+from spd.config.limits import EvalBatches, Seed, Steps
 from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
 from spd.losses import Losses
 from spd.metrics import Metrics
@@ -25,7 +26,7 @@ class GroupConfig(BaseConfig):
 class WarmupConfig(BaseConfig):
     """A phase before the first step: AdamW on V and U alone against the faithfulness term."""
 
-    steps: int = Field(ge=1)
+    steps: Steps
     lr: float = Field(gt=0.0, allow_inf_nan=False)
 
 
@@ -56,10 +57,10 @@ class SPDConfig(BaseConfig):
     losses: Losses
     importance: ImportanceConfig = MLPImportanceConfig()
     lower_leak: LowerLeak = "both"
-    steps: int = Field(ge=1)
+    steps: Steps
     lr: float = Field(gt=0.0, allow_inf_nan=False)
     lr_schedule: ScheduleConfig = ScheduleConfig()
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     execution: Execution = Execution()
     grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """largest norm of the gradient of all parameters together"""
@@ -69,7 +70,7 @@ class SPDConfig(BaseConfig):
     """the causal importance functions"""
     faithfulness_warmup: WarmupConfig | None = None
     metrics: Metrics = {}
-    n_eval_batches: int = Field(default=4, ge=1)
+    n_eval_batches: EvalBatches = 4
     log_every: int = Field(default=100, ge=1)
     eval_every: int = Field(default=1000, ge=1)
     save_every: int = Field(default=5000, ge=1)

@@ -4,7 +4,14 @@ import re
 
 import pytest
 
-from tests.run_fixtures import Command, Finished, command_fixture, listing, target_fixture
+from tests.run_fixtures import (
+    TMS_SCRIPT,
+    Command,
+    Finished,
+    command_fixture,
+    listing,
+    target_fixture,
+)
 
 __all__ = ["command_fixture", "target_fixture"]
 
@@ -110,6 +117,24 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["losses={embedding_recon: {coeff: 1}}"],
         ["losses.embedding_recon", "embedding", "linear1, linear2"],
     ),
+    # sizes, before anything of such a size is made
+    "a batch too large": (
+        ["batch_size=1e12"],
+        ["batch_size: 1000000000000: a batch of", "60 TB of memory", "are free on cpu"],
+    ),
+    "a held-out batch too large": (["eval_batch_size=1000000000000"], ["eval_batch_size: ", "TB"]),
+    "held-out batches too large together": (
+        ["n_eval_batches=10000", "eval_batch_size=100000000"],
+        ["n_eval_batches: 10000 batches", "20 TB of memory"],
+    ),
+    "C too large": (
+        ["sites={linear1: 1000000000000, linear2: 3}"],
+        ["sites: 'linear1' with C = 1000000000000 has 56000000000000 parameters", "TB"],
+    ),
+    "no seeds": (["seeds=[]"], ["seeds: [] names no run"]),
+    "a key of many parts": (["a" + ".b" * 2000 + "=1"], ["a key of more than 50 parts"]),
+    "a run directory of two lines": (["--run_dir", "a\nb"], ["--run_dir", "'a\\nb'", "printed"]),
+    "a run directory without a name": (["--run_dir", ".."], ["--run_dir", "'..'", "folder"]),
     # overrides
     "override without =": (["steps"], ["override 'steps'", "key=value"]),
     "override without a key": (["=5"], ["override '=5'", "key=value"]),
@@ -148,6 +173,33 @@ def test_compiling_without_a_compiler(command: Command):
     done = command.tms("compile=true", env={"CXX": "/nowhere/g++"})
     assert_one_message(done, ["compile", "/nowhere/g++"])
     assert not command.out.exists()
+
+
+DOCUMENTS = {
+    "cyclic": ("steps: &a [*a]\n", ["line 1: *a stands inside of what it stands for"]),
+    "deeply nested": ("steps: " + "[" * 100_000, ["line 1: ", "nest"]),
+    "a bomb of aliases": (
+        "".join(
+            f"k{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(30)
+        ),
+        ["line 6: more than 200000 values, aliases followed"],
+    ),
+    "larger than any configuration": ("# " + "x" * 5_000_000, ["more than the 2000000"]),
+    "a tag that would make an object": ("steps: !!python/object:os.system x", ["is not read here"]),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), DOCUMENTS.values(), ids=DOCUMENTS)
+def test_a_document_that_would_exhaust_its_reader(command: Command, text: str, said: list[str]):
+    path = command.folder / "odd.yaml"
+    path.write_text(text, encoding="utf-8")
+    done = command.run(TMS_SCRIPT, path, "steps=2")
+    assert_one_message(done, said)
+    assert len(done.err) < 1000 and not command.out.exists() and not listing(command.home)
+
+
+def test_a_file_without_an_end(command: Command):
+    assert_one_message(command.run(TMS_SCRIPT, "/dev/zero"), ["/dev/zero", "YAML"])
 
 
 def test_the_cases_are_many():

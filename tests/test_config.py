@@ -11,21 +11,19 @@ from pydantic import Field, ValidationError
 
 from spd.config import (
     BY_TYPE,
-    MAX_DEPTH,
     NAME_IS_TYPE,
     BaseConfig,
     UserError,
     apply_overrides,
     differences,
-    dump_yaml,
     full_key,
     load_config,
     nearest,
     parse,
-    parse_yaml,
     read_yaml,
     to_yaml,
 )
+from spd.config.yaml_file import MAX_BYTES, MAX_DEPTH, dump_yaml, parse_yaml
 
 
 class Circle(BaseConfig):
@@ -364,9 +362,18 @@ def test_what_a_word_means(text: str):
         ("a: &x\n  b: *x\n", "line 2: *x stands inside of what it stands for"),
         ("[" * (MAX_DEPTH + 1), f"line 1: nested more than {MAX_DEPTH} deep"),
         ("- " * 10_000 + "1", f"line 1: nested more than {MAX_DEPTH} deep"),
-        ("a: [1, 2\n", "line 2: expected ',' or ']'"),
-        ("1" * 5000, "4300 digits"),
-        ("a: !!timestamp 2026-13-45\n", "month must be in 1..12"),
+        ("a: [1, 2\n", "expected ',' or ']'"),
+        ("1" * 5000, "line 1: a number of 5000 digits, at most 100"),
+        ("a: !!timestamp 2026-13-45\n", "the tag 'tag:yaml.org,2002:timestamp' is not read here"),
+        ("a: !!python/name:os.system x\n", "python/name:os.system' is not read here"),
+        ("!!bool x", "line 1: 'x' is no bool"),
+        ("!!int", "line 1: '' is no int"),
+        ("a: *b", "found undefined alias 'b'"),
+        ("&a x: &a y", "found duplicate anchor 'a'"),
+        ("? [a]\n: b", "found unhashable key"),
+        ("a: \x01", "control characters are not allowed"),
+        ("\udcff", "surrogates not allowed"),
+        ("a" * (MAX_BYTES + 1), f"{MAX_BYTES + 1} characters, more than the {MAX_BYTES}"),
     ],
 )
 def test_what_is_refused_in_one_line(text: str, said: str):

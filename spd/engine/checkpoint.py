@@ -54,12 +54,16 @@ def save(
     partial = directory / f".{step:08d}{PARTIAL}"
     partial.mkdir()
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-    write_safetensors(partial / MODEL_FILE, tensors, {"step": str(step)})
-    torch.save(_plain({**state, "step": step}), partial / STATE_FILE)
-    digests = {name: sha256_of(partial / name) for name in (MODEL_FILE, STATE_FILE)}
-    write_json(partial / DIGESTS_FILE, {"step": step, **(stamp or {}), "files": digests})
-    for path in (*partial.iterdir(), partial):
-        _sync(path)
+    try:
+        write_safetensors(partial / MODEL_FILE, tensors, {"step": str(step)})
+        _write_state(partial / STATE_FILE, {**state, "step": step})
+        digests = {name: sha256_of(partial / name) for name in (MODEL_FILE, STATE_FILE)}
+        write_json(partial / DIGESTS_FILE, {"step": step, **(stamp or {}), "files": digests})
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+    except OSError:  # a disk that is full gets back what was written of it
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if final.exists():
         _remove(final)
     partial.rename(final)
@@ -67,6 +71,16 @@ def save(
     for old in steps(directory)[:-keep]:
         _remove(directory / f"{old:08d}")
     return final
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        try:
+            torch.save(_plain(state), file)
+        except RuntimeError as error:  # torch says where in the file it was, and hides why
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def steps(directory: Path) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spd.component_model import ComponentModel
 from spd.config import UserError
+from spd.config.memory import NUMBER, require_memory
 from spd.engine.ensemble import check_one_target
 from spd.engine.experts import check_experts, join_, take_experts_apart_
 from spd.engine.layers import checkpoint_layers_, layers_of
@@ -60,7 +61,7 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
     objective = Objective(model, config.losses, problem.recon, problem.position_weights)
     for spec in objective.losses.values():
         spec.check(model)
-    eval_batches = [*map(as_batch, islice(problem.eval_batches, config.n_eval_batches))]
+    eval_batches = _held_out(problem, config.n_eval_batches)
     if len(eval_batches) < config.n_eval_batches:
         raise UserError(
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
@@ -82,6 +83,16 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
     prepared = Prepared(problem, config, objective, eval_batches, zero_rows)
     build_metrics(prepared, at_end=True)
     return prepared
+
+
+def _held_out(problem: Problem, n: int) -> list[Batch]:
+    """Up to n batches, which are kept; `UserError` where they would not fit into memory."""
+    batches = map(as_batch, problem.eval_batches)
+    first = list(islice(batches, 1))
+    for batch in first:
+        what = f"n_eval_batches: {n} batches of held-out data need"
+        require_memory(n * batch.numel() * NUMBER, what, batch.device)
+    return [*first, *islice(batches, n - len(first))]
 
 
 @torch.no_grad()

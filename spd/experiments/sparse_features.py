@@ -1,6 +1,6 @@
 """Sparse synthetic features, as endless iterators of plain tensors that know their position."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -8,17 +8,26 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from spd.config import BaseConfig, UserError
+from spd.config.memory import NUMBER, require_memory
 from spd.noise import derive_seed
+
+DRAWN = 3
+"""numbers for each of a batch: its value, whether it is active, and what becomes of both"""
+Probability = Annotated[float, Field(ge=1e-6, le=1.0)]
+"""below one in a million hardly an input would ever be active, and a run would be of zeros alone"""
+Bound = Annotated[float, Field(ge=-1e15, le=1e15)]
+"""of inputs that are float32 and squared"""
+Group = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 class SparseFeatureConfig(BaseConfig):
     """How toy inputs are drawn (paper, section 3): few features active at once, values uniform."""
 
-    feature_probability: float = Field(default=0.05, ge=0.0, le=1.0)
-    value_range: tuple[float, float] = (0.0, 1.0)
+    feature_probability: Probability = 0.05
+    value_range: tuple[Bound, Bound] = (0.0, 1.0)
     generation: Literal["at_least_zero_active", "exactly_n_active"] = "at_least_zero_active"
     n_active: int | None = Field(default=None, ge=1)
-    synced_inputs: tuple[tuple[int, ...], ...] = ()
+    synced_inputs: tuple[Group, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -53,11 +62,11 @@ class SparseFeatureConfig(BaseConfig):
 class InheritedFeatures(BaseConfig):
     """The inputs of a decomposition: whatever is null is as the target was trained on."""
 
-    feature_probability: float | None = Field(default=None, ge=0.0, le=1.0)
-    value_range: tuple[float, float] | None = None
+    feature_probability: Probability | None = None
+    value_range: tuple[Bound, Bound] | None = None
     generation: Literal["at_least_zero_active", "exactly_n_active"] | None = None
     n_active: int | None = Field(default=None, ge=1)
-    synced_inputs: tuple[tuple[int, ...], ...] | None = None
+    synced_inputs: tuple[Group, ...] | None = None
     unlike_target: bool = False
     """what is given may differ from what the target was trained on"""
 
@@ -92,6 +101,12 @@ class InheritedFeatures(BaseConfig):
                 + "\n  left out, it is that of the target; data.unlike_target=true allows the difference"
             )
         return joint
+
+    def check_batches(self, n_features: int, device: torch.device, **sizes: int) -> None:
+        """`UserError` where a batch of one of the sizes, named by their settings, would not fit."""
+        for name, size in sizes.items():
+            what = f"{name}: {size}: a batch of {size} × {n_features} numbers needs"
+            require_memory(DRAWN * NUMBER * size * n_features, what, device)
 
     def _given(self) -> dict[str, Any]:
         own = SparseFeatureConfig.model_fields

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from spd.config import BaseConfig, RunError
+from spd.config.limits import Members, Seed, Steps
+from spd.config.memory import NUMBER, TRAINED, require_memory
 from spd.engine.compilation import CompiledStep
 from spd.noise import derive_seed
 from spd.schedule import ScheduleConfig, schedule_factor
@@ -35,18 +37,30 @@ class TargetError(RunError):
 class TargetTrainConfig(BaseConfig):
     """Settings of the training that all toy targets have in common."""
 
-    seed: int = Field(default=0, ge=0, description="the first seed; member i has seed + i")
-    n_seeds: int = Field(default=16, ge=1, description="trained side by side, the best is kept")
-    data_seed: int = Field(default=0, ge=0, description="all seeds see the same batches")
-    steps: int = Field(ge=1)
+    seed: Seed = Field(default=0, description="the first seed; member i has seed + i")
+    n_seeds: Members = Field(default=16, description="trained side by side, the best is kept")
+    data_seed: Seed = Field(default=0, description="all seeds see the same batches")
+    steps: Steps
     batch_size: int = Field(ge=1)
-    lr: float = Field(gt=0.0)
+    lr: float = Field(gt=0.0, allow_inf_nan=False)
     lr_schedule: ScheduleConfig = ScheduleConfig()
-    weight_decay: float = Field(default=0.01, ge=0.0)
+    weight_decay: float = Field(default=0.01, ge=0.0, allow_inf_nan=False)
 
     @property
     def seeds(self) -> list[int]:
         return list(range(self.seed, self.seed + self.n_seeds))
+
+
+def check_size(
+    config: TargetTrainConfig, model: nn.Module, width: int, device: torch.device
+) -> None:
+    """`UserError` where `n_seeds` copies of an empty model, or outputs of a `width`, would not fit."""
+    each = sum(parameter.numel() for parameter in model.parameters())
+    n = config.n_seeds
+    what = f"model: n_seeds: {n} models of {each} parameters need"
+    require_memory(TRAINED * n * each, what, device)
+    what = f"batch_size: {config.batch_size}: the outputs of {n} models of {width} features need"
+    require_memory(NUMBER * n * config.batch_size * width, what, device)
 
 
 def stack_seeds(

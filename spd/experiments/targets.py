@@ -69,6 +69,8 @@ class TargetKind(NamedTuple):
     """Trains by a `config_class`; raises `TargetError` rather than hand over a bad target."""
     summary: Callable[[dict[str, Any]], str] = seed_table
     """Says in words what a training's record holds."""
+    check: Callable[[Any, torch.device], None] = lambda config, device: None
+    """Raises what is wrong with a training before anything of it is done or written."""
 
 
 def resolve_target(
@@ -116,6 +118,7 @@ def cached_target(
     directory = settings.targets_root().absolute() / f"{stem}-{config_hash(config)}"
     if directory.is_dir():
         return directory, False
+    kind.check(config, device)
     lock = FileLock(directory.with_name(f".{directory.name}.lock"))
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +152,10 @@ def save_target(directory: Path, config: BaseConfig, target: TrainedTarget) -> N
             (partial / name).write_text(text, encoding="utf-8")
         write_safetensors(partial / WEIGHTS_FILE, target.weights, {"format": "pt"})
         partial.rename(directory)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunError(f"{directory}: cannot be written: {error.strerror or error}") from None
         raise
 
 

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from spd.config import Exit
+from spd.config import Exit, UserError
 from spd.run_files import (
     LOCK_FILE,
     read_json,
@@ -121,7 +121,12 @@ def load_job(directory: Path) -> Job:
 
 def read_status(directory: Path) -> Status:
     path = directory / STATUS_FILE
-    return Status(**read_json(path)) if path.is_file() else Status()
+    if not path.is_file():
+        return Status()
+    found = read_json(path)
+    if not isinstance(found, dict) or not found.keys() <= set(Status._fields):
+        raise UserError(f"{path}: not the status of a job")
+    return Status(**found)
 
 
 def write_status(directory: Path, status: Status) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from spd.config import parse_yaml
+from spd.config.yaml_file import parse_yaml
 from spd.launch.job import NOW_FILE, Job, Status
 from spd.run_files import CONFIG_FILE, read_json
 
@@ -36,16 +36,19 @@ def progress_of(job: Job) -> Progress:
     label, run_dir = "", next(iter(job.run_dirs), None)
     if (job.directory / NOW_FILE).is_file():
         now = read_json(job.directory / NOW_FILE)
-        label, run_dir = now["label"], Path(now["run_dir"])
+        if isinstance(now, dict) and {"label", "run_dir"} <= now.keys():
+            label, run_dir = str(now["label"]), Path(str(now["run_dir"]))
     if run_dir is None or not (run_dir / CONFIG_FILE).is_file():
         return Progress(label)
     steps = _steps(run_dir)
-    losses = [line for line in _tail(run_dir / "metrics.jsonl") if "loss/total" in line]
-    timings = _tail(run_dir / "timings.jsonl")
+    losses = [
+        line for line in _tail(run_dir / "metrics.jsonl") if {"step", "loss/total"} <= line.keys()
+    ]
+    timings = [line for line in _tail(run_dir / "timings.jsonl") if "steps_per_second" in line]
     if not losses:
         return Progress(label, 0, steps)
     step = int(losses[-1]["step"]) + 1
-    pace = timings[-1].get("steps_per_second") if timings else None
+    pace = timings[-1]["steps_per_second"] if timings else None
     left = (steps - step) / pace if pace and steps is not None else None
     return Progress(label, step, steps, losses[-1]["loss/total"], left)
 
@@ -162,8 +165,9 @@ def _tail(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in text.splitlines(keepends=True):
         try:
-            if line.endswith("\n"):
-                lines.append(json.loads(line))
-        except ValueError:
+            found = json.loads(line) if line.endswith("\n") else None
+        except (ValueError, RecursionError):
             continue  # the first one was cut
+        if isinstance(found, dict) and all(isinstance(v, int | float) for v in found.values()):
+            lines.append(found)
     return lines

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from spd import settings
-from spd.config import RunError, UserError
+from spd.config import RunError, UserError, shown
 from spd.engine import checkpoint, distributed
 from spd.registry import get_experiment
 from spd.reports.figures import draw, loss_curves, save_figures
@@ -53,16 +53,7 @@ def cli(
                 "cli reads the command line, which in a notebook belongs to the kernel: call"
                 " spd.runs.run.start(config, build), or cli(config_class, build, ['CONFIG.yaml', ...])"
             )
-    parser = argparse.ArgumentParser(description=(build.__doc__ or "").partition("\n")[0])
-    parser.add_argument("config", nargs="?", help="YAML configuration")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, YAML values")
-    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue that run")
-    where = (
-        "the run's own directory (of several seeds: DIR-seed0 and so on); a run that is there"
-        " already is continued"
-    )
-    parser.add_argument("--run_dir", type=Path, metavar="DIR", help=where)
-    parser.add_argument("--trust", action="store_true", help=TRUST)
+    parser = parser_of(build)
     args = parser.parse_intermixed_args(argv)
     if args.run_dir is not None and (args.resume is not None or args.config is None):
         parser.error("--run_dir needs a configuration, and no --resume")
@@ -98,6 +89,34 @@ def cli(
             print(format_result(read_result(directory / RESULT_FILE)))
             print(f"report: {directory / 'report.html'}")
         raise SystemExit(0)
+
+
+def parser_of(build: Build) -> argparse.ArgumentParser:
+    """What the script of an experiment takes."""
+    parser = argparse.ArgumentParser(description=(build.__doc__ or "").partition("\n")[0])
+    parser.add_argument("config", nargs="?", help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, YAML values")
+    parser.add_argument("--resume", type=_place, metavar="RUN_DIR", help="continue that run")
+    where = (
+        "the run's own directory (of several seeds: DIR-seed0 and so on); a run that is there"
+        " already is continued"
+    )
+    parser.add_argument("--run_dir", type=_new_place, metavar="DIR", help=where)
+    parser.add_argument("--trust", action="store_true", help=TRUST)
+    return parser
+
+
+def _place(name: str) -> Path:
+    if not name.isprintable() or not name:
+        raise argparse.ArgumentTypeError(f"{shown(name)}: a name that can be printed is needed")
+    return Path(name)
+
+
+def _new_place(name: str) -> Path:
+    path = _place(name)
+    if path.name in ("", ".."):
+        raise argparse.ArgumentTypeError(f"{name!r}: the name of a folder is needed")
+    return path
 
 
 def _restart_with_patient_threads() -> None:
@@ -304,7 +323,7 @@ def redraw(run: Run) -> None:
     look_at_checkpoint(run.directory, run.prepared, run.step, run.config.figures)
     figures = {**draw(run.prepared, run.config.figures), "loss_curves": loss_curves(run.metrics)}
     save_figures(run.directory / FIGURES, run.step, figures)
-    write_report(run.directory, run.config.metrics)
+    report_on(run.directory, run.prepared)
 
 
 def redraw_command(

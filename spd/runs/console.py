@@ -4,8 +4,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,46 @@ def console_log() -> Iterator[None]:
         root.removeHandler(handler)
 
 
+_whose: ContextVar[Path | None] = ContextVar("whose", default=None)
+
+
+@contextmanager
+def lines_of(directory: Path) -> Iterator[None]:
+    """What is logged meanwhile is about the run in `directory`, and stands in no other run's log."""
+    token = _whose.set(directory)
+    try:
+        yield
+    finally:
+        _whose.reset(token)
+
+
+def _mark(record: logging.LogRecord) -> bool:
+    """Note in a line of the log which run it is about, while that can be told."""
+    record.__dict__.setdefault("spd_run", _whose.get())
+    return True
+
+
+class _RunLog(logging.FileHandler):
+    """The log of one run: its own lines, and those that are about all runs."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.addFilter(_mark)
+        self.addFilter(lambda record: record.__dict__["spd_run"] in (None, path.parent))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        """Lines that a full disk does not take are on the terminal; what else it does not take says why."""
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def kept_log() -> Iterator[MemoryHandler]:
     """Keep the log lines that come before there is a file for them; for `file_log`."""
     kept = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+    kept.addFilter(_mark)
     logging.getLogger("spd").addHandler(kept)
     try:
         yield kept
@@ -75,15 +112,18 @@ def kept_log() -> Iterator[MemoryHandler]:
 
 
 @contextmanager
-def file_log(path: Path, earlier: MemoryHandler) -> Iterator[None]:
-    """Append log lines with their time to `path`, those that were kept first (and are kept on)."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+def file_log(path: Path, earlier: MemoryHandler) -> Iterator[Callable[[str], None]]:
+    """Append log lines with their time to `path`, those that were kept first (and are kept on).
+
+    What is yielded writes a line there alone, of what the terminal is told in another way.
+    """
+    handler = _RunLog(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     for record in earlier.buffer:
         handler.handle(record)
     logging.getLogger("spd").addHandler(handler)
     try:
-        yield
+        yield lambda line: handler.emit(logging.makeLogRecord({"msg": line}))
     finally:
         logging.getLogger("spd").removeHandler(handler)
         handler.close()

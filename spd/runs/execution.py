@@ -12,7 +12,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator
 
-from spd.config import RunError, load_config
+from spd.config import RunError, UserError, load_config
+from spd.config.limits import Seed
 from spd.engine.prepare import Prepared
 from spd.noise import own_generators
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side
@@ -33,13 +34,17 @@ from spd.run_files import (
     sole_use,
     write_json,
 )
-from spd.runs.console import caught_signals, file_log
+from spd.runs.console import caught_signals, file_log, lines_of
+from spd.runs.stopping import in_one_message, spare_room, write_end
 from spd.runs.tracking import RunTracker
 from spd.runs.verify import final_digests, without_final
-from spd.runs.wandb_run import Labels, new_run_id, start_wandb
+from spd.runs.wandb_run import Labels, WandbRun, new_run_id, start_wandb
 from spd.spd_config import SPDConfig
 
 logger = logging.getLogger(__name__)
+
+MAX_SEEDS = 1000
+"""side by side in one process"""
 
 
 class ExperimentConfig(SPDConfig):
@@ -56,7 +61,7 @@ class ExperimentConfig(SPDConfig):
     holds its configuration class and `build`"""
     target: str | None = None
     """a trained directory, `wandb:entity/project/run`, a training YAML; None: `build` makes it"""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    seeds: Annotated[tuple[Seed, ...], Field(max_length=MAX_SEEDS)] = ()
     """runs side by side in one process, one for each of these instead of `seed`; each is an ordinary run"""
     wandb_project: str | None = None
     wandb_group: str | None = Field(default=None, min_length=1, max_length=128)
@@ -87,6 +92,8 @@ def load_experiment(
 ) -> ExperimentConfig:
     """`load_config`, with the file that `module` names by its full path: a run's copy is read elsewhere."""
     config = load_config(config_class, path, overrides)
+    if not config.seeds and any(key.partition("=")[0].strip() == "seeds" for key in overrides):
+        raise UserError("seeds: [] names no run; at least one seed, or leave it out")
     if config.module is None or not config.module.endswith(".py"):
         return config
     return config.model_copy(update={"module": str((path.parent / config.module).resolve())})
@@ -110,7 +117,10 @@ def execute(runs: Sequence[Ready], *, go_on_with: str) -> dict[Path, RunError]:
     """
     generators = own_generators("execute", runs[0].config.seed)
     with generators, caught_signals() as signals, ExitStack() as stack:
-        members = [stack.enter_context(_recorded(run, _label(run, runs))) for run in runs]
+        stack.enter_context(in_one_message(runs[0].directory, go_on_with))  # as it begins
+        members = [
+            stack.enter_context(_recorded(run, _label(run, runs), go_on_with)) for run in runs
+        ]
         try:
             run_side_by_side(
                 members, resume=True, stop_requested=lambda: signals[0] if signals else 0
@@ -138,27 +148,16 @@ def assist(run: Ready) -> None:
 
 
 @contextmanager
-def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
+def _recorded(run: Ready, label: str | None, go_on_with: str) -> Iterator[Member]:
     """A run as the loop takes it; what is there of it when it ends is written afterwards."""
     directory, config, prepared, earlier = run
-    with sole_use(directory), file_log(directory / LOG_FILE, earlier):
-        logger.info("run directory: %s", directory)
-        meta = read_meta(directory)
-        meta.setdefault("wandb_id", new_run_id(directory))
-        meta.setdefault("run_id", secrets.token_hex(8))
-        meta["digests"] = without_final(meta)
-        wandb_run = start_wandb(
-            config.wandb_project,
-            name=f"{config.experiment}-seed{config.seed}-{directory.name}",
-            directory=directory,
-            config=config.model_dump(mode="json"),
-            run_id=meta["wandb_id"],
-            labels=_labels(config, directory, meta),
-        )
-        meta |= {"status": "running", "tracker": wandb_run.place if wandb_run else None}
-        meta.pop("reason", None)  # of a failure before
-        (directory / EVALUATION_FILE).unlink(missing_ok=True)
-        write_json(directory / META_FILE, meta)
+    with (
+        sole_use(directory),
+        file_log(directory / LOG_FILE, earlier) as note,
+        spare_room(directory) as give_room,
+    ):
+        with lines_of(directory):
+            meta, wandb_run = _begin(directory, config)
         observer = RunTracker(
             directory,
             eval_every=config.eval_every,
@@ -175,30 +174,76 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
             stamp=lambda: {"run": meta["run_id"], METRICS_FILE: observer.position()},
         )
         try:
-            yield member
-            if member.failure is None:
-                _finish(directory, config, time.perf_counter() - begun)
-                meta["digests"] |= final_digests(directory)
-                status = "finished"
-            else:
-                meta["reason"] = str(member.failure)
+            with in_one_message(directory, go_on_with):
+                yield member
+                if member.failure is None:
+                    with lines_of(directory):
+                        _finish(run, meta, time.perf_counter() - begun)
+                    status = "finished"
+                else:
+                    meta["reason"] = str(member.failure)
         except (SystemExit, KeyboardInterrupt):
             status = "interrupted"
+            raise
+        except RunError as error:
+            meta["reason"] = str(error)
             raise
         except Exception as error:
             meta["reason"] = f"{type(error).__name__}: {error}"
             raise
         finally:
-            meta |= {"status": status, "seconds": time.perf_counter() - begun}
-            write_json(directory / META_FILE, meta)
-            if status == "finished":
-                report_on(directory, prepared)
+            if status != "finished":
+                meta["digests"] = without_final(meta)
+                meta |= {"status": status, "seconds": time.perf_counter() - begun}
+                give_room()
+                if "reason" in meta:
+                    note(f"{status}: {meta['reason']}")
+                write_end(directory, meta)
             if wandb_run is not None:
-                if status == "finished":
-                    result = read_result(directory / RESULT_FILE)
-                    wandb_run.summarise(summary_of(result, read_metrics(directory)))
-                    wandb_run.upload(directory)
-                wandb_run.finish(exit_code=0 if status == "finished" else 1)
+                with lines_of(directory):
+                    _end_on_wandb(wandb_run, directory, finished=status == "finished")
+
+
+def _begin(directory: Path, config: ExperimentConfig) -> tuple[dict[str, Any], WandbRun | None]:
+    """Write that a run is running; what is recorded of it, and its run on W&B if there is one."""
+    logger.info("run directory: %s", directory)
+    meta = read_meta(directory)
+    meta.setdefault("wandb_id", new_run_id(directory))
+    meta.setdefault("run_id", secrets.token_hex(8))
+    meta["digests"] = without_final(meta)
+    wandb_run = start_wandb(
+        config.wandb_project,
+        name=f"{config.experiment}-seed{config.seed}-{directory.name}",
+        directory=directory,
+        config=config.model_dump(mode="json"),
+        run_id=meta["wandb_id"],
+        labels=_labels(config, directory, meta),
+    )
+    meta |= {"status": "running", "tracker": wandb_run.place if wandb_run else None}
+    meta.pop("reason", None)  # of a failure before
+    (directory / EVALUATION_FILE).unlink(missing_ok=True)
+    write_json(directory / META_FILE, meta)
+    return meta, wandb_run
+
+
+def _finish(run: Ready, meta: dict[str, Any], seconds: float) -> None:
+    """Write the result of a run and its report; `meta` is that of a finished run then."""
+    directory, config = run.directory, run.config
+    history = read_metrics(directory)
+    save_figures(directory / FIGURES, config.steps, {"loss_curves": loss_curves(history)})
+    write_json(directory / RESULT_FILE, result_of(config, history, seconds).as_json())
+    meta["digests"] |= final_digests(directory)
+    meta |= {"status": "finished", "seconds": seconds}
+    write_json(directory / META_FILE, meta)
+    report_on(directory, run.prepared)
+
+
+def _end_on_wandb(wandb_run: WandbRun, directory: Path, *, finished: bool) -> None:
+    if finished:
+        result = read_result(directory / RESULT_FILE)
+        wandb_run.summarise(summary_of(result, read_metrics(directory)))
+        wandb_run.upload(directory)
+    wandb_run.finish(exit_code=0 if finished else 1)
 
 
 def _labels(config: ExperimentConfig, directory: Path, meta: Mapping[str, Any]) -> Labels:
@@ -219,9 +264,3 @@ def _label(run: Ready, runs: Sequence[Ready]) -> str | None:
     if len(runs) == 1:
         return ""
     return f"seed {run.config.seed}, first of {len(runs)}" if run is runs[0] else None
-
-
-def _finish(directory: Path, config: ExperimentConfig, seconds: float) -> None:
-    history = read_metrics(directory)
-    save_figures(directory / FIGURES, config.steps, {"loss_curves": loss_curves(history)})
-    write_json(directory / RESULT_FILE, result_of(config, history, seconds).as_json())

@@ -170,4 +170,4 @@ def _copy_others(target: Path, folder: Path) -> None:
     for path in sorted(target.iterdir()) if target.is_dir() else ():
         kept = path.is_file() and not path.name.endswith((*WEIGHTS, ".index.json"))
         if kept and not (folder / path.name).exists():
-            shutil.copy2(path, folder / path.name)
+            shutil.copyfile(path, folder / path.name)

@@ -4,6 +4,7 @@ import builtins
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import re
 import shlex
@@ -83,7 +84,7 @@ class CodeState(NamedTuple):
     """Which code runs."""
 
     commit: str | None
-    """None outside a git checkout"""
+    """None outside a git checkout that tracks the package"""
     dirty: bool
     """something differs from that commit, or a file of the package is not in it"""
 
@@ -93,6 +94,8 @@ def code_state(root: Path = REPO_DIR) -> CodeState:
     record = root / RECORD_FILE
     if record.is_file():
         return CodeState(**json.loads(record.read_text(encoding="utf-8")))
+    if not _git(root, "ls-files", "--", PACKAGE_DIR.name):  # a checkout of something else
+        return CodeState(None, False)
     others = ("ls-files", "--others", "--exclude-standard", "--", PACKAGE_DIR.name)
     changed = _git(root, "status", "--porcelain", "--untracked-files=no") or _git(root, *others)
     return CodeState(_git(root, "rev-parse", "HEAD"), bool(changed))
@@ -115,10 +118,19 @@ def package_files(package: Path = PACKAGE_DIR) -> list[Path]:
     return sorted(path for path in kept if (package / path).is_file() and path.suffix != ".pyc")
 
 
+def _without_git() -> dict[str, str]:
+    """The environment without what names another repository, as a hook of git does."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+
 def _git(root: Path, *args: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(root), *args],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            env=_without_git(),
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -25,6 +25,7 @@ from spd.engine import checkpoint, distributed
 from spd.engine.compilation import require_compiler
 from spd.engine.fingerprint import objective_fingerprint
 from spd.engine.prepare import Prepared, check_side_by_side, prepare
+from spd.engine.size import check_step
 from spd.noise import own_generators
 from spd.problem import Problem
 from spd.reports.origin import SIDE_BY_SIDE
@@ -44,6 +45,7 @@ from spd.run_files import (
 )
 from spd.runs.console import (
     kept_log,
+    lines_of,
     resolve_device,
 )
 from spd.runs.execution import (
@@ -156,13 +158,15 @@ def run_seeds(
     for directory in own:
         if directory not in begun:
             refuse_other_files(directory)
+    runs = []
     with kept_log() as earlier:
-        runs = [
-            _reopened(type(config), build, directory, given, earlier)
-            if directory in begun
-            else _prepared(given, build, folder, directory, earlier)
-            for directory, given in own.items()
-        ]
+        for directory, given in own.items():
+            with lines_of(directory):
+                runs.append(
+                    _reopened(type(config), build, directory, given, earlier)
+                    if directory in begun
+                    else _prepared(given, build, folder, directory, earlier)
+                )
     check_side_by_side([run.prepared for run in runs])
     for run in runs:
         if run.directory not in begun:
@@ -286,6 +290,7 @@ def _prepared(
     with own_generators("build", config.seed):
         problem = build(_with_target_beside(config, folder), device)
         prepared = prepare(problem, config)
+        check_step(prepared, getattr(config, "batch_size", 1))
     return Ready(directory, config, prepared, earlier)
 
 

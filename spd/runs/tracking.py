@@ -6,10 +6,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from spd.config import RunError
 from spd.run_files import FIGURES, METRICS_FILE, TIMINGS_FILE, cut_lines, read_metrics
 from spd.runs.wandb_run import WandbRun
 
@@ -88,6 +90,7 @@ class RunTracker:
                 self.wandb_run.log_images(step, paths)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
+        self._check_place()
         line = (json.dumps({"step": step, **values}) + "\n").encode()
         self.metrics.write(line)
         self.metrics.flush()
@@ -97,8 +100,22 @@ class RunTracker:
 
     def position(self) -> dict[str, int | str]:
         """How far metrics.jsonl has come, which is on the disk then, and the digest of it so far."""
+        self._check_place()
         os.fsync(self.metrics.fileno())
         return {"bytes": self.metrics.tell(), "sha256": self.digest.hexdigest()}
+
+    def _check_place(self) -> None:
+        """`RunError` if what is written here no longer lies in the run directory."""
+        path = self.directory / METRICS_FILE
+        try:
+            there = os.path.samestat(os.fstat(self.metrics.fileno()), path.stat())
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise RunError(
+                f"{path}: was deleted, moved or replaced while the run was writing it; the run stops here,"
+                " and writes nothing more"
+            )
 
     def _drawing(self, step: int) -> bool:
         """Whether figures are due: at the end and at the first evaluation after every `figures_every`."""
@@ -110,8 +127,9 @@ class RunTracker:
     def ended(self) -> None:
         if self.steps:
             self.bar.close()
-            self.metrics.close()
-            self.timings.close()
+            for file in (self.metrics, self.timings):
+                with suppress(OSError):  # of what could not be written, which has been said
+                    file.close()
 
     def _progress(self, step: int, values: Mapping[str, float]) -> None:
         now = time.perf_counter()

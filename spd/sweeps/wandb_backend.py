@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spd.config import Exit, RunError, UserError, dump_yaml, parse_yaml, report_error
+from spd.config import Exit, RunError, UserError, report_error
+from spd.config.yaml_file import dump_yaml, parse_yaml
 from spd.launch.job import exit_status, supervise
 from spd.launch.study import STUDY_FILE, Study, python
 from spd.run_files import read_json

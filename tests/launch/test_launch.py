@@ -95,6 +95,29 @@ def test_changes_that_are_not_committed_are_noted(tmp_path: Path):
     assert code_state(tmp_path).dirty
 
 
+@pytest.mark.needs("git")
+def test_the_commit_is_that_of_the_package_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not that of a repository around it, nor of one that the environment names."""
+
+    def git(*args: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *identity, *args], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / ".gitignore").write_text("site-packages\n")
+    git("add", ".")
+    git("commit", "-m", "of something else")
+    installed = tmp_path / "site-packages"
+    (installed / "spd").mkdir(parents=True)
+    (installed / "spd/__init__.py").write_text("")
+    assert code_state(installed) == (None, False)
+    own = code_state()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert code_state() == own and own.commit is not None
+
+
 def test_a_job_runs_the_copy_wherever_it_is_started(study: launch.Study, monkeypatch):
     monkeypatch.chdir(REPO_DIR)
     job = add_job(study, "where", "import spd; print(spd.__file__)")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from spd.launch.job import Job, Status
+from spd.config import UserError
+from spd.launch.job import STATUS_FILE, Job, Status, read_status
 from spd.launch.watch import (
     Display,
     Progress,
@@ -41,6 +42,26 @@ def test_progress_is_read_from_what_the_run_writes(tmp_path: Path):
     found = progress_of(job)
     assert (found.step, found.steps) == (201, 1000)
     assert found.loss == pytest.approx(0.5 / 3) and found.seconds_left == pytest.approx(799 / 8)
+
+
+@pytest.mark.parametrize("line", ["3", "[1]", '{"loss/total": 1}', '{"step": "x"}', "[" * 50_000])
+def test_lines_that_are_damaged_are_passed_over(tmp_path: Path, line: str):
+    job = make_job(tmp_path)
+    make_run(job)
+    whole = progress_of(job)
+    assert job.run_dir is not None
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        path = job.run_dir / name
+        text = path.read_text(encoding="utf-8").rpartition("\n")[0]
+        path.write_text(f"{text}\n{line}\n", encoding="utf-8")
+    assert progress_of(job) == whole
+
+
+def test_a_status_that_is_none_is_one_message(tmp_path: Path):
+    job = make_job(tmp_path)
+    (job.directory / STATUS_FILE).write_text('{"state": "finished", "odd": 1}', encoding="utf-8")
+    with pytest.raises(UserError, match="not the status of a job"):
+        read_status(job.directory)
 
 
 def test_an_agent_shows_the_run_that_it_is_at(tmp_path: Path):

@@ -100,17 +100,17 @@ def test_another_failure_is_kept_as_well(tmp_path: Path, monkeypatch: pytest.Mon
     from spd.runs import execution
     from tests.run_fixtures import make_tms_target
 
-    def no_space(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def fails(*_: object) -> None:
+        raise KeyError("a mistake of the code")
 
-    monkeypatch.setattr(execution, "_finish", no_space)
+    monkeypatch.setattr(execution, "_finish", fails)
     target = make_tms_target(tmp_path / "target")
     config = load_config(TMSConfig, TMS_CONFIG, [*QUICK, f"target={target}", "steps=2"])
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(KeyError, match="a mistake of the code"):
         start(config, build, directory=tmp_path / "run")
     meta = json.loads((tmp_path / "run/meta.json").read_text())
     assert meta["status"] == "failed"
-    assert meta["reason"] == "OSError: [Errno 28] No space left on device"
+    assert meta["reason"] == "KeyError: 'a mistake of the code'"
 
 
 def test_a_run_that_was_cut_short_says_so_beside_its_verdict(tmp_path: Path):

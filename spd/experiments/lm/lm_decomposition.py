@@ -4,7 +4,6 @@ python spd/experiments/lm/lm_decomposition.py spd/experiments/lm/pydoc_mlp_confi
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -42,7 +41,7 @@ from spd.experiments.lm.problem import LMProblem, weights_without
 from spd.experiments.lm.train_lm import LMTrainConfig, is_trained_here
 from spd.experiments.targets import CONFIG_FILE
 from spd.metrics import GeneralMetric
-from spd.problem import ReconKind
+from spd.problem import ReconKind, copy_folder
 from spd.runs.cli import cli
 from spd.runs.execution import ExperimentConfig
 
@@ -191,7 +190,7 @@ def _write(
 ) -> None:
     source = loaded.origin.directory
     if source is not None and is_trained_here(source):
-        shutil.copytree(source, directory, copy_function=shutil.copyfile)
+        copy_folder(source, directory)
     else:
         save_copy(
             loaded.model,

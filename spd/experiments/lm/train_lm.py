@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spd.config import BaseConfig, UserError, read_yaml
+from spd.config.limits import MAX_WIDTH, Layers, Seed, Steps, Width
 from spd.experiments.lm.data.text import TextConfig, load_text
 from spd.experiments.lm.data.tokens import (
     PackedBatches,
@@ -50,11 +51,11 @@ SEQUENCES_AT_ONCE = 64
 class LlamaSize(BaseConfig):
     """The size of a Llama; its feed-forward layers are gated."""
 
-    n_layers: int = Field(ge=1)
-    n_heads: int = Field(ge=1)
-    n_kv_heads: int = Field(ge=1)
-    d_model: int = Field(ge=2)
-    d_mlp: int = Field(ge=1)
+    n_layers: Layers
+    n_heads: Width
+    n_kv_heads: Width
+    d_model: int = Field(ge=2, le=MAX_WIDTH)
+    d_mlp: Width
     tied_embeddings: bool = False
 
     @model_validator(mode="after")
@@ -72,16 +73,16 @@ class LMTrainConfig(BaseConfig):
 
     kind: Literal["lm"] = "lm"
     data: TextConfig
-    vocab_size: int = Field(ge=257)
+    vocab_size: int = Field(ge=257, le=MAX_WIDTH)
     """of the byte-level BPE tokenizer that is trained on the training documents"""
     model: LlamaSize
-    seed: int = Field(default=0, ge=0)
-    steps: int = Field(ge=1)
+    seed: Seed = 0
+    steps: Steps
     batch_size: int = Field(ge=1)
     lr: float = Field(gt=0.0, allow_inf_nan=False)
     lr_schedule: ScheduleConfig = ScheduleConfig()
-    weight_decay: float = Field(default=0.1, ge=0.0)
-    clip_grad_norm: float = Field(default=1.0, gt=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0, allow_inf_nan=False)
+    clip_grad_norm: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _text(self) -> Self:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from spd.config import BaseConfig
+from spd.config.limits import Layers, Seed, Width
 from spd.noise import derive_seed
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
@@ -21,10 +22,10 @@ Labels = Callable[[Float[Tensor, "... n_features"]], Float[Tensor, "... n_featur
 class ResidMLPModelConfig(BaseConfig):
     """Sizes, activation function and embedding of a `ResidMLP`."""
 
-    n_features: int = Field(ge=1)
-    d_embed: int = Field(ge=1)
-    d_mlp: int = Field(ge=1, description="neurons per layer")
-    n_layers: int = Field(ge=1)
+    n_features: Width
+    d_embed: Width
+    d_mlp: Width = Field(description="neurons per layer")
+    n_layers: Layers
     act_fn: Literal["relu", "gelu"] = "relu"
     in_bias: bool = False
     out_bias: bool = False
@@ -47,8 +48,8 @@ class LabelConfig(BaseConfig):
     """What the outputs should be: `x + act(c ⊙ x)`, or `|c ⊙ x|`."""
 
     type: Literal["act_plus_resid", "abs"] = "act_plus_resid"
-    coeff_seed: int | None = Field(
-        default=None, ge=0, description="c ~ U[1, 2] from this seed of its own; null: all ones"
+    coeff_seed: Seed | None = Field(
+        default=None, description="c ~ U[1, 2] from this seed of its own; null: all ones"
     )
 
 

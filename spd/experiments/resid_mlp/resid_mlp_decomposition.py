@@ -58,6 +58,8 @@ def build(config: ResidMLPConfig, device: torch.device) -> ResidMLPProblem:
     """Target, data, labels and the known solution: each feature read alone, all neurons written."""
 
     def inputs(training: ResidMLPTrainConfig) -> SparseFeatureConfig:
+        sizes = {"batch_size": config.batch_size, "eval_batch_size": config.eval_batch_size}
+        config.data.check_batches(training.model.n_features, device, **sizes)
         return config.data.like(training.data, training.model.n_features)
 
     directory = resolve_target(

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.func import functional_call, vmap
 
+from spd.config.limits import Members
 from spd.experiments.resid_mlp.model import (
     ACTIVATIONS,
     LabelConfig,
@@ -34,6 +35,7 @@ from spd.experiments.target_training import (
     TargetError,
     TargetTrainConfig,
     Weights,
+    check_size,
     eval_losses,
     stack_seeds,
     train_side_by_side,
@@ -68,7 +70,7 @@ class ResidMLPTrainConfig(TargetTrainConfig):
     feature_importance: float = Field(
         default=1.0, gt=0.0, le=1.0, description="feature i's squared error counts this to the i-th"
     )
-    n_seeds: int = Field(default=1, ge=1, description="trained side by side, the best is kept")
+    n_seeds: Members = Field(default=1, description="trained side by side, the best is kept")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -284,7 +286,13 @@ def _batches(config: ResidMLPTrainConfig, stream: str, device: torch.device) -> 
     )
 
 
-RESID_MLP_TARGET = TargetKind(name="resid_mlp", config_class=ResidMLPTrainConfig, train=train)
+def _check(config: ResidMLPTrainConfig, device: torch.device) -> None:
+    check_size(config, empty_model(config.model), config.model.n_features, device)
+
+
+RESID_MLP_TARGET = TargetKind(
+    name="resid_mlp", config_class=ResidMLPTrainConfig, train=train, check=_check
+)
 
 
 if __name__ == "__main__":

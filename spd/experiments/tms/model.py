@@ -9,14 +9,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from spd.config import BaseConfig
+from spd.config.limits import MAX_LAYERS, Width
 
 
 class TMSModelConfig(BaseConfig):
     """Sizes and initialisation of a `TMSModel`."""
 
-    n_features: int = Field(ge=1)
-    n_hidden: int = Field(ge=1)
-    n_hidden_layers: int = Field(default=0, ge=0)
+    n_features: Width
+    n_hidden: Width
+    n_hidden_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
     hidden_init: Literal["identity", "random"] = Field(
         default="identity",
         description="hidden layers are never trained: the identity, or fixed draws from N(0, 1)",

@@ -58,10 +58,10 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
         TMS_TARGET,
         device=device,
         folders=(Path(__file__).parent,),
-        check=lambda training: _check_fit(config, training),
+        check=lambda training: _check_fit(config, training, device),
     )
     target, training = load_tms_target(directory, device)
-    data, tied_sites = _check_fit(config, training)
+    data, tied_sites = _check_fit(config, training, device)
     n_features, n_hidden = training.model.n_features, training.model.n_hidden
 
     def batches(stream: str, batch_size: int) -> SparseFeatures:
@@ -94,7 +94,7 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
 
 
 def _check_fit(
-    config: TMSConfig, training: TMSTrainConfig
+    config: TMSConfig, training: TMSTrainConfig, device: torch.device
 ) -> tuple[SparseFeatureConfig, tuple[tuple[str, str], ...]]:
     """Inputs and tied sites as they are given or inherited from the target, before that is trained.
 
@@ -102,6 +102,8 @@ def _check_fit(
     """
     sites = resolve_sites(empty_model(training.model), config.sites)
     data = config.data.like(training.data, training.model.n_features)
+    sizes = {"batch_size": config.batch_size, "eval_batch_size": config.eval_batch_size}
+    config.data.check_batches(training.model.n_features, device, **sizes)
     if config.tied_sites is None:
         tied = training.model.tied_weights and all(path in sites for path in TIED)
         if tied and sites[TIED[0]] != sites[TIED[1]]:

@@ -19,6 +19,7 @@ from spd.experiments.target_training import (
     LossFn,
     TargetTrainConfig,
     Weights,
+    check_size,
     eval_losses,
     refuse_lost_features,
     stack_seeds,
@@ -137,7 +138,11 @@ def _batches(config: TMSTrainConfig, stream: str, device: torch.device) -> Spars
     )
 
 
-TMS_TARGET = TargetKind(name="tms", config_class=TMSTrainConfig, train=train)
+def _check(config: TMSTrainConfig, device: torch.device) -> None:
+    check_size(config, empty_model(config.model), config.model.n_features, device)
+
+
+TMS_TARGET = TargetKind(name="tms", config_class=TMSTrainConfig, train=train, check=_check)
 
 
 if __name__ == "__main__":

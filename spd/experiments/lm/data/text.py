@@ -20,6 +20,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pydantic import Field, model_validator
 
 from spd.config import BaseConfig, UserError
+from spd.config.limits import MAX_WIDTH, Seed, Width
 from spd.experiments.lm.hub import hub_commit, unreachable
 from spd.noise import derive_seed
 
@@ -48,7 +49,7 @@ class TextConfig(BaseConfig):
     eval_split: str | None = None
     eval_frac: float | None = Field(default=None, gt=0.0, lt=1.0)
     """without an `eval_split`: so much of the documents of `split` is held out"""
-    eval_seed: int = Field(default=0, ge=0)
+    eval_seed: Seed = 0
     """which documents are held out, and in what order held-out text is read"""
     column: str = "text"
     tokenized: bool = False
@@ -63,10 +64,10 @@ class TextConfig(BaseConfig):
     target reads them all the same"""
     end_token: str | None = None
     """the token that ends a document; None: the tokenizer's own (eos, or an encoder's sep); "": none"""
-    context_length: int = Field(ge=2)
+    context_length: int = Field(ge=2, le=MAX_WIDTH)
     streaming: bool = False
     """read while training, without a copy on disk"""
-    shuffle_buffer: int = Field(default=1000, ge=1)
+    shuffle_buffer: Width = 1000
     """of how many sequences a stream mixes its batches"""
 
     @model_validator(mode="after")

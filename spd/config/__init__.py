@@ -3,7 +3,7 @@
 Everything a user can get wrong in a configuration ends here as one `UserError` that names the
 value, its place and what is allowed. Numbers and truth values are those of YAML 1.2: `1e-3` is a
 number; `yes`, `on`, `010`, `1:30` and `2026-01-31` are words, which YAML 1.1 takes as true, true,
-8, 90 and a date.
+8, 90 and a date (`spd.config.yaml_file`).
 """
 
 import difflib
@@ -17,7 +17,6 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -27,6 +26,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from spd.config.yaml_file import MAX_BYTES, MAX_DEPTH, dump_yaml, parse_yaml
 
 Config = TypeVar("Config", bound="BaseConfig")
 
@@ -65,26 +66,23 @@ class RunError(RuntimeError):
 
 def report_error(error: UserError | RunError) -> Exit:
     """Print the message of an error on stderr; the exit status that belongs to it."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     return error.status
 
 
-MAX_DEPTH = 50
-MAX_NODES = 200_000
-"""aliases counted as often as what they stand for"""
+def printable(text: str) -> str:
+    """The same, with what no terminal shows (and would obey) written as Python writes it in a string."""
+    kept = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return "".join(kept)
 
-_FLOAT = r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)"
-_WORDS = {
-    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    "tag:yaml.org,2002:float": (
-        rf"{_FLOAT}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "tag:yaml.org,2002:merge": (r"<<", "<"),
-}
-"""tag → its words, and what they begin with"""
+
+def shown(value: object) -> str:
+    """The `repr` of a value, for a message: one that is long is cut."""
+    return _cut(repr(value), 200)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 NAMED_SPECS = ("losses", "metrics", "figures")
@@ -94,6 +92,8 @@ SITES = "sites"
 OVERRIDE = re.compile(r"""((?:"[^"]*"|'[^']*'|[^="'])*)=(.*)""", re.DOTALL)
 """key and value; a part of the key may stand in quotes"""
 NO_NUMBER = "no_number"
+MAX_LISTED = 20
+"""problems in one message"""
 QUOTED = re.compile(r"""(["'])(.*?)\1(?:\.(.+))?""", re.DOTALL)
 
 
@@ -114,7 +114,7 @@ class BaseConfig(BaseModel):
             for place, found in _no_numbers(field.annotation, value) if field else ():
                 where = ".".join([str(name), *place])
                 raise PydanticCustomError(
-                    NO_NUMBER, "a number is needed", {"where": where, "found": repr(found)}
+                    NO_NUMBER, "a number is needed", {"where": where, "found": shown(found)}
                 )
         return raw
 
@@ -139,31 +139,16 @@ BY_TYPE = Field(discriminator="type")
 """Marks the union of the specs."""
 
 
-def parse_yaml(text: str) -> Any:
-    """What `text` says; a `ValueError` of one line tells what is wrong with it, and where."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        problem = " ".join((error.problem or error.context or "").split())
-        mark = error.problem_mark or error.context_mark
-        raise ValueError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
-
-
-def dump_yaml(value: Any) -> str:
-    """Plain values as YAML that `parse_yaml` reads back equal."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, or a `UserError` that says what is wrong with the file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # no more of it than is read, as of a device that has no end
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a YAML configuration is expected") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
     try:
         raw = parse_yaml(text)
     except ValueError as error:
@@ -186,12 +171,16 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
         found = OVERRIDE.fullmatch(override)
         path, text = (found[1].strip(), found[2]) if found else ("", "")
         if not path:
-            raise UserError(f"override {override!r}: expected key=value, for example steps=1000")
+            raise UserError(
+                f"override {shown(override)}: expected key=value, for example steps=1000"
+            )
+        if path.count(".") >= MAX_DEPTH:
+            raise UserError(f"override {shown(override)}: a key of more than {MAX_DEPTH} parts")
         try:
             value = parse_yaml(text)
         except ValueError as error:
             raise UserError(
-                f"override {override!r}: the value is not valid YAML: {error}"
+                f"override {shown(override)}: the value is not valid YAML: {error}"
             ) from None
         group, _, name = path.partition(".")
         if value is None and text.strip() and name and group in NAMED_SPECS:
@@ -214,14 +203,17 @@ def parse(cls: type[Config], raw: Mapping[str, Any], source: str) -> Config:
     try:
         return cls.model_validate(raw)
     except ValidationError as error:
-        lines = [_describe(cls, details) for details in error.errors()]
+        found = error.errors()
+        lines = [_describe(cls, details) for details in found[:MAX_LISTED]]
+        if len(found) > MAX_LISTED:
+            lines.append(f"and {len(found) - MAX_LISTED} more")
         raise UserError(f"{source}: " + "\n  ".join(lines)) from None
 
 
 def load_config(cls: type[Config], path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read, override and validate one configuration file."""
     overrides = list(overrides)
-    source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    source = f"{path} with {_cut(' '.join(overrides), 400)}" if overrides else str(path)
     return parse(cls, apply_overrides(read_yaml(path), _in_full(cls, overrides)), source)
 
 
@@ -242,7 +234,7 @@ def value_differences(first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?` with the nearest known name, or nothing."""
-    matches = difflib.get_close_matches(str(name), list(known), n=1)
+    matches = difflib.get_close_matches(str(name)[:100], list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -257,61 +249,6 @@ def _in_full(cls: type[BaseConfig], overrides: Iterable[str]) -> Iterator[str]:
     for override in overrides:
         key, separator, value = override.partition("=")
         yield f"{full_key(cls, key.strip())}{separator}{value}"
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own name for a table of the class
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.depth, self.n_nodes = 0, 0
-        self.sizes: dict[str, int] = {}
-        self.open: list[str] = []
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor in self.open:
-                self._refuse(f"*{event.anchor} stands inside of what it stands for", event)
-            self.n_nodes += self.sizes.get(event.anchor, 0)
-        before = self.n_nodes
-        self.n_nodes, self.depth = self.n_nodes + 1, self.depth + 1
-        if self.depth > MAX_DEPTH:
-            self._refuse(f"nested more than {MAX_DEPTH} deep", event)
-        if self.n_nodes > MAX_NODES:
-            self._refuse(f"more than {MAX_NODES} values, aliases followed", event)
-        self.open.append(event.anchor)
-        node = super().compose_node(parent, index)
-        self.open.pop()
-        self.depth -= 1
-        if event.anchor is not None and not isinstance(event, yaml.AliasEvent):
-            self.sizes[event.anchor] = self.n_nodes - before
-        return node
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[Any, int] = {}
-        for key, _ in node.value:
-            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
-            if name in lines:
-                self._refuse(
-                    f"the key {key.value!r} stands twice (first in line {lines[name]})", key
-                )
-            lines[name] = line
-        return node
-
-    def _refuse(self, problem: str, place: Any) -> None:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts into quotes what either YAML would take for something else than a word."""
-
-
-for _tag, (_pattern, _first) in _WORDS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list(_first))
-_tag = "tag:yaml.org,2002:float"
-_Dumper.add_implicit_resolver(_tag, re.compile(rf"(?:{_FLOAT})\Z"), list("-+.0123456789"))
 
 
 def _differences(place: str, first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -339,7 +276,7 @@ def _take_out(raw: dict[str, Any], group: str, name: str, override: str) -> None
         known = list(entries) if isinstance(entries, dict) else []
         there = f"there: {', '.join(map(str, known))}" if known else "there is none"
         raise UserError(
-            f"override {override!r}: {group} has no {name!r}{nearest(name, known)} ({there})"
+            f"override {shown(override)}: {group} has no {name!r}{nearest(name, known)} ({there})"
         )
     del entries[name]
 
@@ -367,7 +304,9 @@ def _set(node: dict[str, Any], path: str, value: Any, override: str, group: str 
     if child is None:
         child = node[head] = {}
     if not isinstance(child, dict):
-        raise UserError(f"override {override!r}: {head!r} is {child!r}, it has no keys below it")
+        raise UserError(
+            f"override {shown(override)}: {head!r} is {shown(child)}, it has no keys below it"
+        )
     _set(child, rest, value, override, head)
 
 
@@ -397,7 +336,7 @@ def _no_numbers(annotation: Any, value: Any) -> Iterator[tuple[list[str], Any]]:
 
 def _describe(cls: type[BaseConfig], details: Any) -> str:
     """One validation problem in words: place, value, what is allowed."""
-    loc = [str(part) for part in details["loc"]]
+    loc = [_cut(str(part), 100) for part in details["loc"]]
     named_once = [part for i, part in enumerate(loc) if i == 0 or part != loc[i - 1]]
     place = ".".join(named_once) or "the configuration"
     match details["type"]:
@@ -412,20 +351,20 @@ def _describe(cls: type[BaseConfig], details: Any) -> str:
             return f"{place}: a value is required"
         case "union_tag_invalid":
             known = details["ctx"]["expected_tags"]
-            tag = details["ctx"]["tag"]
+            tag = _cut(str(details["ctx"]["tag"]), 100)
             hint = nearest(tag, [name.strip().strip("'") for name in known.split(",")])
             return f"{place}: unknown name {tag!r}{hint} (allowed: {known})"
         case "value_error":
-            return f"{place}: {details['ctx']['error']}"
+            return f"{place}: {_cut(str(details['ctx']['error']), 1000)}"
         case problem if problem == NO_NUMBER:
             where, found = details["ctx"]["where"], details["ctx"]["found"]
             place = ".".join([*named_once, where])
             return f"{place}: {details['msg']}, got {found}"
         case "string_type" if isinstance(details["input"], bool | int | float):
-            return f"{place}: text is needed, got {details['input']!r}; put it in quotes"
+            return f"{place}: text is needed, got {shown(details['input'])}; put it in quotes"
         case _:
             message = details["msg"][0].lower() + details["msg"][1:]
-            return f"{place}: {message}, got {details['input']!r}"
+            return f"{place}: {message}, got {shown(details['input'])}"
 
 
 def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
