@@ -1,0 +1,390 @@
+"""Kills runs at random moments, resumes them as they say, and compares them with undisturbed ones.
+
+    python scripts/soak.py --kills 50              # some 15 minutes on two cores
+    python scripts/soak.py --kills 50 --seed 7 --kinds plain,compiled
+
+Small runs of five kinds are struck by SIGKILL, SIGTERM and SIGINT, also while they write a checkpoint, train
+their target, evaluate or write their report (`scripts/soak_hook`), one to four times each. After every blow
+the run goes on with the command that it printed, or with the same command where it had no directory yet.
+What it has left in the end must be, byte for byte, what the undisturbed run left. Exit status 1 if a run was
+lost or is unequal; its folder is then kept.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spd.config import UserError, report_error
+from spd.run_files import is_run
+from spd.settings import PACKAGE_DIR, REPO_DIR, patient_threads
+
+HOOK = Path(__file__).parent / "soak_hook"
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+STOPPED = {
+    signal.SIGKILL: (-signal.SIGKILL,),
+    signal.SIGTERM: (128 + signal.SIGTERM, -signal.SIGTERM),
+    signal.SIGINT: (128 + signal.SIGINT, -signal.SIGINT),
+}
+"""exit statuses of a run that a signal has ended; torchrun has its own"""
+MOST_BLOWS = 4
+"""to one run"""
+PATIENCE = 600.0
+"""seconds after which a run counts as hanging"""
+FAIR = 0.4
+"""of the blows come anywhere in the life of a process; the others are dealt to the phases alike"""
+
+TMS_TARGET = """
+kind: tms
+model: {n_features: 5, n_hidden: 5}
+n_seeds: 4
+steps: 300
+batch_size: 64
+lr: 2e-2
+"""
+LM_TARGET = """
+kind: lm
+data: {source: text.txt, separator: "\\n\\n", eval_frac: 0.2, context_length: 16}
+vocab_size: 300
+model: {n_layers: 1, n_heads: 2, n_kv_heads: 1, d_model: 16, d_mlp: 32}
+steps: 40
+batch_size: 8
+lr: 3e-3
+"""
+OFTEN = ("steps=300", "log_every=10", "eval_every=60", "save_every=40", "n_eval_batches=2")
+TMS = (
+    *("tms_5-2", "target=tms_target.yaml", *OFTEN, "batch_size=32", "eval_batch_size=32"),
+    *("sites={linear1: 6, linear2: 6}", "data.feature_probability=0.5", "data.unlike_target=true"),
+    *("tied_sites=[]", "metrics={pattern_errors: {}}", "figures={probe_importances: {}}"),
+)
+LM = (
+    *(
+        "pydoc_mlp",
+        "target=lm_target.yaml",
+        *OFTEN,
+        "steps=120",
+        "sites={model.layers.*.mlp.up_proj: 8}",
+    ),
+    *("batch_size=4", "eval_batch_size=4", "n_eval_batches=1"),
+    *("metrics={cross_entropy: {}}", "figures={mean_activity: {}}"),
+)
+
+
+class Kind(NamedTuple):
+    """A way to run an experiment."""
+
+    name: str
+    arguments: tuple[str, ...]
+    """the experiment, and its overrides"""
+    processes: int = 1
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def ranks(self) -> tuple[str, ...]:
+        """The processes that can be struck."""
+        return ("alone",) if self.processes == 1 else ("0", "1", "launcher")
+
+    def begin(self) -> list[str]:
+        """`spd-run` with the experiment, or torchrun with its script."""
+        if self.processes == 1:
+            return [sys.executable, "-m", "spd.registry", *self.arguments]
+        script, config = self._files()
+        return [*self._torchrun(), str(script), str(config), *self.arguments[1:]]
+
+    def resume(self, run: Path) -> list[str]:
+        if self.processes == 1:
+            return [sys.executable, "-m", "spd.registry", "--resume", str(run)]
+        return [*self._torchrun(), str(self._files()[0]), "--resume", str(run)]
+
+    def _torchrun(self) -> list[str]:
+        count = f"--nproc_per_node={self.processes}"
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", count]
+
+    def _files(self) -> tuple[Path, Path]:
+        folder = PACKAGE_DIR / "experiments" / "tms"
+        return folder / "tms_decomposition.py", folder / f"{self.arguments[0]}_config.yaml"
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("plain", (*TMS, "compile=false")),
+        Kind("compiled", (*TMS, "compile=true")),
+        Kind("side by side", (*TMS, "compile=false", "seeds=[0, 1]"), seeds=(0, 1)),
+        Kind("two processes", (*TMS, "compile=false"), processes=2),
+        Kind("language model", LM),
+    )
+}
+
+
+class Lost(Exception):
+    """A run that did not go on as it should."""
+
+
+class Blow(NamedTuple):
+    """A signal at some moment of a process."""
+
+    signum: signal.Signals
+    phase: str
+    call: int
+    event: int | None
+    """before which file event of that call it comes; None: after some seconds of it"""
+    seconds: float
+    rank: str
+
+
+class Done(NamedTuple):
+    """A process that has ended."""
+
+    status: int
+    text: str
+    hit: str | None
+    """the phase in which it was struck; None: the blow's moment never came"""
+
+
+class Tally:
+    """What has happened so far."""
+
+    def __init__(self) -> None:
+        self.hits: list[tuple[str, signal.Signals, str]] = []
+        self.n_runs, self.n_resumed, self.n_anew = 0, 0, 0
+        self.lost: list[str] = []
+        self.unequal: list[str] = []
+        self.statuses: Counter[str] = Counter()
+
+    def lines(self) -> Iterator[str]:
+        names = [signum.name for signum in SIGNALS]
+        for title, index in (("kind of run", 0), ("hit in", 2)):
+            yield f"{title:20}" + "".join(f"{name:>9}" for name in (*names, "all"))
+            for key in dict.fromkeys(sorted(str(hit[index]) for hit in self.hits)):
+                of = Counter(hit[1].name for hit in self.hits if hit[index] == key)
+                cells = [*(of[name] for name in names), of.total()]
+                yield f"  {key:18}" + "".join(f"{cell:9}" for cell in cells)
+        ends = ", ".join(f"{words}: {n}" for words, n in sorted(self.statuses.items()))
+        yield f"ended with  {ends}"
+        yield (
+            f"{len(self.hits)} kills of {self.n_runs} runs, {self.n_resumed} resumed, {self.n_anew} begun"
+            f" anew: {len(self.lost)} lost, {len(self.unequal)} unequal"
+        )
+        yield from (f"LOST {line}" for line in self.lost)
+        yield from (f"UNEQUAL {line}" for line in self.unequal)
+
+
+def run_process(command: Sequence[str], folder: Path, order: dict[str, Any]) -> Done:
+    """A command under an output root of its own, watched or struck as `order` says."""
+    mark = folder / "mark"
+    mark.unlink(missing_ok=True)
+    out = str(folder / "out")
+    order = {"root": out, **order}
+    if order.get("blow"):
+        order["blow"]["mark"] = str(mark)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("SPD_")},
+        **{"SPD_OUT_DIR": out, "SPD_SOAK": json.dumps(order), "WANDB_MODE": "disabled"},
+        **{"PYTHONPATH": os.pathsep.join((str(HOOK), str(REPO_DIR))), "OMP_NUM_THREADS": "1"},
+        **{"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "compiled"), "HF_HUB_OFFLINE": "1"},
+        **{"HF_HOME": str(folder.parent / "hf"), "CUDA_VISIBLE_DEVICES": "", **patient_threads()},
+    }
+    log = folder / "log.txt"
+    with log.open("ab") as file:
+        begin = file.tell()
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            status = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise Lost(f"hangs: {' '.join(command)}; see {log}") from None
+    text = log.read_bytes()[begin:].decode("utf-8", errors="replace")
+    return Done(status, text, mark.read_text() if mark.exists() else None)
+
+
+def new_folder(root: Path, name: str) -> Path:
+    folder = root / name.replace(" ", "-")
+    folder.mkdir()
+    (folder / "tms_target.yaml").write_text(TMS_TARGET, encoding="utf-8")
+    (folder / "lm_target.yaml").write_text(LM_TARGET, encoding="utf-8")
+    pages = (REPO_DIR / "docs" / name for name in ("running.md", "reliability.md"))
+    text = "\n\n".join(page.read_text(encoding="utf-8") for page in pages)
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def runs_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("out/*/*") if is_run(path))
+
+
+class Undisturbed(NamedTuple):
+    """The run that the others of its kind are compared with."""
+
+    folder: Path
+    profiles: dict[str, dict[str, list[dict[str, float]]]]
+    """of each process: its calls by phase, with their seconds and file events"""
+
+
+def undisturbed(kind: Kind, root: Path) -> Undisturbed:
+    folder = new_folder(root, f"undisturbed {kind.name}")
+    path = folder / "profile.json"
+    first = kind.ranks[0]
+    done = run_process(kind.begin(), folder, {"rank": first, "observe": str(path)})
+    if done.status:
+        raise Lost(f"{kind.name}: does not run at all: {done.text[-2000:]}")
+    if (kind.name == "compiled") != ("compiled the training step" in done.text):
+        raise Lost(f"{kind.name}: compiled where it should not be, or the other way round")
+    profile = json.loads(path.read_text())
+    whole = {"anywhere": profile["anywhere"]}
+    return Undisturbed(folder, {rank: profile if rank == first else whole for rank in kind.ranks})
+
+
+def drawn(kind: Kind, before: Undisturbed, rng: random.Random) -> Blow:
+    rank = kind.ranks[0] if rng.random() < 0.7 else rng.choice(kind.ranks)
+    profile = before.profiles[rank]
+    phase = "anywhere" if rng.random() < FAIR else rng.choice(sorted(profile))
+    call = int(len(profile[phase]) * rng.random() ** 2)  # a process that goes on has fewer
+    found = profile[phase][call]
+    at_event = found["events"] > 0 and rng.random() < 0.6
+    event = rng.randrange(int(found["events"])) if at_event else None
+    signum = rng.choice(SIGNALS)
+    if rank == "launcher" and signum == signal.SIGKILL:
+        signum = signal.SIGTERM  # what a killed torchrun leaves behind is beyond a run's reach
+    return Blow(signum, phase, call, event, found["seconds"] * rng.random(), rank)
+
+
+def struck(kind: Kind, before: Undisturbed, folder: Path, blows: list[Blow], tally: Tally) -> None:
+    """A run that is struck by one blow after another, and resumed until it ends."""
+    command = kind.begin()
+    while True:
+        blow = blows.pop(0) if blows else None
+        order: dict[str, Any] = {"rank": blow.rank if blow else "none"}
+        done = run_process(command, folder, order | ({"blow": blow._asdict()} if blow else {}))
+        if blow and done.hit:
+            tally.hits.append((kind.name, blow.signum, done.hit))
+            clean = kind.processes > 1 or done.status in (0, *STOPPED[blow.signum])
+            tally.statuses[f"{blow.signum.name} {done.status}"] += 1
+            if not clean:
+                raise Lost(f"{kind.name}: {blow}: ended with {done.status}: {done.text[-1500:]}")
+        elif done.status:
+            raise Lost(
+                f"{kind.name}: {' '.join(command[-4:])} gave {done.status}: {done.text[-1500:]}"
+            )
+        if done.status == 0:
+            return
+        command = next_command(kind, folder, done, tally)
+
+
+def next_command(kind: Kind, folder: Path, done: Done, tally: Tally) -> list[str]:
+    """What the run has printed, or what its user would do who finds a directory, or none."""
+    said = re.findall(r"continue with (--resume|--run_dir) (\S+)", done.text)
+    there = runs_in(folder)
+    if not said and not there:
+        tally.n_anew += 1
+        return kind.begin()
+    tally.n_resumed += 1
+    if kind.seeds:
+        base = said[-1][1] if said else str(there[0]).rpartition("-seed")[0]
+        return [*kind.begin(), "--run_dir", base]
+    return kind.resume(Path(said[-1][1]) if said else there[0])
+
+
+def differences(folder: Path, other: Path) -> Iterator[str]:
+    """In what the runs of one folder are not those of the other."""
+    own, expected = runs_in(folder), runs_in(other)
+    if len(own) != len(expected):
+        yield f"{len(own)} runs instead of {len(expected)}"
+        return
+    for run, model in zip(own, expected, strict=True):
+        files = {path.relative_to(model) for path in model.rglob("*") if path.is_file()}
+        files = {path for path in files if path.parts[0] in COMPARED}
+        last = max(path.parts[1] for path in files if path.parts[0] == "checkpoints")
+        for path in sorted(files):
+            if path.name == "digests.json" or (
+                path.parts[0] == "checkpoints" and path.parts[1] != last
+            ):
+                continue
+            if not (run / path).is_file():
+                yield f"{run}: {path} is missing"
+            elif path.name != "report.html" and content(run / path) != content(model / path):
+                yield f"{run}: {path} differs from that of {model}"
+
+
+COMPARED = ("metrics.jsonl", "config.yaml", "result.json", "report.html", "target", "checkpoints")
+
+
+def content(path: Path) -> Any:
+    """Of a file what must not depend on who was killed: times do."""
+    if path.suffix != ".json":
+        return path.read_bytes()
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in record.items() if key != "seconds"}
+
+
+def soak(kinds: Sequence[Kind], n_kills: int, seed: int, root: Path) -> Tally:
+    """Runs of one kind after the other, until so many blows have hit."""
+    tally, models = Tally(), {kind.name: undisturbed(kind, root) for kind in kinds}
+    number = 0
+    while len(tally.hits) < n_kills and len(tally.lost) < 5:
+        kind = kinds[number % len(kinds)]
+        rng = random.Random(f"{seed} {number}")
+        before, folder = models[kind.name], new_folder(root, f"{number:03d} {kind.name}")
+        n_blows = min(rng.randint(1, MOST_BLOWS), n_kills - len(tally.hits))
+        blows = [drawn(kind, before, rng) for _ in range(n_blows)]
+        n_before, started = len(tally.hits), time.monotonic()
+        try:
+            struck(kind, before, folder, blows, tally)
+            unequal = list(differences(folder, before.folder))
+        except Lost as lost:
+            tally.lost.append(str(lost))
+            unequal = ["lost"]
+        else:
+            tally.unequal += unequal
+        hits = ", ".join(f"{signum.name} in {hit}" for _, signum, hit in tally.hits[n_before:])
+        verdict = f"NOT EQUAL, see {folder}" if unequal else "equal"
+        seconds = time.monotonic() - started
+        print(
+            f"{number:3} {kind.name}: {hits or 'no blow hit'}: {verdict} ({seconds:.0f} s)",
+            flush=True,
+        )
+        if not unequal:
+            shutil.rmtree(folder)
+        number += 1
+    tally.n_runs = number
+    return tally
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50, help="so many blows hit")
+    parser.add_argument("--seed", type=int, default=0, help="of the blows")
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)}")
+    args = parser.parse_args(argv)
+    names = args.kinds.split(",")
+    unknown = [name for name in names if name not in KINDS]
+    if unknown or args.kills < 1:
+        wrong = f"--kinds: {unknown[0]!r}" if unknown else f"--kills: {args.kills}"
+        return report_error(UserError(f"{wrong} (allowed: {', '.join(KINDS)}; at least 1 kill)"))
+    root = Path(tempfile.mkdtemp(prefix="soak-"))
+    print(f"seed {args.seed}, {args.kills} kills of: {', '.join(names)}; in {root}", flush=True)
+    tally = soak([KINDS[name] for name in names], args.kills, args.seed, root)
+    print("\n".join(tally.lines()))
+    if tally.lost or tally.unequal:
+        return 1
+    shutil.rmtree(root)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
