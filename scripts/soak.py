@@ -3,11 +3,11 @@
     python scripts/soak.py --kills 50              # some 15 minutes on two cores
     python scripts/soak.py --kills 50 --seed 7 --kinds plain,compiled
 
-Small runs of five kinds are struck by SIGKILL, SIGTERM and SIGINT, also while they write a checkpoint, train
-their target, evaluate or write their report (`scripts/soak_hook`), one to four times each. After every blow
-the run goes on with the command that it printed, or with the same command where it had no directory yet.
-What it has left in the end must be, byte for byte, what the undisturbed run left. Exit status 1 if a run was
-lost or is unequal; its folder is then kept.
+Small runs of five kinds are struck by SIGKILL, SIGTERM and SIGINT, also while they write a checkpoint,
+train their target, evaluate or write their report (`scripts/soak_hook`), one to four times each. After every
+blow the run goes on with the command that it printed, or with the same command where it had no directory
+yet. What it has left in the end must be, byte for byte, what the undisturbed run left. Exit status 1 if a
+run was lost or is unequal; its folder is then kept.
 """
 
 import argparse
@@ -42,7 +42,7 @@ MOST_BLOWS = 4
 """to one run"""
 PATIENCE = 600.0
 """seconds after which a run counts as hanging"""
-FAIR = 0.4
+ANYWHERE = 0.25
 """of the blows come anywhere in the life of a process; the others are dealt to the phases alike"""
 
 TMS_TARGET = """
@@ -128,7 +128,7 @@ KINDS = {
 }
 
 
-class Lost(Exception):
+class LostError(Exception):
     """A run that did not go on as it should."""
 
 
@@ -200,15 +200,26 @@ def run_process(command: Sequence[str], folder: Path, order: dict[str, Any]) -> 
     with log.open("ab") as file:
         begin = file.tell()
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=_hears_ctrl_c,
         )
         try:
             status = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            raise Lost(f"hangs: {' '.join(command)}; see {log}") from None
+            raise LostError(f"hangs: {' '.join(command)}; see {log}") from None
     text = log.read_bytes()[begin:].decode("utf-8", errors="replace")
     return Done(status, text, mark.read_text() if mark.exists() else None)
+
+
+def _hears_ctrl_c() -> None:
+    """For a child: a shell that starts this in the background lets it ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def new_folder(root: Path, name: str) -> Path:
@@ -240,9 +251,9 @@ def undisturbed(kind: Kind, root: Path) -> Undisturbed:
     first = kind.ranks[0]
     done = run_process(kind.begin(), folder, {"rank": first, "observe": str(path)})
     if done.status:
-        raise Lost(f"{kind.name}: does not run at all: {done.text[-2000:]}")
+        raise LostError(f"{kind.name}: does not run at all: {done.text[-2000:]}")
     if (kind.name == "compiled") != ("compiled the training step" in done.text):
-        raise Lost(f"{kind.name}: compiled where it should not be, or the other way round")
+        raise LostError(f"{kind.name}: compiled where it should not be, or the other way round")
     profile = json.loads(path.read_text())
     whole = {"anywhere": profile["anywhere"]}
     return Undisturbed(folder, {rank: profile if rank == first else whole for rank in kind.ranks})
@@ -251,7 +262,7 @@ def undisturbed(kind: Kind, root: Path) -> Undisturbed:
 def drawn(kind: Kind, before: Undisturbed, rng: random.Random) -> Blow:
     rank = kind.ranks[0] if rng.random() < 0.7 else rng.choice(kind.ranks)
     profile = before.profiles[rank]
-    phase = "anywhere" if rng.random() < FAIR else rng.choice(sorted(profile))
+    phase = "anywhere" if rng.random() < ANYWHERE else rng.choice(sorted(profile))
     call = int(len(profile[phase]) * rng.random() ** 2)  # a process that goes on has fewer
     found = profile[phase][call]
     at_event = found["events"] > 0 and rng.random() < 0.6
@@ -274,9 +285,11 @@ def struck(kind: Kind, before: Undisturbed, folder: Path, blows: list[Blow], tal
             clean = kind.processes > 1 or done.status in (0, *STOPPED[blow.signum])
             tally.statuses[f"{blow.signum.name} {done.status}"] += 1
             if not clean:
-                raise Lost(f"{kind.name}: {blow}: ended with {done.status}: {done.text[-1500:]}")
+                raise LostError(
+                    f"{kind.name}: {blow}: ended with {done.status}: {done.text[-1500:]}"
+                )
         elif done.status:
-            raise Lost(
+            raise LostError(
                 f"{kind.name}: {' '.join(command[-4:])} gave {done.status}: {done.text[-1500:]}"
             )
         if done.status == 0:
@@ -344,7 +357,7 @@ def soak(kinds: Sequence[Kind], n_kills: int, seed: int, root: Path) -> Tally:
         try:
             struck(kind, before, folder, blows, tally)
             unequal = list(differences(folder, before.folder))
-        except Lost as lost:
+        except LostError as lost:
             tally.lost.append(str(lost))
             unequal = ["lost"]
         else:

@@ -35,7 +35,8 @@ class Watch:
     """The phases of this process, and the blow that is to hit one of them."""
 
     def __init__(self, order: dict[str, Any]) -> None:
-        self.root, self.observe = order["root"], order.get("observe")
+        self.root: str = order["root"]
+        self.observe: str | None = order.get("observe")
         self.blow: dict[str, Any] | None = order.get("blow")
         self.begun = self.stepped = time.perf_counter()
         self.open: list[tuple[str, int]] = []
@@ -73,8 +74,9 @@ class Watch:
             calls.append(record)
             self.open.append((phase, before))
             blow = self.blow
-            if blow and blow["event"] is None and blow["phase"] == phase:
-                if blow["call"] == len(calls) - 1:
+            if blow and blow["event"] is None:
+                wanted = (blow["phase"], blow["call"])
+                if wanted == (phase, len(calls) - 1):
                     self._later()
             try:
                 return function(*args, **kwargs)
@@ -113,6 +115,7 @@ class Watch:
 
     def _write(self) -> None:
         whole = {ANYWHERE: [{"seconds": time.perf_counter() - self.begun, "events": 0}]}
+        assert self.observe is not None, "registered only then"
         with open(self.observe, "w", encoding="utf-8") as file:
             json.dump({**self.calls, **whole}, file)
 
