@@ -42,10 +42,12 @@ class Rate(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the rate over seeds that nobody has chosen."""
-        from scipy.stats import binomtest  # takes a second that few commands need
-
-        found = binomtest(self.k, self.n).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
+        z = statistics.NormalDist().inv_cdf(0.975)
+        share, spread = self.k / self.n, z * z / self.n
+        middle = share + spread / 2
+        half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+        low, high = (end / (1 + spread) for end in (middle - half, middle + half))
+        return max(0.0, low), min(1.0, high)
 
 
 def rate_of(verdicts: Sequence[bool | None]) -> Rate | None:
