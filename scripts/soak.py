@@ -6,8 +6,8 @@
 Small runs of five kinds are struck by SIGKILL, SIGTERM and SIGINT, also while they write a checkpoint,
 train their target, evaluate or write their report (`scripts/soak_hook`), one to four times each. After
 every blow the run goes on with the command that it printed, or with the same command where it had no
-directory yet. What it has left in the end must be, byte for byte, what the undisturbed run left. Exit status
-1 if a run was lost or is unequal; its folder is then kept.
+directory yet. What it has left in the end must be, byte for byte, what the undisturbed run left. Exit
+status 1 if a run was lost or is unequal; its folder is then kept.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """What came out of a study of `spd-evals`, beside the published figures. Reads only files."""
 
+import json
 import math
 import os
 import statistics
@@ -14,8 +15,8 @@ from spd.reports.results import Result, read_result
 from spd.reports.seeds import Figure, figures_over
 from spd.run_files import (
     RESULT_FILE,
+    atomic_write,
     has_finished,
-    write_json,
 )
 
 PAGE, DATA = "summary.html", "summary.json"
@@ -156,7 +157,8 @@ def write_summary(
         "duration": duration,
     }
     page = render_page(directory / PAGE, f"{PAGE}.j2", contents, folder=Path(__file__).parent)
-    write_json(directory / DATA, [_plain(row) for row in rows])
+    data = json.dumps([_plain(row) for row in rows])  # without indentation C writes it
+    atomic_write(directory / DATA, f"{data}\n")
     return Summary(format_rows(rows), page, good, unfinished)
 
 

@@ -25,6 +25,8 @@ from spd.sweeps.trials import (
 PAGE = "sweep.html"
 N_LISTED = 20
 """runs in the table on the terminal; the page lists all"""
+MOST_DRAWN = 1000
+"""runs in the figures: more make them no clearer"""
 LONG_REASON = 80
 """characters from which on a reason stands below the table"""
 
@@ -123,18 +125,21 @@ def _counts(trials: Sequence[Trial], n_waiting: int | None) -> str:
 
 
 def _figures(trials: Sequence[Trial], keys: Sequence[str], metric: Metric) -> list[dict[str, Any]]:
-    valued = [trial for trial in trials if trial.value is not None]
+    every = [trial for trial in trials if trial.value is not None]
+    valued = every[:MOST_DRAWN]
     if not valued:
         return []
+    left_out = len(every) > len(valued)
+    which = f" Of {len(every):,} runs the best {len(valued):,} are shown." if left_out else ""
     drawn: list[tuple[str, str, Any]] = [
         (
             "Parallel coordinates",
-            "One line per run, through its value on every axis; the best are the darkest.",
+            f"One line per run, through its value on every axis; the best are the darkest.{which}",
             parallel_coordinates(valued, keys, metric),
         ),
         (
             "The metric against each parameter",
-            "One point per run; the best are the darkest.",
+            f"One point per run; the best are the darkest.{which}",
             against_each(valued, keys, metric),
         ),
     ]

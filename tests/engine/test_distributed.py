@@ -182,8 +182,9 @@ STOPPED_ALONE = """
 from spd.engine.distributed import agreed_maximum, is_leader, joined, leader_first
 with joined():
     with leader_first():
-        if is_leader():
-            raise SystemExit(130)
+        pass
+    if is_leader():
+        raise SystemExit(130)
     agreed_maximum(1)
 """
 
