@@ -224,7 +224,9 @@ def claim(study: Study, agent: str) -> Claim | None:
         trials = made.get_trials(deepcopy=False)
         for trial in trials:
             if trial.state == TrialState.RUNNING and (lock := try_lock(study, _name(trial.number))):
-                return _claimed(made, definition, trial, agent, lock)
+                if _still_running(made, trial):
+                    return _claimed(made, definition, trial, agent, lock)
+                lock.release()
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
         n_begun = len(trials) - len(_void(study))
         ended = definition.method == "grid" or n_begun >= (definition.run_cap or 0)
@@ -236,6 +238,11 @@ def claim(study: Study, agent: str) -> Claim | None:
         assert lock is not None, "nobody else claims at the same time"
         frozen = made.get_trials(deepcopy=False)[new.number]
         return _claimed(made, definition, frozen, agent, lock)
+
+
+def _still_running(made: optuna.Study, trial: FrozenTrial) -> bool:
+    """Whether a trial was left, or ended between a look at the journal and one at its lock."""
+    return made.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING
 
 
 def _claimed(

@@ -210,6 +210,26 @@ def run_all(study: Study) -> int:
     return n
 
 
+def test_a_trial_that_ends_while_another_agent_looks_is_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    study = make_study(tmp_path, GRID_OF_30)
+    first = local_study.claim(study, "agent0")
+    assert first is not None
+    try_lock = local_study.try_lock
+
+    def just_then(study: Study, name: str) -> Any:
+        if first.lock.is_locked:
+            local_study.tell(study, first, ended(first))
+            first.lock.release()
+        return try_lock(study, name)
+
+    monkeypatch.setattr(local_study, "try_lock", just_then)
+    second = local_study.claim(study, "agent1")
+    assert second is not None and second.number == 1
+    second.lock.release()
+
+
 def test_a_journal_cut_anywhere_goes_on(tmp_path: Path):
     """As far as its last whole line: what was lost is run again, and nothing twice that was not lost."""
     study = make_study(tmp_path, {**GRID_OF_30, "parameters": {"seed": {"values": [0, 1, 2]}}})
