@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 
@@ -309,7 +310,7 @@ def test_the_figures_show_every_trial_and_the_best_darkest(goal: str):
     drawn = parallel_coordinates(TRIALS[:2], keys, metric).axes[0].collections
     (lines,) = (one for one in drawn if isinstance(one, LineCollection))
     assert [len(segment) for segment in lines.get_segments()] == [3, 3]
-    brightness = [sum(colour[:3]) for colour in lines.get_color()]
+    brightness = np.asarray(lines.get_color())[:, :3].sum(axis=1)
     assert (brightness[0] > brightness[1]) == (goal == "minimize")
     figure = against_each(TRIALS[:2], keys, metric)
     shown = [ax for ax in figure.axes if ax.get_visible()]
