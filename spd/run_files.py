@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -255,6 +257,18 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=2) + "\n")
 
 
+def new_name(folder: Path) -> str:
+    """A name for a run or a study that nothing in `folder` bears, or a part of: the time and a number.
+
+    The time is for the reader. Where a clock goes backwards, no name comes a second time.
+    """
+    there = os.listdir(folder) if folder.is_dir() else []
+    while True:
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        if not any(name in other for other in there):
+            return name
+
+
 def seed_directory(directory: Path, seed: int) -> Path:
     """Where the run of one seed lies if runs of several have been given `directory`."""
     return directory.with_name(f"{directory.name}-seed{seed}")
@@ -320,9 +334,37 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
 def read_lines(path: Path) -> list[dict[str, float]]:
     """The objects of numbers in a file of a run, one a line, without a last one that was cut short."""
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        return _parsed(path, path.read_bytes())
     except PermissionError:
         raise _denied(path) from None
+
+
+class GrowingLines:
+    """The same of a file that is being written, each line read once; a file in its place is read anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file, self.end = -1, 0
+
+    def new_lines(self) -> tuple[list[dict[str, float]], bool]:
+        """What has been written since the last call, and whether the file is another one than before."""
+        try:
+            with self.path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                anew = found.st_ino != self.file or found.st_size < self.end
+                if anew:
+                    self.file, self.end = found.st_ino, 0
+                file.seek(self.end)
+                content = file.read()
+        except FileNotFoundError:
+            return [], False
+        whole = content[: content.rfind(b"\n") + 1]
+        self.end += len(whole)
+        return _parsed(self.path, whole), anew
+
+
+def _parsed(path: Path, content: bytes) -> list[dict[str, float]]:
+    lines = content.splitlines(keepends=True)
     found = []
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith(b"\n"):

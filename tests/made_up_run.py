@@ -12,8 +12,8 @@ from spd.metrics import (
     Published,
     SparsityMetric,
 )
-from spd.reports.drawing import DescribedFigure, FigureText
 from spd.reports.figures import save_figures
+from spd.reports.png import DescribedFigure, FigureText
 from spd.reports.results import result_of
 
 

@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 import spd.experiments.tms.plots  # noqa: F401
 import tests.run_fixtures  # noqa: F401
-from spd.reports.figures import loss_curves, png_bytes
+from spd.reports.figures import loss_curves
+from spd.reports.png import png_bytes
 
 torch.set_num_threads(1)
 tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed run would leave behind

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import spd
 from spd.engine.prepare import eval_contexts, prepare
 from spd.metrics import SiteUsage, site_usage
-from spd.reports.figures import read_png
+from spd.reports.png import read_png
 from spd.runs.library import Result
 from tests.test_optimize import Recorder
 from tests.toy import MLP, make_config

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "wandb": ("runs.wandb_run", "sweeps.wandb_backend"),
     "matplotlib": ("reports.", "experiments.", "sweeps.figures"),
     "submitit": ("launch.slurm",),
-    "optuna": ("sweeps.optuna_backend",),
+    "optuna": ("sweeps.optuna_backend", "sweeps.journal"),
     "fire": ("launch.arguments",),
     "rich": ("launch.watch",),
     "transformers": ("experiments.lm.",),

@@ -27,6 +27,10 @@ class PeerEnded(RunError):  # noqa: N818 - it is the other's error
     """Another process of the run ended before its time; that one says why."""
 
 
+class StoppedTogether(SystemExit):  # noqa: N818 - nor is this an error
+    """All processes of the run stop, as they have agreed; what stops one alone is another `SystemExit`."""
+
+
 class SaidByLeader(UserError):  # noqa: N818 - it is the mistake, as in its parent
     """A mistake of the user that the leader has a message for."""
 
@@ -54,7 +58,8 @@ def own_gpu() -> torch.device:
 def joined() -> Iterator[None]:
     """Work together with the other processes that torchrun started, if it did.
 
-    All of them end when the leader does, unless something failed.
+    All of them end when the leader does, unless something failed or one was stopped alone: the others are
+    then waiting for it elsewhere, and hear that it is gone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -64,7 +69,7 @@ def joined() -> Iterator[None]:
     try:
         yield
     except SystemExit as ended:
-        if ended.code == 0 or (isinstance(ended.code, int) and ended.code > 128):
+        if ended.code == 0 or isinstance(ended, StoppedTogether):
             with _together():
                 dist.barrier()
         raise

@@ -130,7 +130,7 @@ def _new(overrides: Sequence[str], options: EvalsOptions) -> int:
     check_overrides(
         options.experiments, overrides, options.seeds, options.nodes * options.processes
     )
-    name = new_id()
+    name = new_id(KIND)
     directory = output_root().absolute() / KIND / name
     jobs = eval_jobs(directory, overrides, options)
     if options.dry_run:

@@ -1,5 +1,6 @@
 """What came out of a study of `spd-evals`, beside the published figures. Reads only files."""
 
+import json
 import math
 import os
 import statistics
@@ -14,8 +15,8 @@ from spd.reports.results import Result, read_result
 from spd.reports.seeds import Figure, figures_over
 from spd.run_files import (
     RESULT_FILE,
+    atomic_write,
     has_finished,
-    write_json,
 )
 
 PAGE, DATA = "summary.html", "summary.json"
@@ -42,10 +43,12 @@ class Rate(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the rate over seeds that nobody has chosen."""
-        from scipy.stats import binomtest  # takes a second that few commands need
-
-        found = binomtest(self.k, self.n).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
+        z = statistics.NormalDist().inv_cdf(0.975)
+        share, spread = self.k / self.n, z * z / self.n
+        middle = share + spread / 2
+        half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+        low, high = (end / (1 + spread) for end in (middle - half, middle + half))
+        return max(0.0, low), min(1.0, high)
 
 
 def rate_of(verdicts: Sequence[bool | None]) -> Rate | None:
@@ -154,7 +157,8 @@ def write_summary(
         "duration": duration,
     }
     page = render_page(directory / PAGE, f"{PAGE}.j2", contents, folder=Path(__file__).parent)
-    write_json(directory / DATA, [_plain(row) for row in rows])
+    data = json.dumps([_plain(row) for row in rows])  # without indentation C writes it
+    atomic_write(directory / DATA, f"{data}\n")
     return Summary(format_rows(rows), page, good, unfinished)
 
 

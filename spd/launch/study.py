@@ -5,7 +5,6 @@ Knows no experiment: what the jobs compute is the business of `evals` and `sweep
 """
 
 import os
-import secrets
 import shlex
 import shutil
 import signal
@@ -31,7 +30,7 @@ from spd.launch.job import (
 )
 from spd.launch.resources import LaunchOptions, has_slurm, places
 from spd.launch.watch import Display, duration
-from spd.run_files import read_json, write_json
+from spd.run_files import new_name, read_json, write_json
 from spd.runs.provenance import RECORD_FILE, CodeState, code_state, package_files
 from spd.settings import PACKAGE_DIR, output_root, patient_threads
 
@@ -58,8 +57,9 @@ class Study(NamedTuple):
         write_json(self.directory / STUDY_FILE, self.record)
 
 
-def new_id() -> str:
-    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+def new_id(kind: str) -> str:
+    """For a study of this kind."""
+    return new_name(output_root().absolute() / kind)
 
 
 def create_study(kind: str, name: str, asked: Mapping[str, Any]) -> Study:
@@ -216,6 +216,7 @@ def _run_here(jobs: Sequence[Job], options: LaunchOptions, expected: float) -> N
     print(f"expected time: {total} for {len(jobs)} jobs, {at_once} at a time", flush=True)
     waiting = sorted(jobs, key=lambda job: job.minutes)
     running: dict[str, tuple[Job, subprocess.Popen[bytes], dict[str, str]]] = {}
+    known = {job.name: read_status(job.directory) for job in jobs}
     with Display(jobs, "on this machine") as display:
         try:
             while waiting or running:
@@ -227,7 +228,8 @@ def _run_here(jobs: Sequence[Job], options: LaunchOptions, expected: float) -> N
                         _close(job, process.returncode)
                         del running[name]
                         free.append(place)
-                display.show({job.name: read_status(job.directory) for job in jobs})
+                    known[name] = read_status(job.directory)
+                display.show(known)
                 time.sleep(SHOW_SECONDS)
         except KeyboardInterrupt:
             print("\nstopping: every run writes a checkpoint first", file=sys.stderr, flush=True)
@@ -236,7 +238,8 @@ def _run_here(jobs: Sequence[Job], options: LaunchOptions, expected: float) -> N
             for job, process, _ in running.values():
                 process.wait()
                 _close(job, process.returncode)
-            display.show({job.name: read_status(job.directory) for job in jobs})
+                known[job.name] = read_status(job.directory)
+            display.show(known)
             raise
 
 

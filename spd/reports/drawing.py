@@ -19,6 +19,7 @@ from torch import Tensor
 from spd.component_model import Site
 from spd.metrics import ALIVE_THRESHOLD, assignment, columns_in_use
 from spd.problem import Dense, Identity, Pattern
+from spd.reports.png import DescribedFigure, FigureText
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6b6b6b"
 PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,26 +29,6 @@ SHOW_ALL_COLUMNS = 40
 EXTRA_COLUMNS = 5
 MAX_WIDTH = 10.5
 """inches"""
-
-
-class FigureText(NamedTuple):
-    """What stands beside a figure."""
-
-    title: str
-    reading: str
-    """how to read it, a sentence or two"""
-    alt: str
-    """what it shows, for those who cannot see it"""
-
-
-class DescribedFigure(Figure):
-    """A figure that brings its text along."""
-
-    def __init__(self, description: FigureText, *, figsize: tuple[float, float]) -> None:
-        super().__init__(figsize=figsize, layout="constrained")
-        self.description = description
-        self.numbers: dict[Artist, Sequence[tuple[object, object, object]]] = {}
-        """x, y and value of what is drawn, where that alone does not tell them"""
 
 
 class ColumnOrder(NamedTuple):

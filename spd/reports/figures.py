@@ -5,16 +5,13 @@ Knows no experiment; drawing.py holds how each figure looks.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
-from PIL import Image
 from torch import Tensor
 
 from spd.component_model import ComponentModel
@@ -38,8 +35,6 @@ from spd.reports.drawing import (
     BLUE,
     ORANGE,
     PALETTE,
-    DescribedFigure,
-    FigureText,
     activity_figure,
     column_order,
     histogram_figure,
@@ -49,9 +44,9 @@ from spd.reports.drawing import (
     probe_figure,
 )
 from spd.reports.numbers import figure_csv
+from spd.reports.png import DescribedFigure, FigureText, png_bytes
 from spd.run_files import atomic_write
 
-DPI = 150
 HISTOGRAM_BINS = 50
 
 FigureMaker = Accumulator[Figure]
@@ -81,27 +76,6 @@ def save_figures(directory: Path, step: int, figures: Mapping[str, Figure]) -> d
         atomic_write(path, png_bytes(figure))
         paths[name] = path
     return paths
-
-
-def png_bytes(figure: Figure) -> bytes:
-    """The figure as a PNG that carries its `FigureText`; the figure is empty afterwards."""
-    metadata = {}
-    if isinstance(figure, DescribedFigure):
-        title, reading, alt = figure.description
-        metadata = {"Title": title, "Description": reading, "Comment": alt}
-    buffer = BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, dpi=DPI, format="png", metadata=metadata)
-    figure.clear()
-    return buffer.getvalue()
-
-
-def read_png(png: bytes) -> tuple[FigureText | None, tuple[int, int]]:
-    """The text inside a PNG of `png_bytes`, if any, and its size on paper in 1/96 inch."""
-    image = Image.open(BytesIO(png))
-    keys = ("Title", "Description", "Comment")
-    known = all(key in image.info for key in keys)
-    text = FigureText(*(str(image.info[key]) for key in keys)) if known else None
-    return text, (round(image.width * 96 / DPI), round(image.height * 96 / DPI))
 
 
 # --- the specs -----------------------------------------------------------------------------------

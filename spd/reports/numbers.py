@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 from matplotlib.quiver import Quiver
 
-from spd.reports.drawing import DescribedFigure
+from spd.reports.png import DescribedFigure
 
 HEADS = ("panel", "series", "x", "y", "value")
 """`value` is what a colour or a line's width stands for; of a heat map x is the column, y the row"""

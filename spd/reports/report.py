@@ -15,8 +15,7 @@ from spd.engine.prepare import Prepared, evaluate
 from spd.metrics import MetricSpec
 from spd.registry import EXPERIMENTS
 from spd.reports.curves import live_curves
-from spd.reports.drawing import FigureText
-from spd.reports.figures import Drawable, draw, loss_curves, png_bytes, read_png, save_figures
+from spd.reports.figures import Drawable, draw, loss_curves, save_figures
 from spd.reports.origin import (
     commands_of,
     provenance_of,
@@ -25,6 +24,7 @@ from spd.reports.origin import (
     web_link,
 )
 from spd.reports.page import render_page
+from spd.reports.png import FigureText, png_bytes, read_png
 from spd.reports.reading import (
     configuration_in,
     evaluation_in,

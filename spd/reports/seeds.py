@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spd.reports.page import render_page
-from spd.reports.report import REPORT_FILE
 from spd.reports.results import Result, ResultRow, format_value, read_result
-from spd.run_files import RESULT_FILE, has_finished
+from spd.run_files import REPORT_FILE, RESULT_FILE, has_finished
 
 PAGE_SUFFIX = ".seeds.html"
 

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 
 from spd.config import RunError, UserError, load_config
 from spd.config.limits import Seed
+from spd.engine.distributed import StoppedTogether
 from spd.engine.prepare import Prepared
 from spd.noise import own_generators
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side
@@ -128,7 +129,7 @@ def execute(runs: Sequence[Ready], *, go_on_with: str) -> dict[Path, RunError]:
         except Interrupted as stop:
             reason, signal = stop.args
             logger.info("%s; continue with %s", reason, go_on_with)
-            raise SystemExit(128 + signal) from None
+            raise StoppedTogether(128 + signal) from None
     pairs = zip(runs, members, strict=True)
     return {run.directory: member.failure for run, member in pairs if member.failure}
 
@@ -142,7 +143,7 @@ def assist(run: Ready) -> None:
                 [member], resume=True, stop_requested=lambda: signals[0] if signals else 0
             )
         except Interrupted as stop:
-            raise SystemExit(128 + stop.args[1]) from None
+            raise StoppedTogether(128 + stop.args[1]) from None
     if member.failure is not None:
         raise member.failure
 

@@ -37,6 +37,7 @@ from spd.run_files import (
     META_FILE,
     TARGET,
     new_directory,
+    new_name,
     read_meta,
     read_metrics,
     refuse_other_files,
@@ -245,8 +246,8 @@ def check_entry(config_class: type[ExperimentConfig], build: Build) -> None:
 
 
 def _new_name(config: ExperimentConfig) -> Path:
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-    return settings.output_root() / config.experiment / name
+    folder = settings.output_root() / config.experiment
+    return folder / new_name(folder)
 
 
 def _place_for(config: ExperimentConfig, directory: Path | None) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from spd.sweeps.definition import Metric
@@ -30,10 +31,11 @@ class Scale:
         self.log = self.numeric and min(numbers) > 0 and max(numbers) / min(numbers) > LOG_SPAN
         ordered = sorted(numbers) if self.numeric else sorted(map(shown, values))
         self.ticks = list(dict.fromkeys(ordered))
+        self.places = {} if self.numeric else {tick: i for i, tick in enumerate(self.ticks)}
 
     def place(self, value: Any) -> float:
         if not self.numeric:
-            return float(self.ticks.index(shown(value)))
+            return float(self.places[shown(value)])
         return math.log10(value) if self.log else float(value)
 
     def share(self, value: Any) -> float:
@@ -49,10 +51,16 @@ def parallel_coordinates(trials: Sequence[Trial], keys: Sequence[str], metric: M
     scales = [Scale(values) for values in zip(*rows, strict=True)]
     figure = Figure(figsize=(max(5.0, 2.0 * len(columns)), 4.0), layout="constrained")
     ax = figure.subplots()
-    for row in rows:
-        shares = [scale.share(value) for scale, value in zip(scales, row, strict=True)]
-        colour = _colour(shares[-1], metric)
-        ax.plot(range(len(columns)), shares, color=colour, linewidth=1.5, marker="o", markersize=4)
+    shares = [
+        [scale.share(value) for scale, value in zip(scales, row, strict=True)] for row in rows
+    ]
+    colours = [_colour(of_trial[-1], metric) for of_trial in shares]
+    xs = range(len(columns))
+    lines = [list(zip(xs, of_trial, strict=True)) for of_trial in shares]
+    ax.add_collection(LineCollection(lines, colors=colours, linewidths=1.5))
+    places = [place for line in lines for place in line]
+    every_colour = [colour for colour in colours for _ in xs]
+    ax.scatter(*zip(*places, strict=True), c=every_colour, s=16)
     for x, scale in enumerate(scales):
         ax.axvline(x, color=GREY, linewidth=0.8, zorder=0)
         labelled = -1.0

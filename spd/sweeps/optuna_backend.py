@@ -5,8 +5,6 @@ stopped, is taken over by the next agent that looks for work, and goes on from i
 """
 
 import math
-import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,6 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from spd.config import Exit, UserError
@@ -33,6 +30,7 @@ from spd.sweeps.definition import (
     Point,
     choices,
 )
+from spd.sweeps.journal import open_journal
 from spd.sweeps.trials import (
     Trial,
     Watcher,
@@ -82,13 +80,13 @@ def create(study: Study) -> None:
         made = optuna.create_study(
             study_name=study.id, storage=_storage(study), direction=direction
         )
-        _enqueue(made, definition, [])
+        _enqueue(study, made, definition)
 
 
 def extend(study: Study) -> int:
     """Add the points that the study's definition now has and the journal has not; how many."""
     with _quiet(), FileLock(study.directory / CLAIM_LOCK):
-        return _enqueue(_load(study), definition_of(study), _void(study))
+        return _enqueue(study, _load(study), definition_of(study))
 
 
 def begin_anew(study: Study) -> None:
@@ -192,17 +190,26 @@ def _void(study: Study) -> list[int]:
     return study.record.get(VOID, [])
 
 
-def _enqueue(made: optuna.Study, definition: Definition, void: Sequence[int]) -> int:
+def _enqueue(study: Study, made: optuna.Study, definition: Definition) -> int:
     if definition.method != "grid":
         return 0
+    void = set(_void(study))
     trials = made.get_trials(deepcopy=False)
-    known = [trial.user_attrs[POINT] for trial in trials if trial.number not in void]
-    new = [point for point in definition.points() if point not in known]
+    known = {_hashable(trial.user_attrs[POINT]) for trial in trials if trial.number not in void}
+    new = [point for point in definition.points() if _hashable(point) not in known]
     cap = definition.run_cap
     new = new if cap is None else new[: max(0, cap - len(known))]
-    for point in new:
-        made.enqueue_trial({}, user_attrs={POINT: point})
+    with open_journal(study.directory / JOURNAL)[0].in_one_go():
+        for point in new:
+            made.enqueue_trial({}, user_attrs={POINT: point})
     return len(new)
+
+
+def _hashable(value: Any) -> Any:
+    """A point, or a value of one, as something to look up: equal where the values are."""
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(own)) for key, own in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def claim(study: Study, agent: str) -> Claim | None:
@@ -217,7 +224,9 @@ def claim(study: Study, agent: str) -> Claim | None:
         trials = made.get_trials(deepcopy=False)
         for trial in trials:
             if trial.state == TrialState.RUNNING and (lock := try_lock(study, _name(trial.number))):
-                return _claimed(made, definition, trial, agent, lock)
+                if _still_running(made, trial):
+                    return _claimed(made, definition, trial, agent, lock)
+                lock.release()
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
         n_begun = len(trials) - len(_void(study))
         ended = definition.method == "grid" or n_begun >= (definition.run_cap or 0)
@@ -229,6 +238,11 @@ def claim(study: Study, agent: str) -> Claim | None:
         assert lock is not None, "nobody else claims at the same time"
         frozen = made.get_trials(deepcopy=False)[new.number]
         return _claimed(made, definition, frozen, agent, lock)
+
+
+def _still_running(made: optuna.Study, trial: FrozenTrial) -> bool:
+    """Whether a trial was left, or ended between a look at the journal and one at its lock."""
+    return made.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING
 
 
 def _claimed(
@@ -272,29 +286,8 @@ def _load(study: Study, definition: Definition | None = None) -> optuna.Study:
     return optuna.load_study(study_name=study.id, storage=_storage(study), sampler=sampler)
 
 
-class _Journal(JournalFileBackend):
-    """Drops a last line that was cut short, as by a full disk, before another is written after it."""
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with FileLock(f"{self._file_path}.mend"):
-            self._drop_torn_line()
-            super().append_logs(logs)
-
-    def _drop_torn_line(self) -> None:
-        with open(self._file_path, "rb+") as file:
-            if not file.seek(0, os.SEEK_END):
-                return
-            file.seek(-1, os.SEEK_END)
-            if file.read() == b"\n":
-                return
-            file.seek(0)
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
-        print(f"{self._file_path}: its last line was cut short and is left out", file=sys.stderr)
-
-
 def _storage(study: Study) -> JournalStorage:
-    return JournalStorage(_Journal(str(study.directory / JOURNAL)))
+    return open_journal(study.directory / JOURNAL)[1]
 
 
 def _sampler(definition: Definition, number: int) -> optuna.samplers.BaseSampler:

@@ -2,14 +2,15 @@
 
 import base64
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spd.launch.job import Status
 from spd.launch.study import Study
-from spd.reports.figures import png_bytes, read_png
 from spd.reports.page import render_page
+from spd.reports.png import png_bytes, read_png
 from spd.sweeps.definition import Definition, Metric
 from spd.sweeps.figures import against_each, parallel_coordinates
 from spd.sweeps.trials import (
@@ -24,6 +25,8 @@ from spd.sweeps.trials import (
 PAGE = "sweep.html"
 N_LISTED = 20
 """runs in the table on the terminal; the page lists all"""
+MOST_DRAWN = 1000
+"""runs in the figures: more make them no clearer"""
 LONG_REASON = 80
 """characters from which on a reason stands below the table"""
 
@@ -61,36 +64,40 @@ def write_page(
     return text, path, good
 
 
-def shared_reasons(trials: Sequence[Trial]) -> list[str]:
+def shared_reasons(trials: Sequence[Trial]) -> dict[str, int]:
     """What several trials say, or one at length: it stands once, below the table, under its number."""
-    said = [trial.reason for trial in trials if trial.reason]
-    return [
-        reason
-        for reason in dict.fromkeys(said)
-        if said.count(reason) > 1 or len(reason) > LONG_REASON or "\n" in reason
-    ]
+    said = Counter(trial.reason for trial in trials if trial.reason)
+    long = (
+        reason for reason, n in said.items() if n > 1 or len(reason) > LONG_REASON or "\n" in reason
+    )
+    return {reason: number for number, reason in enumerate(long, start=1)}
 
 
-def reason_in_row(trial: Trial, shared: Sequence[str]) -> str:
+def reason_in_row(trial: Trial, shared: Mapping[str, int]) -> str:
     """The number of a reason that stands below the table, or the reason itself."""
-    if trial.reason in shared:
-        return f"({shared.index(trial.reason) + 1})"
-    return trial.reason or ""
+    reason = trial.reason or ""
+    return f"({shared[reason]})" if reason in shared else reason
 
 
 def _notes(
-    study: Study, trials: Sequence[Trial], shared: Sequence[str]
+    study: Study, trials: Sequence[Trial], shared: Mapping[str, int]
 ) -> list[tuple[int, str, str]]:
     """Each reason that is shared, by its number, and where more of it can be read."""
-    notes = []
-    for number, reason in enumerate(shared, start=1):
-        log = log_of(study, [trial for trial in trials if trial.reason == reason])
-        notes.append((number, reason, str(log)))
-    return notes
+    with_reason: dict[str, list[Trial]] = {reason: [] for reason in shared}
+    for trial in trials:
+        if trial.reason is not None and trial.reason in shared:
+            with_reason[trial.reason].append(trial)
+    return [
+        (number, reason, str(log_of(study, with_reason[reason])))
+        for reason, number in shared.items()
+    ]
 
 
 def format_trials(
-    trials: Sequence[Trial], keys: Sequence[str], definition: Definition, shared: Sequence[str]
+    trials: Sequence[Trial],
+    keys: Sequence[str],
+    definition: Definition,
+    shared: Mapping[str, int],
 ) -> str:
     """One line per trial, the best first."""
     table = [("trial", *keys, definition.metric.name, "state")]
@@ -118,18 +125,21 @@ def _counts(trials: Sequence[Trial], n_waiting: int | None) -> str:
 
 
 def _figures(trials: Sequence[Trial], keys: Sequence[str], metric: Metric) -> list[dict[str, Any]]:
-    valued = [trial for trial in trials if trial.value is not None]
+    every = [trial for trial in trials if trial.value is not None]
+    valued = every[:MOST_DRAWN]
     if not valued:
         return []
+    left_out = len(every) > len(valued)
+    which = f" Of {len(every):,} runs the best {len(valued):,} are shown." if left_out else ""
     drawn: list[tuple[str, str, Any]] = [
         (
             "Parallel coordinates",
-            "One line per run, through its value on every axis; the best are the darkest.",
+            f"One line per run, through its value on every axis; the best are the darkest.{which}",
             parallel_coordinates(valued, keys, metric),
         ),
         (
             "The metric against each parameter",
-            "One point per run; the best are the darkest.",
+            f"One point per run; the best are the darkest.{which}",
             against_each(valued, keys, metric),
         ),
     ]

@@ -128,7 +128,7 @@ def _new(words: Sequence[str], options: SweepOptions) -> int:
     overrides = [*words[2:], *(["device=cpu"] if options.cpu else [])]
     definition = read_definition(options.params)
     check(definition, experiment, overrides, str(options.params))
-    name, asked = new_id(), {"experiment": experiment, "overrides": overrides}
+    name, asked = new_id(KIND), {"experiment": experiment, "overrides": overrides}
     backend, project = _backend(options, definition, experiment, overrides)
     asked |= {
         "definition": definition.model_dump(mode="json", exclude_unset=True),

@@ -21,9 +21,9 @@ from spd.launch.study import JOBS, Study, python
 from spd.registry import get_experiment
 from spd.run_files import (
     METRICS_FILE,
+    GrowingLines,
     has_finished,
     read_json,
-    read_metrics,
     seed_directory,
     write_json,
 )
@@ -172,43 +172,52 @@ def _run(
 
 
 class _Watched:
-    """The metric of one run, read from what it logs."""
+    """The metric of one run, read from what it logs, each line once."""
 
     def __init__(self, run_dir: Path, metric: str, watcher: Watcher) -> None:
         self.run_dir, self.metric, self.watcher = run_dir, metric, watcher
-        self.file = run_dir / METRICS_FILE
-        self.size, self.n_heard, self.pruned = -1, 0, False
+        self.log = GrowingLines(run_dir / METRICS_FILE)
+        self.found: list[float] = []
+        self.keys: set[str] = set()
+        self.n_heard, self.pruned = 0, False
         self.problem: str | None = None
 
     def hopeless(self) -> bool:
         """Whether the run should be stopped: the watcher says so, or its metric is not logged."""
-        size = self.file.stat().st_size if self.file.is_file() else -1
-        if size == self.size or size <= 0:
+        if not self._read():
             return False
-        self.size = size
-        values = self.values()
-        for n, value in enumerate(values[self.n_heard :], start=self.n_heard):
+        for n, value in enumerate(self.found[self.n_heard :], start=self.n_heard):
             self.watcher.heard(n, value)
-        self.n_heard = len(values)
+        self.n_heard = max(self.n_heard, len(self.found))
         self.problem = self.problem or self._missing()
         self.pruned = self.problem is None and self.watcher.hopeless()
         return self.pruned or self.problem is not None
 
     def values(self) -> list[float]:
+        self._read()
+        return self.found
+
+    def _read(self) -> bool:
+        """Whether there is something new."""
         try:
-            lines = read_metrics(self.run_dir)
+            lines, anew = self.log.new_lines()
         except UserError:
-            return []
-        return [line[self.metric] for line in lines if self.metric in line]
+            return False
+        if anew:
+            self.found, self.keys = [], set()
+        for line in lines:
+            self.keys |= line.keys()
+            if self.metric in line:
+                self.found.append(line[self.metric])
+        return bool(lines)
 
     def _missing(self) -> str | None:
         """What is wrong if the first lines of its kind do not hold the metric."""
-        lines = read_metrics(self.run_dir)
         evaluated = self.metric.startswith("eval/")
-        keys = [key for line in lines for key in line if key.startswith("eval/") == evaluated]
-        if self.metric in keys or set(keys) <= {"step"}:
+        keys = {key for key in self.keys if key.startswith("eval/") == evaluated} - {"step"}
+        if self.metric in keys or not keys:
             return None
-        logged = sorted(set(keys) - {"step"})
+        logged = sorted(keys)
         hint = nearest(self.metric, logged)
         return f"the metric {self.metric!r} is not logged{hint} (logged: {', '.join(logged)})"
 

@@ -176,3 +176,24 @@ def test_what_ends_one_process_ends_the_run(tmp_path: Path, signum: signal.Signa
     else:
         assert status == "failed", output
         assert "error: another process of this run has ended" in output
+
+
+STOPPED_ALONE = """
+from spd.engine.distributed import agreed_maximum, is_leader, joined, leader_first
+with joined():
+    with leader_first():
+        pass
+    if is_leader():
+        raise SystemExit(130)
+    agreed_maximum(1)
+"""
+
+
+@pytest.mark.slow
+def test_what_stops_the_leader_alone_leaves_nobody_waiting(tmp_path: Path):
+    """As Ctrl-C does that reaches it before the run has begun."""
+    script = tmp_path / "script.py"
+    script.write_text(STOPPED_ALONE, encoding="utf-8")
+    process = torchrun(script, folder=tmp_path)
+    output = said(process)
+    assert process.returncode != 0 and "exitcode  : 130" in output, output

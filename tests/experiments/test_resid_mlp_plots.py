@@ -25,7 +25,7 @@ from spd.experiments.resid_mlp.plots import (
 from spd.experiments.resid_mlp.problem import ResidMLPProblem
 from spd.experiments.resid_mlp.resid_mlp_decomposition import ResidMLPConfig
 from spd.experiments.resid_mlp.train_resid_mlp import PROBE
-from spd.reports.figures import read_png
+from spd.reports.png import read_png
 from spd.settings import PACKAGE_DIR
 from tests.experiments.test_resid_mlp_solution import solved_resid_mlp
 from tests.run_fixtures import Command

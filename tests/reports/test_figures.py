@@ -17,8 +17,6 @@ from spd.metrics import collect
 from spd.problem import Dense, Identity
 from spd.reports.drawing import (
     EXTRA_COLUMNS,
-    DescribedFigure,
-    FigureText,
     column_order,
 )
 from spd.reports.figures import (
@@ -27,9 +25,9 @@ from spd.reports.figures import (
     ProbeImportances,
     SubcomponentMatrices,
     loss_curves,
-    read_png,
     save_figures,
 )
+from spd.reports.png import DescribedFigure, FigureText, read_png
 from tests.solved_toy import PROBE, columns_of, set_importance, solved_toy
 
 Spec = ProbeImportances | ImportanceHistograms | SubcomponentMatrices | MeanActivity

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from spd.experiments.tms.diagrams import Scale, draw_network
 from spd.problem import Identity
-from spd.reports.drawing import DescribedFigure, FigureText, histogram_figure, probe_figure
+from spd.reports.drawing import histogram_figure, probe_figure
 from spd.reports.figures import loss_curves
 from spd.reports.numbers import figure_csv
+from spd.reports.png import DescribedFigure, FigureText
 
 
 def rows(figure: Figure) -> list[list[str]]:

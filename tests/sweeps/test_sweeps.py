@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 
 from spd.config import UserError
 from spd.launch import study as launch
@@ -305,13 +307,10 @@ def test_where_values_lie_on_an_axis():
 def test_the_figures_show_every_trial_and_the_best_darkest(goal: str):
     metric = Metric.model_validate({"name": "m", "goal": goal})
     keys = ["seed", "data.value_range"]
-    lines = [
-        line
-        for line in parallel_coordinates(TRIALS[:2], keys, metric).axes[0].lines
-        if len(line.get_xdata()) == 3  # pyright: ignore[reportArgumentType]
-    ]
-    assert len(lines) == 2
-    brightness = [sum(line.get_color()[:3]) for line in lines]  # pyright: ignore
+    drawn = parallel_coordinates(TRIALS[:2], keys, metric).axes[0].collections
+    (lines,) = (one for one in drawn if isinstance(one, LineCollection))
+    assert [len(segment) for segment in lines.get_segments()] == [3, 3]
+    brightness = np.asarray(lines.get_color())[:, :3].sum(axis=1)
     assert (brightness[0] > brightness[1]) == (goal == "minimize")
     figure = against_each(TRIALS[:2], keys, metric)
     shown = [ax for ax in figure.axes if ax.get_visible()]

@@ -19,13 +19,12 @@ from spd.problem import Pattern
 from spd.reports.drawing import (
     MAX_WIDTH,
     ColumnOrder,
-    DescribedFigure,
-    FigureText,
     colour_bar,
     column_order,
     count,
     heat_map,
 )
+from spd.reports.png import DescribedFigure, FigureText
 from spd.runs.run import Run
 
 COMPARISON_FILE = "importances_by_minimality.png"

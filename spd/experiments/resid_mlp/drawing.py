@@ -16,11 +16,10 @@ from spd.reports.drawing import (
     MAX_WIDTH,
     ORANGE,
     PALETTE,
-    DescribedFigure,
-    FigureText,
     panel_grid,
     panels_size,
 )
+from spd.reports.png import DescribedFigure, FigureText
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LABELLED_SHARE = 0.3

@@ -26,7 +26,8 @@ from spd.experiments.resid_mlp.metrics import neuron_contributions
 from spd.experiments.resid_mlp.problem import ResidMLPProblem, need_all_sites, need_resid_mlp
 from spd.losses import StepContext
 from spd.problem import Problem
-from spd.reports.figures import FigureMaker, png_bytes
+from spd.reports.figures import FigureMaker
+from spd.reports.png import png_bytes
 from spd.run_files import atomic_write
 from spd.runs.cli import redraw_command
 from spd.runs.run import Run

@@ -32,12 +32,11 @@ from spd.reports.drawing import (
     MAX_WIDTH,
     ORANGE,
     PALETTE,
-    DescribedFigure,
-    FigureText,
     colour_bar,
     column_order,
     heat_map,
 )
+from spd.reports.png import DescribedFigure, FigureText
 
 PER_ROW = 7
 MAX_SINGLE = 12
