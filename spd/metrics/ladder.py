@@ -224,9 +224,9 @@ class LadderMetric(MetricSpec):
 
     `ladder/…`: `unmasked`, `stochastic`, `importance_masked`, `rounded`, `ablated`, and
     `adversarial_N_batch` and `adversarial_N_row` after N steps of 0.1 from one seeded start, with one
-    source for the batch and one for each row or position: the largest error until there. Of language models,
-    `ladder_recovered/…` is the share of the cross-entropy that ablating costs which is avoided. `ladder_l0`
-    of `ladder_C` subcomponents are on, on these `ladder_rows` rows.
+    source for the batch and one for each row or position: the largest error until there. Of a language
+    model, `ladder_recovered/…` is the share of the cross-entropy that ablating costs which is avoided.
+    `ladder_l0` of `ladder_C` subcomponents are on, on these `ladder_rows` rows.
     """
 
     quantities = {
