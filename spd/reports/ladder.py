@@ -107,8 +107,9 @@ def ladder_figure(
     text = FigureText(
         "What masks cost, over that of ablating all",
         "Left: the largest error until so many steps of the adversary, at the last evaluation, and where"
-        " spd.analysis.adversary was run, its own on more rows; more steps are a stronger adversary. Right: the same figures over the run, beside those of masks that nobody"
-        " chose. At 1, the dashed line, masks cost as much as ablating everything.",
+        " spd.analysis.adversary was run, its own on more rows; more steps are a stronger adversary."
+        " Right: the same figures over the run, beside those of masks that nobody chose. At 1, the dashed"
+        " line, masks cost as much as ablating everything.",
         "Curves of the errors under adversarial masks, over the steps of the search and over the run.",
     )
     figure = DescribedFigure(text, figsize=(8.0, 4.2))
@@ -147,7 +148,7 @@ def _search_line(ax: Axes, values: Mapping[str, float], scope: Scope) -> None:
     last = deepest(values, scope)
     shown = [n for n in range(1, (last or 0) + 1) if f"{PREFIX}{rung(n, scope)}" in values]
     points = [(n, values[f"{PREFIX}{rung(n, scope)}"] / whole) for n in shown if whole > 0]
-    label = f"one source for each {scope}"
+    label = SOURCES[scope]
     ax.plot(*_columns(points), "o-", color=COLOURS[scope], markersize=4, label=label)
 
 
