@@ -103,7 +103,7 @@ def record_of(run: Path, *, verify: bool = True) -> dict[str, Any]:
         if key.partition(".")[0] not in NOT_A_SETTING
     }
     return {
-        "result": result,
+        "result": _without_nothing(result),
         "changed": changed,
         "commit": meta["commit"],
         "dirty": meta["dirty"],
@@ -114,6 +114,12 @@ def record_of(run: Path, *, verify: bool = True) -> dict[str, Any]:
         "config": yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")),
         "objective": meta.get("objective", {}),
     }
+
+
+def _without_nothing(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without what its rows leave empty, and what its figures mean, which the code says."""
+    rows = [{k: v for k, v in row.items() if v is not None} for row in result["rows"]]
+    return {**result, "rows": rows, "quantities": {}}
 
 
 def write_record(record: Mapping[str, Any], root: Path) -> Path:
@@ -219,8 +225,8 @@ def experiment_table(records: Sequence[Mapping[str, Any]], present: Mapping[str,
     results = [record["result"] for record in records]
     for column, result in enumerate(results):
         for row in result["rows"]:
-            published = format_value(row["published"], row["published_spread"])
-            own = format_value(row["value"], row["spread"])
+            published = format_value(row.get("published"), row.get("published_spread"))
+            own = format_value(row["value"], row.get("spread"))
             if row["key"].startswith("loss/"):  # digits enough to tell runs apart
                 own = f"{row['value']:.4g}"
             cells = rows.setdefault(row["metric"], [published, *["–"] * len(results)])
@@ -280,7 +286,7 @@ def _headline(records: Sequence[Mapping[str, Any]], kind: str) -> str:
                 on = [row["value"] for row in rows if row["key"].startswith(name)]
                 found.setdefault(label, []).append(sum(on))
         for row in rows:
-            if row["key"].startswith(HEADLINES) and row[kind] is not None:
+            if row["key"].startswith(HEADLINES) and row.get(kind) is not None:
                 found.setdefault(row["metric"], []).append(row[kind])
     means = {metric: sum(values) / len(values) for metric, values in found.items()}
     texts = [f"{metric} {mean:.{0 if mean > 10 else 3}f}" for metric, mean in means.items()]
