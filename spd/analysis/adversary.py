@@ -58,7 +58,8 @@ def described(name: str) -> str:
     """What a rung is, in words."""
     for scope in SCOPES:
         if name.endswith(f"_{scope}"):
-            return f"adversary, {SOURCES[scope]}, {name.split('_')[1]} steps"
+            n = name.split("_")[1]
+            return f"adversary, {SOURCES[scope]}, {n} step{'' if n == '1' else 's'}"
     return WORDS.get(name, name)
 
 
