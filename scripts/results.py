@@ -18,6 +18,7 @@ import yaml
 from spd.config import UserError, differences, load_config
 from spd.engine.fingerprint import is_stale, objective_fingerprint
 from spd.metrics import deepest, rung
+from spd.metrics.ladder import IN_SHORT
 from spd.registry import EXPERIMENTS
 from spd.reports.results import format_value
 from spd.run_files import CONFIG_FILE, META_FILE, RESULT_FILE, has_finished, read_json, write_json
@@ -304,7 +305,7 @@ def _of_masks(values: Mapping[str, float]) -> dict[str, float]:
     shares = {
         f"adversary over ablation ({n} steps, {words})": values[f"ladder/{rung(n, scope)}"]
         / values["ladder/ablated"]
-        for scope, words in (("batch", "one source"), ("row", "one each"))
+        for scope, words in IN_SHORT.items()
         if (n := deepest(values, scope)) and values.get("ladder/ablated")
     }
     return on | shares

@@ -19,7 +19,7 @@ from spd.masks import SiteMask, stochastic_mask
 from spd.metrics import LadderMetric, SparsityMetric, climb, rung, some_rows
 from spd.metrics.ladder import STEPS, STEPS_AT_END, by_example
 from spd.noise import seeded, uniform
-from spd.optimize import Interrupted, Silent, run_steps
+from spd.optimize import Interrupted, Member, Silent, run_side_by_side, run_steps
 from spd.problem import Problem
 from spd.runs.run import start
 from tests.experiments.lm.test_lm_metrics import language_problem
@@ -107,13 +107,15 @@ def test_every_rung_of_a_single_weight(g: float):
     on = {key: values[key] for key in ("ladder_l0", "ladder_C", "ladder_rows")}
     assert on == {"ladder_l0": 2.0 * (g > 0.01), "ladder_C": 2.0, "ladder_rows": 3.0}
     assert not any(key.startswith("ladder_recovered") for key in values)
+    for name in ("adversarial_80_batch", "adversarial_80_row"):
+        assert values[f"ladder_share/{name}"] == pytest.approx(expected[name] / power, rel=1e-4)
 
 
 def test_on_the_way_the_search_is_shorter():
     prepared = one_weight()
     for at_end, steps in ((False, STEPS), (True, STEPS_AT_END)):
         keys = evaluate(prepared, at_end=at_end).keys()
-        shown = {key for key in keys if "adversarial" in key}
+        shown = {key for key in keys if key.startswith("eval/ladder/adversarial")}
         assert shown == {f"eval/ladder/{rung(n, s)}" for n in steps for s in ("batch", "row")}
 
 
@@ -323,6 +325,21 @@ def test_a_run_tells_the_same_lines_twice_and_resumed(tmp_path: Path):
     assert [line["step"] for line in lines if "eval/ladder/ablated" in line] == [0, 4, 6]
     assert lines == lines_of(tmp_path, "seed=0")
     assert lines == lines_of(tmp_path, stop_at=3)
+
+
+def test_seeds_side_by_side_have_the_figures_that_each_has_alone(tmp_path: Path):
+    def prepared(seed: int) -> Prepared:
+        config = little_config(tmp_path, "metrics={ladder: {}}", f"seed={seed}")
+        return prepare(build(config, CPU), config)
+
+    together, alone = [Lines(), Lines()], [Lines(), Lines()]
+    run_side_by_side([Member(prepared(seed), told) for seed, told in enumerate(together)])
+    for seed, told in enumerate(alone):
+        run_side_by_side([Member(prepared(seed), told)])
+    for one, other in zip(alone, together, strict=True):
+        for line, beside in zip(one.lines, other.lines, strict=True):
+            for key in (key for key in line if key.startswith("eval/ladder")):
+                assert beside[key] == pytest.approx(line[key], rel=0.02, abs=1e-9), key
 
 
 def test_nothing_else_of_a_run_changes(tmp_path: Path):

@@ -29,6 +29,7 @@ SOURCES: Mapping[Scope, str] = {
     "batch": "one source for the whole batch",
     "row": "one source for each row or position",
 }
+IN_SHORT: Mapping[Scope, str] = {"batch": "one source", "row": "one each"}
 STEPS, STEPS_AT_END = (1, 5, 20), (1, 5, 20, 80)
 """of ascent after which the adversary is shown, at every evaluation and at the end of a run"""
 N_ROWS, N_SEQUENCES = 256, 4
@@ -63,6 +64,9 @@ class Ladder(NamedTuple):
     def figures(self) -> dict[str, float]:
         """Every figure by the name under which it is logged."""
         found = {f"ladder/{name}": value for name, value in self.rungs.items()}
+        whole = self.rungs["ablated"]
+        for name in (rung(n, s) for s in SCOPES if (n := deepest(found, s)) and whole > 0):
+            found[f"ladder_share/{name}"] = self.rungs[name] / whole
         found |= {f"ladder_recovered/{name}": share for name, share in self.recovered.items()}
         return found | {
             "ladder_l0": self.l0,
@@ -226,7 +230,8 @@ class LadderMetric(MetricSpec):
     `adversarial_N_batch` and `adversarial_N_row` after N steps of 0.1 from one seeded start, with one
     source for the batch and one for each row or position: the largest error until there. Of a language
     model, `ladder_recovered/…` is the share of the cross-entropy that ablating costs which is avoided.
-    `ladder_l0` of `ladder_C` subcomponents are on, on these `ladder_rows` rows.
+    `ladder_share/…` is the error after the most steps over that of ablating. `ladder_l0` of `ladder_C`
+    subcomponents are on, on these `ladder_rows` rows.
     """
 
     quantities = {
@@ -234,6 +239,18 @@ class LadderMetric(MetricSpec):
         **{
             f"ladder/{name}": Quantity(label=f"D {name}", meaning=meaning, headline=False)
             for name, meaning in (_MASKS | _ADVERSARIAL).items()
+        },
+        "ladder_share": Quantity(
+            label="adversary over ablation",
+            meaning="the error under its masks over that of ablating everything",
+            format=".3f",
+            headline=False,
+        ),
+        **{
+            f"ladder_share/{rung(STEPS_AT_END[-1], scope)}": Quantity(
+                label=f"adversary over ablation, {STEPS_AT_END[-1]} steps, {words}", format=".3f"
+            )
+            for scope, words in IN_SHORT.items()
         },
         "ladder_recovered": Quantity(
             label="CE recovered",
@@ -243,7 +260,6 @@ class LadderMetric(MetricSpec):
         "ladder_l0": Quantity(
             label="L0 of all matrices",
             meaning=f"subcomponents with an importance above {L0_THRESHOLD}, mean over the ladder's rows",
-            headline=False,
         ),
         "ladder_C": Quantity(label="C of all matrices", headline=False),
         "ladder_rows": Quantity(
@@ -263,9 +279,9 @@ class LadderMetric(MetricSpec):
 
     def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
         shares = {
-            scope: (n, values[f"ladder/{rung(n, scope)}"] / values["ladder/ablated"])
+            scope: (n, values[f"ladder_share/{rung(n, scope)}"])
             for scope in SCOPES
-            if (n := deepest(values, scope)) and values.get("ladder/ablated", 0.0) > 0
+            if (n := deepest(values, scope)) and f"ladder_share/{rung(n, scope)}" in values
         }
         if set(shares) != set(SCOPES):
             return None
@@ -281,7 +297,9 @@ class LadderMetric(MetricSpec):
 
 def deepest(values: Mapping[str, Any], scope: Scope) -> int | None:
     """The largest number of steps after which an adversary is among these figures."""
-    names = (key.removeprefix("ladder/").split("_") for key in values if key.startswith("ladder/a"))
+    names = (
+        key.removeprefix("ladder/").split("_") for key in values if key.startswith("ladder/adv")
+    )
     steps = [int(parts[1]) for parts in names if parts[0] == "adversarial" and parts[2] == scope]
     return max(steps, default=None)
 

@@ -73,7 +73,8 @@ class CrossEntropyMetric(MetricSpec):
         ),
         "recovered": Quantity(
             label="cross-entropy recovered",
-            meaning="the share of what ablating every site costs that is avoided",
+            meaning="the share of what ablating every site costs that is avoided, under masks that no"
+            " adversary chose",
             headline=False,
         ),
         "recovered/rounded": Quantity(
