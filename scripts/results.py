@@ -17,6 +17,8 @@ import yaml
 
 from spd.config import UserError, differences, load_config
 from spd.engine.fingerprint import is_stale, objective_fingerprint
+from spd.metrics import deepest, rung
+from spd.metrics.ladder import IN_SHORT
 from spd.registry import EXPERIMENTS
 from spd.reports.results import format_value
 from spd.run_files import CONFIG_FILE, META_FILE, RESULT_FILE, has_finished, read_json, write_json
@@ -103,7 +105,7 @@ def record_of(run: Path, *, verify: bool = True) -> dict[str, Any]:
         if key.partition(".")[0] not in NOT_A_SETTING
     }
     return {
-        "result": result,
+        "result": _without_nothing(result),
         "changed": changed,
         "commit": meta["commit"],
         "dirty": meta["dirty"],
@@ -114,6 +116,12 @@ def record_of(run: Path, *, verify: bool = True) -> dict[str, Any]:
         "config": yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")),
         "objective": meta.get("objective", {}),
     }
+
+
+def _without_nothing(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without what its rows leave empty, and what its figures mean, which the code says."""
+    rows = [{k: v for k, v in row.items() if v is not None} for row in result["rows"]]
+    return {**result, "rows": rows, "quantities": {}}
 
 
 def write_record(record: Mapping[str, Any], root: Path) -> Path:
@@ -219,8 +227,8 @@ def experiment_table(records: Sequence[Mapping[str, Any]], present: Mapping[str,
     results = [record["result"] for record in records]
     for column, result in enumerate(results):
         for row in result["rows"]:
-            published = format_value(row["published"], row["published_spread"])
-            own = format_value(row["value"], row["spread"])
+            published = format_value(row.get("published"), row.get("published_spread"))
+            own = format_value(row["value"], row.get("spread"))
             if row["key"].startswith("loss/"):  # digits enough to tell runs apart
                 own = f"{row['value']:.4g}"
             cells = rows.setdefault(row["metric"], [published, *["–"] * len(results)])
@@ -270,21 +278,37 @@ def _state(record: Mapping[str, Any], present: Mapping[str, float]) -> str:
 def _headline(records: Sequence[Mapping[str, Any]], kind: str) -> str:
     """The figures that tell most, as the mean over the seeds.
 
-    What masks recover of a language model stands after how much is on: it means little by itself.
+    Of a language model what masks recover means little by itself: before it stand how much is on, and
+    what masks cost that an adversary has chosen.
     """
     found: dict[str, list[float]] = {}
     for record in records:
         rows = record["result"]["rows"]
         if kind == "value" and any(row["key"] == "recovered/rounded" for row in rows):
-            for name, label in (("l0/", "L0"), ("alive/", "alive")):
-                on = [row["value"] for row in rows if row["key"].startswith(name)]
-                found.setdefault(label, []).append(sum(on))
+            for label, value in _of_masks({row["key"]: row["value"] for row in rows}).items():
+                found.setdefault(label, []).append(value)
         for row in rows:
-            if row["key"].startswith(HEADLINES) and row[kind] is not None:
+            if row["key"].startswith(HEADLINES) and row.get(kind) is not None:
                 found.setdefault(row["metric"], []).append(row[kind])
     means = {metric: sum(values) / len(values) for metric, values in found.items()}
     texts = [f"{metric} {mean:.{0 if mean > 10 else 3}f}" for metric, mean in means.items()]
     return ", ".join(texts) or "–"
+
+
+def _of_masks(values: Mapping[str, float]) -> dict[str, float]:
+    """How much is on, and what adversarial masks cost over what ablating everything does."""
+    on = {
+        label: sum(value for key, value in values.items() if key.startswith(name))
+        for label, name in (("L0", "l0/"), ("of C", "ladder_C"), ("alive", "alive/"))
+        if any(key.startswith(name) for key in values)
+    }
+    shares = {
+        f"adversary over ablation ({n} steps, {words})": values[f"ladder/{rung(n, scope)}"]
+        / values["ladder/ablated"]
+        for scope, words in IN_SHORT.items()
+        if (n := deepest(values, scope)) and values.get("ladder/ablated")
+    }
+    return on | shares
 
 
 def _ranges(seeds: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd.masks import stochastic_mask
@@ -17,7 +17,7 @@ from spd.noise import seeded, uniform
 Scope = Literal["batch", "row"]
 Masks = Mapping[str, Tensor]
 Errors = Callable[[Masks], Float[Tensor, "*rows"]]
-"""masks of all sites, `[*rows, C]` or broadcasting to it → D of every row"""
+"""masks of all sites, shaped like g → D of every row, or of every example, its positions taken together"""
 STEP_SIZE = 0.1
 
 
@@ -39,33 +39,42 @@ class Found(NamedTuple):
     """mean D after so many steps of ascent, 0 first: the largest up to there"""
     rows: Float[Tensor, "*rows"]
     """D of each row at its worst: with one source for each row that of the row, else that of the batch"""
+    calls: list[Int[Tensor, " n"]]
+    """for each of `by_step`, in which call of the errors it was met, 0 first: of each row, or one of all"""
 
 
 def attack(errors: Errors, g: Mapping[str, Float[Tensor, "*rows C"]], how: Attack) -> Found:
     """Search for the worst masks between g, clipped to [0, 1], and 1.
 
     The same every time, from seeds by restart and site. With scope `row` the errors of one row must not
-    depend on the masks of another.
+    depend on the masks of another, so that each row's worst moment can be taken by itself.
     """
     clipped = {path: own.detach().clamp(0, 1) for path, own in g.items()}
-    curves, ends = [], []
-    for restart in range(how.n_restarts):
-        curve, end = _ascend(errors, clipped, how, restart)
-        curves.append(curve)
-        ends.append(end)
+    curves = torch.stack(
+        [torch.stack(_ascend(errors, clipped, how, restart)) for restart in range(how.n_restarts)]
+    )  # [restarts, 1 + steps, *rows]
+    compared = curves.flatten(start_dim=2)
+    if how.scope == "batch":
+        compared = compared.mean(dim=2, keepdim=True)
+    best, calls = _worst_until(compared)
+    by_step = best.mean(dim=1).tolist()
     if how.scope == "row":
-        worst = torch.stack([torch.stack(curve) for curve in curves]).amax(dim=0)
-        running = worst.cummax(dim=0).values
-        return Found([rows.mean().item() for rows in running], running[-1])
-    means = torch.stack([torch.stack([rows.mean() for rows in curve]) for curve in curves])
-    by_step = means.amax(dim=0).cummax(dim=0).values.tolist()
-    return Found(by_step, ends[int(means.amax(dim=1).argmax())])
+        return Found(by_step, best[-1].reshape(curves.shape[2:]), list(calls))
+    return Found(by_step, curves.flatten(end_dim=1)[int(calls[-1])], list(calls))
 
 
-def _ascend(
-    errors: Errors, g: Mapping[str, Tensor], how: Attack, restart: int
-) -> tuple[list[Tensor], Tensor]:
-    """The errors of all rows before the first step and after each; those of the worst moment."""
+def _worst_until(
+    curves: Float[Tensor, "restarts moments n"],
+) -> tuple[Float[Tensor, "moments n"], Int[Tensor, "moments n"]]:
+    """The largest value until each moment, over all restarts, and which of all values that is."""
+    n_moments = curves.shape[1]
+    largest, restarts = curves.max(dim=0)
+    best, moments = largest.cummax(dim=0)
+    return best, restarts.gather(0, moments) * n_moments + moments
+
+
+def _ascend(errors: Errors, g: Mapping[str, Tensor], how: Attack, restart: int) -> list[Tensor]:
+    """The errors of all rows before the first step and after each."""
     sources = {path: _start(own, how, restart, path) for path, own in g.items()}
     curve = []
     for _ in range(how.n_steps):
@@ -80,7 +89,7 @@ def _ascend(
         }
     with torch.no_grad():
         curve.append(errors(_masks(g, sources)))
-    return curve, max(curve, key=lambda rows: rows.mean().item())
+    return curve
 
 
 def _masks(g: Masks, sources: Masks) -> Masks:

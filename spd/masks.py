@@ -6,7 +6,7 @@ A site's mask has one entry for each subcomponent, `[..., C]`.
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,37 @@ def stochastic_mask(
 ) -> Float[Tensor, "*rows C"]:
     """m = g + (1 − g) r with r ~ U(0, 1) (paper, section 2)."""
     return g + (1 - g) * uniform
+
+
+MaskKind = Literal["unmasked", "stochastic", "importance_masked", "rounded", "ablated"]
+MASK_KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
+ROUNDING_THRESHOLD = 0.5
+
+
+def masks_of(
+    kind: MaskKind,
+    importances: Mapping[str, Float[Tensor, "*rows _C"]],
+    uniform: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor | None]:
+    """All sites' masks of one kind: none, g + (1 − g) r, g, whether g > 0.5, or zeros.
+
+    g is clipped to [0, 1]; `uniform` draws r like the tensor it is given.
+    """
+    masks: dict[str, Tensor | None] = {}
+    for path, leaky in importances.items():
+        g = leaky.clamp(0, 1)
+        match kind:
+            case "unmasked":
+                masks[path] = None
+            case "stochastic":
+                masks[path] = stochastic_mask(g, uniform(g))
+            case "importance_masked":
+                masks[path] = g
+            case "rounded":
+                masks[path] = (g > ROUNDING_THRESHOLD).to(g.dtype)
+            case "ablated":
+                masks[path] = torch.zeros_like(g)
+    return masks
 
 
 class SiteMask(NamedTuple):

@@ -87,7 +87,9 @@ def _lm(name: str, minutes: int, expected: str, *, default: bool = False) -> Exp
     )
 
 
-_RECOVERED = "over 90 % of the cost of ablation avoided with rounded masks"
+_NOT_HELD = (
+    "no known solution; masks that an adversary chooses for each token cost more than ablation"
+)
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -102,8 +104,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         _resid_mlp(2, 150, "sensitive to the seed", gpu_minutes=11),
         _resid_mlp(3, 2500, "sensitive to the seed", gpu_minutes=60),
         _lm("ss_emb", 600, "not measured; needs the Hugging Face hub", default=True),
-        _lm("pydoc_emb", 6, _RECOVERED),
-        _lm("pydoc_mlp", 8, _RECOVERED),
+        _lm("pydoc_emb", 6, _NOT_HELD),
+        _lm("pydoc_mlp", 8, _NOT_HELD),
     )
 }
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from spd.adversary import Attack, Errors, Masks, Scope, attack
-from spd.analysis.adversary import Ladder, ladder, lines
+from spd.analysis.adversary import ladder, lines
 from spd.losses import recon_errors
 from spd.masks import stochastic_mask
+from spd.metrics import Ladder
 from tests.solved_toy import columns_of, solved_toy
 from tests.test_causes import toy
 
@@ -126,10 +127,10 @@ def test_a_planted_pair_is_seen_by_random_masks_and_the_adversary_alone():
         with torch.no_grad():
             site.V[:, [one, other]] = 0.5
             site.U[one], site.U[other] = size, -size
-        return ladder(prepared, Attack("batch", n_steps=20))
+        return ladder(prepared, n_steps=20, n_restarts=1)
 
     without, planted = with_pair(0.0), with_pair(2.0)
-    for name in ("unmasked", "importances", "rounded at 0.5"):
+    for name in ("unmasked", "importance_masked", "rounded"):
         assert abs(planted.rungs[name] - without.rungs[name]) < 1e-6
     assert planted.rungs["stochastic"] > 10 * without.rungs["stochastic"] + 1e-3
     for scope in ("batch", "row"):

@@ -280,6 +280,7 @@ ELSEWHERE = {
     "ResponseCurves": ("experiments/test_resid_mlp_plots.py",),
     "EmbeddingRecon": ("test_losses.py",),
     "ColumnMatchMetric": ("test_metrics.py",),
+    "LadderMetric": ("test_ladder.py",),
     "MetricSpec": ("test_metrics.py", "test_registry.py", "reports/test_report.py"),
     "Conclusion": ("test_metrics.py", "reports/test_report.py", "runs/test_wandb.py"),
     "TextConfig": ("experiments/lm/test_lm_text.py", "experiments/lm/test_lm_decomposition.py"),

@@ -99,6 +99,25 @@ def test_what_masks_recover_stands_after_how_much_is_on(docs: Path, tmp_path: Pa
     (run / "result.json").write_text(json.dumps(result))
     record(docs, run)
     assert "| L0 131, alive 160, recovered/rounded 0.950 |" in written(docs)[1]
+    values |= {"ladder/ablated": 2.0, "ladder/adversarial_80_batch": 3.0, "ladder_C": 320.0}
+    result["rows"] = [{"metric": key, "key": key, "value": v} | empty for key, v in values.items()]
+    (run / "result.json").write_text(json.dumps(result))
+    record(docs, run)
+    cost = "adversary over ablation (80 steps, one source) 1.500"
+    said = f"L0 131, of C 320, alive 160, {cost},"
+    assert f"| {said} recovered/rounded 0.950 |" in written(docs)[1]
+
+
+def test_a_record_leaves_out_what_is_empty(docs: Path, tmp_path: Path) -> None:
+    """So that it stays small; the page is the same."""
+    run = finished_run(tmp_path)
+    kept = record_of(run)
+    assert kept["result"]["quantities"] == {}
+    assert all(None not in row.values() for row in kept["result"]["rows"])
+    record(docs, run)
+    page = written(docs)[0]
+    assert "| MMCS linear1 | 1.000 ± 0.000 | 1.000 ± 0.000 |" in page
+    assert "| alive linear1 | – | 5 |" in page
 
 
 def test_what_cannot_be_recorded(docs: Path, tmp_path: Path) -> None:

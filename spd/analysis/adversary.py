@@ -7,18 +7,13 @@ its number of steps: more steps are a stronger adversary, not another quantity.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from spd.adversary import Attack, Found, Scope, attack
+from spd.adversary import STEP_SIZE
 from spd.engine.prepare import Prepared
-from spd.losses import recon_errors
-from spd.masks import stochastic_mask
-from spd.noise import seeded, uniform
+from spd.masks import ROUNDING_THRESHOLD
+from spd.metrics import SCOPES, SOURCES, Ladder, climb, some_rows
 from spd.run_files import write_json
 from spd.runs.cli import add_ways_in
 from spd.runs.console import console_log, user_errors
@@ -28,72 +23,44 @@ ANALYSIS = "analysis/adversary/ladder.json"
 SHOWN = (1, 5, 20, 80)
 """steps at which the search is shown on its way"""
 N_ROWS, N_SEQUENCES = 1024, 8
-SCOPES: dict[Scope, str] = {
-    "batch": "one source for the whole batch",
-    "row": "one source for each row or position",
-}
+WORDS = {"importance_masked": "importances", "rounded": f"rounded at {ROUNDING_THRESHOLD}"}
 
 
-class Ladder(NamedTuple):
-    """Mean D under each kind of masks, on the same rows."""
-
-    rungs: dict[str, float]
-    """unmasked, stochastic, importances, rounded, ablated"""
-    attacks: dict[Scope, Found]
-    attack: Attack
-    n_rows: int
-
-
-def ladder(prepared: Prepared, how: Attack, n_rows: int | None = None) -> Ladder:
-    """Everything that is shown, on the first held-out rows."""
-    model, kind = prepared.objective.model, prepared.problem.recon
+def ladder(
+    prepared: Prepared, *, n_steps: int, n_restarts: int, n_rows: int | None = None
+) -> Ladder:
+    """Every rung, on a seeded choice of the first held-out rows."""
     batch = prepared.eval_batches[0]
     if n_rows is None:
         n_rows = N_ROWS if batch.is_floating_point() else N_SEQUENCES
-    batch = batch[:n_rows]
-    output, site_inputs = model.target_forward(batch)
-    with torch.no_grad():
-        g = {p: own.clamp(0, 1) for p, own in model.causal_importances(site_inputs).lower.items()}
-
-    def errors(masks: Mapping[str, Tensor]) -> Tensor:
-        return recon_errors(model(batch, masks), output, kind)
-
-    def drawn(path: str) -> Tensor:
-        return uniform(g[path].shape, seeded(batch.device, "ladder", how.seed, path))
-
-    kinds = {
-        "unmasked": {path: torch.ones_like(own) for path, own in g.items()},
-        "stochastic": {path: stochastic_mask(own, drawn(path)) for path, own in g.items()},
-        "importances": g,
-        "rounded at 0.5": {path: (own > 0.5).float() for path, own in g.items()},
-        "ablated": {path: torch.zeros_like(own) for path, own in g.items()},
-    }
-    with torch.no_grad():
-        rungs = {name: errors(masks).mean().item() for name, masks in kinds.items()}
-    attacks: dict[Scope, Found] = {
-        scope: attack(errors, g, how._replace(scope=scope)) for scope in SCOPES
-    }
-    return Ladder(rungs, attacks, how, output[..., 0].numel())
+    steps = sorted({*(n for n in SHOWN if n < n_steps), n_steps})
+    model, rows = prepared.objective.model, some_rows(batch, n_rows)
+    return climb(model, prepared.problem, rows, steps=steps, n_restarts=n_restarts)
 
 
 def lines(found: Ladder) -> list[str]:
     """One for each rung, in shares of what ablating everything costs, too."""
     whole = found.rungs["ablated"]
-    rows = [(name, value) for name, value in found.rungs.items() if name != "ablated"]
-    for scope, words in SCOPES.items():
-        curve = found.attacks[scope].by_step
-        shown = sorted({*(n for n in SHOWN if n < len(curve)), len(curve) - 1})
-        rows += [(f"adversary, {words}, {n} steps", curve[n]) for n in shown]
-    rows.append(("ablated", whole))
-    width = max(len(name) for name, _ in rows)
-    share = [f"{value / whole:.3f}" if whole else "-" for _, value in rows]
+    names = {name: described(name) for name in found.rungs}
+    width = max(map(len, names.values()))
+    head = f"{'masks':{width}}  {'D':>10}  of ablated"
     return [
-        f"{'masks':{width}}  {'D':>10}  of ablated",
+        head + ("  CE recovered" if found.recovered else ""),
         *(
-            f"{name:{width}}  {value:>10.3e}  {part:>10}"
-            for (name, value), part in zip(rows, share, strict=True)
+            f"{names[name]:{width}}  {value:>10.3e}  {f'{value / whole:.3f}' if whole else '-':>10}"
+            + (f"  {found.recovered[name]:>12.3f}" if name in found.recovered else "")
+            for name, value in found.rungs.items()
         ),
     ]
+
+
+def described(name: str) -> str:
+    """What a rung is, in words."""
+    for scope in SCOPES:
+        if name.endswith(f"_{scope}"):
+            n = name.split("_")[1]
+            return f"adversary, {SOURCES[scope]}, {n} step{'' if n == '1' else 's'}"
+    return WORDS.get(name, name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -109,16 +76,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--{name} {getattr(args, name)}: at least 1 is needed")
     with console_log(), user_errors():
         run = load_run(args.run_dir, trust=args.trust, verify=not args.unverified)
-        found = ladder(run.prepared, Attack("batch", args.steps, args.restarts))
+        found = ladder(run.prepared, n_steps=args.steps, n_restarts=args.restarts)
         path = args.run_dir / ANALYSIS
         path.parent.mkdir(parents=True, exist_ok=True)
         curves = {scope: own.by_step for scope, own in found.attacks.items()}
-        numbers = {"rungs": found.rungs, "adversary": curves, "n_rows": found.n_rows}
-        write_json(path, {"checkpoint": run.step, **found.attack._asdict(), **numbers})
+        how = {"n_steps": args.steps, "n_restarts": args.restarts, "step_size": STEP_SIZE}
+        numbers = {"rungs": found.rungs, "recovered": found.recovered, "adversary": curves}
+        on = {"l0": found.l0, "C": found.C, "n_rows": found.n_rows}
+        write_json(path, {"checkpoint": run.step, **how, **numbers, **on})
     print(*lines(found), sep="\n")
     print(
-        f"on {found.n_rows:,} held-out rows, the worst of {args.restarts} starts, the largest error until"
-        f" each step; in {path}"
+        f"L0 {found.l0:.4g} of {found.C}; on {found.n_rows:,} held-out rows, the worst of"
+        f" {args.restarts} starts, the largest error until each step; in {path}"
     )
 
 

@@ -221,7 +221,11 @@ def build_metrics(prepared: Prepared, *, at_end: bool) -> list[Metric]:
     """
     problem, config, objective, *_ = prepared
     specs = [spec for spec in config.metrics.values() if at_end or not spec.at_end]
-    built = [spec.build(objective.model, problem) for spec in specs]
+    model = objective.model
+    built = [
+        spec.build_at_end(model, problem) if at_end else spec.build(model, problem)
+        for spec in specs
+    ]
     return [HeldOutLosses(objective.losses), *built]
 
 
@@ -244,7 +248,9 @@ def evaluate(
 ) -> dict[str, float]:
     """All metrics on the held-out batches, under keys that begin with `eval/`.
 
-    Without `at_end` those are left out that cost too much for every evaluation.
+    Without `at_end` those are left out that cost too much for every evaluation. Gradients are off, since
+    most need none; a loss or metric that asks for some does so within `torch.enable_grad()`, as
+    `spd.adversary` does. No evaluation is compiled, whatever the steps are.
     """
     metrics = build_metrics(prepared, at_end=at_end)
     values = collect(metrics, eval_contexts(prepared, state))

@@ -6,6 +6,17 @@ from typing import Annotated
 from spd.config import BY_TYPE, NAME_IS_TYPE
 from spd.metrics.column_match import INERT_FRACTION, ColumnMatch, ColumnMatchMetric, column_match
 from spd.metrics.held_out import HeldOutLosses
+from spd.metrics.ladder import (
+    SCOPES,
+    SOURCES,
+    Ladder,
+    LadderMetric,
+    climb,
+    deepest,
+    rung,
+    share_recovered,
+    some_rows,
+)
 from spd.metrics.pattern import (
     PATTERN_TOLERANCE,
     PatternErrorsMetric,
@@ -36,7 +47,9 @@ from spd.metrics.spec import (
     quantity_of,
 )
 
-GeneralMetric = ColumnMatchMetric | PatternErrorsMetric | CausesMetric | SparsityMetric
+GeneralMetric = (
+    ColumnMatchMetric | PatternErrorsMetric | CausesMetric | SparsityMetric | LadderMetric
+)
 """The metrics of any decomposition; experiments add their own."""
 Metrics = Annotated[Mapping[str, Annotated[GeneralMetric, BY_TYPE]], NAME_IS_TYPE]
 
@@ -52,6 +65,8 @@ __all__ = [
     "HeldOutLosses",
     "INERT_FRACTION",
     "L0_THRESHOLD",
+    "Ladder",
+    "LadderMetric",
     "Metric",
     "MetricSpec",
     "Metrics",
@@ -59,16 +74,23 @@ __all__ = [
     "PatternErrorsMetric",
     "Published",
     "Quantity",
+    "SCOPES",
+    "SOURCES",
     "SiteUsage",
     "SparsityMetric",
     "assignment",
+    "climb",
     "collect",
     "column_match",
     "columns_in_use",
+    "deepest",
     "dense_errors",
     "identity_errors",
     "pattern_errors",
     "probe_importances",
     "quantity_of",
+    "rung",
+    "share_recovered",
     "site_usage",
+    "some_rows",
 ]

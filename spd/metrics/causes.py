@@ -17,6 +17,8 @@ from torch import Tensor
 from spd.adversary import Attack, attack
 from spd.component_model import ComponentModel
 from spd.losses import recon_errors
+from spd.metrics.ladder import by_example
+from spd.metrics.sparsity import ALIVE_THRESHOLD, size_of
 from spd.noise import seeded
 from spd.problem import Dense, Identity, Pattern, Problem, ReconKind
 
@@ -97,7 +99,6 @@ class Causes(NamedTuple):
                 found[f"wrong_weights/{path}"] = float(own.wrong_weights)
             found[f"lost_effect/{path}"] = own.lost
             found[f"idle_importance/{path}"] = own.idle
-            found[f"never_active/{path}"] = own.never_active
         found[f"adversarial/{self.attack.n_steps}_steps"] = self.adversarial
         return found
 
@@ -156,7 +157,7 @@ def causes_of(
             effect_errors,
             wrong_weights,
             *_on_data(effects, on_data.ablated(path), g[:, columns]),
-            _never_active(model, path, g),
+            size_of(site, (g <= ALIVE_THRESHOLD).all(dim=0)),
             len(columns),
             site.C,
         )
@@ -178,9 +179,10 @@ class _Measured:
         self.g = {path: own.clamp(0, 1) for path, own in lower.items()}
         self.n_rows = self.output[..., 0].numel()
 
-    def errors(self, masks: Mapping[str, Tensor]) -> Float[Tensor, "*rows"]:
+    def errors(self, masks: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
         on_device = {path: mask.to(self.batch.device) for path, mask in masks.items()}
-        return recon_errors(self.model(self.batch, on_device), self.output, self.recon)
+        errors = recon_errors(self.model(self.batch, on_device), self.output, self.recon)
+        return by_example(errors, self.g)
 
     def one_off(self, path: str, mask: Float[Tensor, " C"]) -> Float[Tensor, " rows"]:
         """D of every row where `path` has this mask and all other masks are 1."""
@@ -304,12 +306,6 @@ def _on_data(
     lost = _ratio((effects * (g < 0.5)).sum().item(), effects.sum().item())
     without = effects <= WITHOUT_EFFECT * ablated.mean()
     return lost, _ratio((g * without).sum().item(), g.sum().item())
-
-
-def _never_active(model: ComponentModel, path: str, g: Float[Tensor, "rows C"]) -> float:
-    site = model.sites[path]
-    sizes = site.subcomponents.V.norm(dim=0) * site.subcomponents.U.norm(dim=1)
-    return _ratio(sizes[(g <= 0.1).all(dim=0)].sum().item(), site.target_weight.norm().item())
 
 
 def _ratio(part: float, whole: float) -> float:

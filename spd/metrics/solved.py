@@ -53,12 +53,6 @@ class CausesMetric(MetricSpec):
             format=".3f",
             headline=False,
         ),
-        "never_active": Quantity(
-            label="never active",
-            meaning="Σ ‖U_c‖ ‖V_c‖ of what is never on, over ‖W‖",
-            format=".3f",
-            headline=False,
-        ),
         "adversarial": Quantity(
             label="adversarial error",
             meaning="mean D under masks that so many steps of gradient ascent found for each row, over that"

@@ -1,11 +1,14 @@
 """How many subcomponents are on: L0, alive, density, and whether that is a decomposition at all."""
 
+import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
-from spd.component_model import ComponentModel
+from spd.component_model import ComponentModel, Site
 from spd.losses import StepContext
 from spd.metrics.spec import Metric, MetricSpec, Quantity
 from spd.problem import Problem
@@ -17,7 +20,11 @@ ALWAYS_ON = 0.99
 
 
 class SparsityMetric(MetricSpec):
-    """Per site: L0 (mean number of g > 0.01), alive (g > 0.1 at least once), density (mean of g > 0.1)."""
+    """Per site: L0 (mean number of g > 0.01), alive (g > 0.1 at least once), density (mean of g > 0.1).
+
+    `never_active` is how much of the matrix lies in what is not alive: Σ ‖U_c‖ ‖V_c‖ over ‖W‖. Masks
+    between g and 1 may turn it on, so that it is not harmless where it is large.
+    """
 
     quantities = {
         "l0": Quantity(
@@ -35,6 +42,12 @@ class SparsityMetric(MetricSpec):
             meaning=f"mean fraction of inputs on which a subcomponent is above {ALIVE_THRESHOLD}",
             headline=False,
         ),
+        "never_active": Quantity(
+            label="never active",
+            meaning="Σ ‖U_c‖ ‖V_c‖ over the subcomponents that are not alive, over ‖W‖",
+            format=".3f",
+            headline=False,
+        ),
     }
 
     type: Literal["sparsity"] = "sparsity"
@@ -45,6 +58,7 @@ class SparsityMetric(MetricSpec):
 
 class _Sparsity:
     def __init__(self, model: ComponentModel) -> None:
+        self.sites = model.sites
         self.n_rows = dict.fromkeys(model.sites, 0)
         first = next(iter(model.sites.values())).subcomponents.V
         zeros = {
@@ -67,7 +81,18 @@ class _Sparsity:
             values[f"l0/{path}"] = self.n_nonzero[path].sum().item() / self.n_rows[path]
             values[f"alive/{path}"] = float((active > 0).sum().item())
             values[f"density/{path}"] = active.mean().item() / self.n_rows[path]
+        for path, active in self.n_active.items():
+            values[f"never_active/{path}"] = size_of(self.sites[path], active == 0)
         return values
+
+
+@torch.no_grad()
+def size_of(site: Site, which: Bool[Tensor, " C"]) -> float:
+    """Σ ‖U_c‖ ‖V_c‖ over these subcomponents, over ‖W‖."""
+    parts = site.subcomponents
+    size = (parts.V.norm(dim=0) * parts.U.norm(dim=1))[which].sum().item()
+    whole = site.target_weight.norm().item()
+    return size / whole if whole else (math.inf if size else 0.0)
 
 
 class SiteUsage(NamedTuple):

@@ -89,6 +89,10 @@ class MetricSpec(BaseConfig):
         """A fresh accumulator, or a `UserError` where this metric makes no sense."""
         raise NotImplementedError
 
+    def build_at_end(self, model: ComponentModel, problem: Problem) -> Metric:
+        """The accumulator of a run's last evaluation, which may take longer than the others."""
+        return self.build(model, problem)
+
     def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
         """What the figures of an evaluation come to; None if this metric does not say."""
         return None

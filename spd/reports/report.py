@@ -3,7 +3,6 @@
 Reads files alone. Imports no experiment and loads no model.
 """
 
-import base64
 import fnmatch
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from spd.metrics import MetricSpec
 from spd.registry import EXPERIMENTS
 from spd.reports.curves import live_curves
 from spd.reports.figures import Drawable, draw, loss_curves, save_figures
+from spd.reports.images import CURVES, image, images, numbers_of
+from spd.reports.ladder import LADDER, is_of_ladder, ladder_of
 from spd.reports.origin import (
     commands_of,
     provenance_of,
@@ -24,7 +25,7 @@ from spd.reports.origin import (
     web_link,
 )
 from spd.reports.page import render_page
-from spd.reports.png import FigureText, png_bytes, read_png
+from spd.reports.png import png_bytes
 from spd.reports.reading import (
     configuration_in,
     evaluation_in,
@@ -56,7 +57,6 @@ from spd.run_files import (
 )
 
 TEMPLATE = "report.html.j2"
-CURVES = "loss_curves"
 LOSS = "loss/"
 """The keys of the held-out losses begin so."""
 
@@ -70,20 +70,6 @@ class Verdict(NamedTuple):
     detail: str
     reason: str = ""
     """why the run failed"""
-
-
-class Image(NamedTuple):
-    """A figure, ready to be inlined."""
-
-    name: str
-    text: FigureText
-    data: str
-    """the PNG in base64"""
-    width: int
-    """on paper, in CSS pixels"""
-    height: int
-    numbers: str | None = None
-    """where its CSV lies, from the run directory"""
 
 
 def write_report(
@@ -137,12 +123,13 @@ def report_contents(
         "site_table": site_table(result, config.get("sites", {})),
         "loss_rows": _loss_rows(result, config.get("losses", {})),
         "evaluated": bool(result.rows),
-        "figures": _images(
+        "figures": images(
             run_dir / FIGURES,
             list(config.get("figures") or {}),
             at=last_step if stopped else None,
         ),
         **_curves(run_dir, history, last_step),
+        **_ladder(run_dir, result, history),
         "target": target_record(run_dir / TARGET / "training.json"),
         "target_config": text_of(run_dir / TARGET / CONFIG_FILE),
         "config_text": config_text,
@@ -185,7 +172,10 @@ def verdict(
             shown = f"All of this page shows the checkpoint of step {step:,}.{beyond}"
         reason = reason if status == "failed" else ""
         return Verdict("open", headline, f"{shown} {so_far}", reason)
-    unknown = "What the decomposition should look like is not known for this target."
+    unknown = (
+        "What the decomposition should look like is not known for this target: the figures of this page are"
+        " all there is to judge it by."
+    )
     if found is None:
         return Verdict("open", "No known solution", unknown)
     kind = {True: "solved", False: "unsolved", None: "open"}[result.solved]
@@ -247,8 +237,12 @@ class Merits(NamedTuple):
 
 
 def merits(result: Evaluation, sites: Mapping[str, int]) -> Merits:
-    """Every figure but those of each matrix and the losses."""
-    rows = [row for row in result.rows if not _of_each_site(row, result, sites) and not _loss(row)]
+    """Every figure but those of each matrix, the losses and the ladder."""
+    rows = [
+        row
+        for row in result.rows
+        if not (_of_each_site(row, result, sites) or _loss(row) or is_of_ladder(row.key))
+    ]
     lines = [Line(row.metric, result.own(row), result.published(row)) for row in rows]
     return Merits(lines, _meanings(result, rows))
 
@@ -302,22 +296,6 @@ def _loss_rows(result: Evaluation, losses: Mapping[str, Mapping[str, Any]]) -> l
 # --- figures -------------------------------------------------------------------------------------
 
 
-def _images(directory: Path, configured: list[str], *, at: int | None = None) -> list[Image]:
-    """The drawing of each figure `at` a step, or the newest, in the configured order; not the curves."""
-    newest: dict[str, Path] = {}
-    drawn = directory.rglob("*.png" if at is None else f"{at:08d}.png")
-    for path in sorted(drawn, key=lambda path: path.name):
-        newest[path.parent.relative_to(directory).as_posix()] = path
-    newest.pop(CURVES, None)
-    names = sorted(newest, key=lambda n: (configured.index(n) if n in configured else 10**6, n))
-    return [
-        _image(name, newest[name].read_bytes())._replace(
-            numbers=_numbers_of(newest[name], directory)
-        )
-        for name in names
-    ]
-
-
 def _curves(
     run_dir: Path, history: Sequence[Mapping[str, float]], last_step: int
 ) -> dict[str, Any]:
@@ -326,25 +304,18 @@ def _curves(
         return {"curves": None}
     figure = loss_curves(history)
     live = live_curves(figure)
-    drawn = _image(CURVES, png_bytes(figure))  # which leaves the figure empty
+    drawn = image(CURVES, png_bytes(figure))  # which leaves the figure empty
     png = run_dir / FIGURES / CURVES / f"{last_step:08d}.png"
-    return {"curves": drawn._replace(numbers=_numbers_of(png, run_dir / FIGURES)), "live": live}
+    return {"curves": drawn._replace(numbers=numbers_of(png, run_dir / FIGURES)), "live": live}
 
 
-def _numbers_of(png: Path, figures: Path) -> str | None:
-    """The table beside a drawing, where there is one: older runs have none."""
-    table = png.with_suffix(".csv")
-    return table.relative_to(figures.parent).as_posix() if table.is_file() else None
-
-
-def _image(name: str, png: bytes) -> Image:
-    title = name.replace("_", " ").replace("/", ": ")
-    try:
-        text, (width, height) = read_png(png)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{FIGURES}/{name}: not a readable picture: {error}") from None
-    data = base64.b64encode(png).decode("ascii")
-    return Image(name, text or FigureText(title, "", title), data, width, height)
+def _ladder(
+    run_dir: Path, result: Evaluation, history: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
+    """What masks cost, as a table and drawn; nothing where it was not looked at."""
+    found = ladder_of({row.key: row.value for row in result.rows}, history, run_dir)
+    drawn = found and image(LADDER, png_bytes(found.figure))
+    return {"ladder": found, "ladder_figure": drawn}
 
 
 @runtime_checkable

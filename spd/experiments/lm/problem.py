@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from spd.config import UserError
 from spd.engine.prepare import Prepared
 from spd.experiments.lm.report.page import write_lm_report
-from spd.problem import Problem
+from spd.problem import Batch, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,19 @@ class LMProblem(Problem):
         if self.write_target is not None:
             self.write_target(directory)
 
+    def cross_entropy(
+        self, logits: Float[Tensor, "batch position vocab"], batch: Batch
+    ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]] | None:
+        """Of each sequence, summed over the tokens that are scored, and how many these are."""
+        if self.unembed is None or not isinstance(batch, Tensor):
+            return None
+        kept = torch.ones_like(batch, dtype=torch.bool)
+        if self.position_weights is not None:
+            kept = self.position_weights(batch) > 0
+        scored = kept[:, :-1] & kept[:, 1:]
+        errors = next_token_cross_entropy(logits, batch)
+        return errors.where(scored, 0.0).sum(dim=1), scored.sum(dim=1)
+
     def write_report(self, run_dir: Path, prepared: Prepared, n_batches: int | None = None) -> Path:
         """The page with a browser of the subcomponents; see `spd.reports.report`."""
         return write_lm_report(
@@ -46,6 +60,16 @@ class LMProblem(Problem):
             n_batches=n_batches or self.n_report_batches,
             at_least=n_batches or 1,
         )
+
+
+def next_token_cross_entropy(
+    logits: Float[Tensor, "batch position vocab"], tokens: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch predicted"]:
+    """−log p of every token but the first of each sequence, in nats; nothing crosses a border.
+
+    Position i predicts token i + 1 of its own sequence, so the last position predicts nothing.
+    """
+    return F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")
 
 
 def weights_without(

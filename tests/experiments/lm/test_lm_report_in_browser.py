@@ -71,6 +71,7 @@ def test_search_sort_open_and_links(tmp_path: Path):
     data["rows"][700]["writes"][1][4][0] = needle
     data["sites"][3]["reads"] = "its input is <b>not</b> the stream"
     del data["rows"][1600]["reads"]
+    data["rows"][1999] |= {"active": 90_000, "mean": 1.0}  # on nearly everywhere
     run = make_run(tmp_path, **{"metrics.jsonl": None})
     page = write_subcomponents(run, data)
     seen = use(
@@ -113,7 +114,10 @@ def test_search_sort_open_and_links(tmp_path: Path):
     assert seen["linked"] == "model.layers.1.mlp.up_proj/200"
     means = [row["mean"] for row in seen["first"]]
     assert means == sorted(means, reverse=True) and seen["first"][0]["size"] == 2000
-    assert len(seen["first"]) < 60 and len(seen["end"]) < 60 and seen["end"][-1]["mean"] == 0
+    assert len(seen["first"]) < 60 and len(seen["end"]) < 60
+    last, before = seen["end"][-1], seen["end"][-2]
+    assert last["name"] == "3.mlp.up_proj/499", "what is on nearly everywhere comes last"
+    assert before["mean"] == 0 and last["mean"] == 1
     assert [row["name"] for row in seen["needle"]] == ["1.mlp.up_proj/200"]
     assert seen["found"] == "1 subcomponent" and seen["none"] == []
     names = {f"2.mlp.up_proj/13{digit}" for digit in ("", *range(10))}

@@ -26,7 +26,7 @@ const all = data.rows.map((row, index) => {
   };
 });
 const indexOf = new Map(all.map((row) => [row.name, row.index]));
-const state = { key: "mean", falling: true, shown: [], open: null };
+const state = { key: "selective", falling: true, shown: [], open: null };
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -55,7 +55,9 @@ function haystack(row) {
   return row.words;
 }
 
+const SELECTIVE = 0.1; // on at no larger fraction of the positions
 const orders = {
+  selective: (a, b) => (a.density <= SELECTIVE) - (b.density <= SELECTIVE) || a.mean - b.mean,
   name: (a, b) => a.site - b.site || a.c - b.c,
   mean: (a, b) => a.mean - b.mean,
   density: (a, b) => a.density - b.density,
@@ -72,7 +74,7 @@ function refresh() {
     state.shown.length === 1 ? "1 subcomponent" : `${state.shown.length.toLocaleString("en")} subcomponents`;
   for (const button of document.querySelectorAll(".heads button")) {
     const chosen = button.dataset.key === state.key;
-    button.textContent = button.dataset.key + (chosen ? (state.falling ? " ↓" : " ↑") : "");
+    button.textContent = button.dataset.label + (chosen ? (state.falling ? " ↓" : " ↑") : "");
     button.setAttribute("aria-pressed", chosen);
   }
   list.scrollTop = 0;

@@ -1,0 +1,322 @@
+"""The ladder: D on the same held-out rows under every kind of masks, from harmless ones to adversarial.
+
+A decomposition says that what it calls unimportant can be ablated, in any combination and by any amount.
+No mask, random ones, the importances and rounded importances test that more or less; masks that an
+adversary searches for test it best, and ablating everything is what all are measured by. More steps are a
+stronger adversary, not another quantity, so that every figure has its number of steps in its name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from spd.adversary import Attack, Found, Scope, attack
+from spd.component_model import ComponentModel
+from spd.losses import StepContext, mean_over_rows, recon_errors
+from spd.masks import MASK_KINDS, masks_of
+from spd.metrics.sparsity import L0_THRESHOLD
+from spd.metrics.spec import Conclusion, Metric, MetricSpec, Quantity
+from spd.noise import seeded, uniform
+from spd.problem import Batch, Problem
+
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+SOURCES: Mapping[Scope, str] = {
+    "batch": "one source for the whole batch",
+    "row": "one source for each row or position",
+}
+IN_SHORT: Mapping[Scope, str] = {"batch": "one source", "row": "one each"}
+STEPS, STEPS_AT_END = (1, 5, 20), (1, 5, 20, 80)
+"""of ascent after which the adversary is shown, at every evaluation and at the end of a run"""
+N_ROWS, N_SEQUENCES = 256, 4
+"""how many rows of the first held-out batch are looked at: vectors, or sequences (images, …)"""
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A problem whose target predicts the tokens of its batches."""
+
+    def cross_entropy(
+        self, logits: Tensor, batch: Batch
+    ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]] | None:
+        """Of each example its sum, and how many predictions that is of; None: nothing is predicted."""
+        ...
+
+
+class Ladder(NamedTuple):
+    """What is found on some rows."""
+
+    rungs: dict[str, float]
+    """mean D by the name of the rung"""
+    recovered: dict[str, float]
+    """of the cross-entropy that ablating everything costs, the share that is avoided; empty: not known"""
+    attacks: dict[Scope, Found]
+    l0: float
+    """mean number of g > 0.01, over all sites"""
+    C: int
+    """of all sites"""
+    n_rows: int
+
+    def figures(self) -> dict[str, float]:
+        """Every figure by the name under which it is logged."""
+        found = {f"ladder/{name}": value for name, value in self.rungs.items()}
+        whole = self.rungs["ablated"]
+        for name in (rung(n, s) for s in SCOPES if (n := deepest(found, s)) and whole > 0):
+            found[f"ladder_share/{name}"] = self.rungs[name] / whole
+        found |= {f"ladder_recovered/{name}": share for name, share in self.recovered.items()}
+        return found | {
+            "ladder_l0": self.l0,
+            "ladder_C": float(self.C),
+            "ladder_rows": float(self.n_rows),
+        }
+
+
+def rung(n_steps: int, scope: Scope) -> str:
+    """What the adversary's figure after so many steps is called."""
+    return f"adversarial_{n_steps}_{scope}"
+
+
+def share_recovered(cross_entropy: float, *, zero: float, target: float) -> float:
+    """(CE_zero − CE) / (CE_zero − CE_target): 1 is the target, 0 as bad as without the sites."""
+    return (zero - cross_entropy) / (zero - target)
+
+
+def some_rows(batch: Batch, n_rows: int | None = None) -> Batch:
+    """A seeded choice of a batch's rows, in their order; of vectors those that are not all zeros."""
+    indices = torch.arange(len(batch))
+    vectors = isinstance(batch, Tensor) and batch.is_floating_point() and batch.dim() == 2
+    if vectors and isinstance(batch, Tensor) and batch.any():
+        indices = batch.any(dim=1).nonzero().flatten().cpu()
+    if n_rows is None:
+        n_rows = N_ROWS if vectors else N_SEQUENCES
+    order = torch.randperm(len(indices), generator=seeded(torch.device("cpu"), "ladder", "rows"))
+    return batch[indices[order[:n_rows].sort().values].tolist()]
+
+
+def by_example(
+    errors: Float[Tensor, "examples *positions"], g: Mapping[str, Float[Tensor, "*rows _C"]]
+) -> Float[Tensor, " n"]:
+    """The errors of each example, in which the masks of others have no say: the mean over its positions.
+
+    Of all together where a site's importances are shared by several examples or positions.
+    """
+    if any(own.shape[:-1].numel() < errors.numel() for own in g.values()):
+        return errors.mean().reshape(1)
+    return errors.flatten(start_dim=1).mean(dim=1) if errors.dim() > 1 else errors
+
+
+class _Measured:
+    """The target on some rows, and how far masked passes are from it."""
+
+    def __init__(self, model: ComponentModel, problem: Problem, batch: Batch) -> None:
+        self.model, self.problem, self.batch = model, problem, batch
+        target = model.target_forward(batch)
+        self.output = target.output
+        lower = model.causal_importances(target.site_inputs).lower
+        self.g = {path: own.clamp(0, 1) for path, own in lower.items()}
+        weights = problem.position_weights
+        self.weights = None if weights is None else weights(batch)
+        self.predicted: list[Tensor] = []
+        """cross-entropy of every pass so far, of each example"""
+
+    def l0(self) -> float:
+        counts = [(own > L0_THRESHOLD).float().sum(dim=-1) for own in self.g.values()]
+        return sum(mean_over_rows(count, self.weights).item() for count in counts)
+
+    def errors(self, masks: Mapping[str, Tensor | None]) -> Float[Tensor, " n"]:
+        output = self.model(self.batch, masks)
+        if (found := self.cross_entropy(output.detach())) is not None:
+            self.predicted.append(found)
+        errors = recon_errors(output, self.output, self.problem.recon)
+        if self.weights is not None:
+            weights = self.weights
+            errors = errors * weights.reshape(*weights.shape, *[1] * (errors.dim() - weights.dim()))
+        return by_example(errors, self.g)
+
+    def cross_entropy(self, output: Tensor) -> Float[Tensor, " batch"] | None:
+        """Of each example its part of the mean over all predictions; None where nothing is predicted."""
+        if not isinstance(self.problem, Predicts):
+            return None
+        found = self.problem.cross_entropy(output, self.batch)
+        if found is None or not found[1].any():
+            return None
+        return found[0] / found[1].sum()
+
+
+@torch.no_grad()
+def climb(
+    model: ComponentModel,
+    problem: Problem,
+    batch: Batch,
+    *,
+    steps: Sequence[int],
+    n_restarts: int = 1,
+    seed: int = 0,
+) -> Ladder:
+    """Every rung on this batch, the adversary after each of `steps`, the largest error until there."""
+    seen = _Measured(model, problem, batch)
+    noise = seeded(batch.device, "ladder", seed)
+    rungs: dict[str, float] = {}
+    cross_entropy: dict[str, float] = {}
+
+    def draw(like: Tensor) -> Tensor:
+        return uniform(like.shape, noise, like.dtype)
+
+    for kind in MASK_KINDS:
+        rungs[kind] = seen.errors(masks_of(kind, seen.g, draw)).mean().item()
+        if seen.predicted:
+            cross_entropy[kind] = seen.predicted.pop().sum().item()
+    attacks: dict[Scope, Found] = {}
+    for scope in SCOPES:
+        how = Attack(scope, n_steps=max(steps), n_restarts=n_restarts, seed=seed)
+        attacks[scope] = found = attack(seen.errors, seen.g, how)
+        for n in steps:
+            rungs[rung(n, scope)] = found.by_step[n]
+            if seen.predicted:
+                cross_entropy[rung(n, scope)] = _at_calls(seen.predicted, found.calls[n])
+        seen.predicted.clear()
+    ablated = rungs.pop("ablated")
+    target = seen.cross_entropy(seen.output)
+    return Ladder(
+        {**rungs, "ablated": ablated},
+        {} if target is None else _recovered(cross_entropy, target.sum().item()),
+        attacks,
+        seen.l0(),
+        sum(site.C for site in model.sites.values()),
+        seen.output[..., 0].numel(),
+    )
+
+
+def _at_calls(values: Sequence[Float[Tensor, " batch"]], calls: Int[Tensor, " n"]) -> float:
+    """The sum over the examples, each at the call that is its own, or all at the same."""
+    every = torch.stack(list(values))
+    return every.gather(0, calls.expand(every.shape[1])[None]).sum().item()
+
+
+def _recovered(cross_entropy: Mapping[str, float], target: float) -> dict[str, float]:
+    zero = cross_entropy["ablated"]
+    if zero <= target:
+        return {}
+    recovered = partial(share_recovered, zero=zero, target=target)
+    return {name: recovered(own) for name, own in cross_entropy.items() if name != "ablated"}
+
+
+# --- the spec --------------------------------------------------------------------------------------
+
+_MASKS = {
+    "unmasked": "all subcomponents on",
+    "stochastic": "masks g + (1 − g) r, r random",
+    "importance_masked": "masks g",
+    "rounded": "masks 1 where g > 0.5, else 0",
+    "ablated": "all subcomponents off",
+}
+_ADVERSARIAL = {
+    rung(
+        n, scope
+    ): f"masks g + (1 − g) r, r from {n} step{'s' if n > 1 else ''} of an adversary, {SOURCES[scope]}"
+    for scope in SCOPES
+    for n in STEPS_AT_END
+}
+
+
+class LadderMetric(MetricSpec):
+    """D under every kind of masks, adversarial ones among them, on the first held-out batch.
+
+    `ladder/…`: `unmasked`, `stochastic`, `importance_masked`, `rounded`, `ablated`, and
+    `adversarial_N_batch` and `adversarial_N_row` after N steps of 0.1 from one seeded start, with one
+    source for the batch and one for each row or position: the largest error until there. Of a language
+    model, `ladder_recovered/…` is the share of the cross-entropy that ablating costs which is avoided.
+    `ladder_share/…` is the error after the most steps over that of ablating. `ladder_l0` of `ladder_C`
+    subcomponents are on, on these `ladder_rows` rows.
+    """
+
+    quantities = {
+        "ladder": Quantity(label="D", headline=False),
+        **{
+            f"ladder/{name}": Quantity(label=f"D {name}", meaning=meaning, headline=False)
+            for name, meaning in (_MASKS | _ADVERSARIAL).items()
+        },
+        "ladder_share": Quantity(
+            label="adversary over ablation",
+            meaning="the error under its masks over that of ablating everything",
+            format=".3f",
+            headline=False,
+        ),
+        **{
+            f"ladder_share/{rung(STEPS_AT_END[-1], scope)}": Quantity(
+                label=f"adversary over ablation, {STEPS_AT_END[-1]} steps, {words}", format=".3f"
+            )
+            for scope, words in IN_SHORT.items()
+        },
+        "ladder_recovered": Quantity(
+            label="CE recovered",
+            meaning="the share of the cross-entropy that ablating everything costs which is avoided",
+            headline=False,
+        ),
+        "ladder_l0": Quantity(
+            label="L0 of all matrices",
+            meaning=f"subcomponents with an importance above {L0_THRESHOLD}, mean over the ladder's rows",
+        ),
+        "ladder_C": Quantity(label="C of all matrices", headline=False),
+        "ladder_rows": Quantity(
+            label="rows of the ladder", meaning="or positions, held out", headline=False
+        ),
+    }
+
+    type: Literal["ladder"] = "ladder"
+    n_rows: int | None = Field(default=None, ge=1)
+    """of the first held-out batch, a seeded choice; None: 256 vectors, or 4 sequences"""
+
+    def build(self, model: ComponentModel, problem: Problem) -> Metric:
+        return _Climbing(model, problem, self.n_rows, STEPS)
+
+    def build_at_end(self, model: ComponentModel, problem: Problem) -> Metric:
+        return _Climbing(model, problem, self.n_rows, STEPS_AT_END)
+
+    def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
+        shares = {
+            scope: (n, values[f"ladder_share/{rung(n, scope)}"])
+            for scope in SCOPES
+            if (n := deepest(values, scope)) and f"ladder_share/{rung(n, scope)}" in values
+        }
+        if set(shares) != set(SCOPES):
+            return None
+        n, of_batch = shares["batch"]
+        on = f"L0 {values['ladder_l0']:.4g} of {values['ladder_C']:.0f}"
+        return Conclusion(
+            headline=f"masks from {n} steps of an adversary cost {of_batch:.1%} of ablating everything,"
+            f" at {on}",
+            detail=f"{SOURCES['batch']}; with {SOURCES['row']} {shares['row'][1]:.1%}; on"
+            f" {values['ladder_rows']:,.0f} held-out rows or positions",
+        )
+
+
+def deepest(values: Mapping[str, Any], scope: Scope) -> int | None:
+    """The largest number of steps after which an adversary is among these figures."""
+    names = (
+        key.removeprefix("ladder/").split("_") for key in values if key.startswith("ladder/adv")
+    )
+    steps = [int(parts[1]) for parts in names if parts[0] == "adversarial" and parts[2] == scope]
+    return max(steps, default=None)
+
+
+class _Climbing:
+    """Looks at the first batch that it sees."""
+
+    def __init__(
+        self, model: ComponentModel, problem: Problem, n_rows: int | None, steps: Sequence[int]
+    ) -> None:
+        self.climb: Callable[[Batch], Ladder] = partial(climb, model, problem, steps=steps)
+        self.n_rows = n_rows
+        self.found: dict[str, float] | None = None
+
+    def update(self, ctx: StepContext) -> None:
+        if self.found is None:
+            self.found = self.climb(some_rows(ctx.batch, self.n_rows)).figures()
+
+    def compute(self) -> dict[str, float]:
+        return self.found or {}
