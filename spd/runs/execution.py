@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -13,12 +13,14 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, field_validator
 
 from spd.config import RunError, load_config
+from spd.engine.members import NonFiniteError
 from spd.engine.prepare import Prepared
 from spd.noise import own_generators
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side
 from spd.reports.figures import Figures, draw, loss_curves, save_figures
 from spd.reports.report import report_on
-from spd.reports.results import read_result, result_of, summary_of
+from spd.reports.results import read_result, read_starts, result_of, summary_of
+from spd.reports.starts import write_starts_page
 from spd.run_files import (
     CHECKPOINTS,
     EVALUATION_FILE,
@@ -34,6 +36,7 @@ from spd.run_files import (
     write_json,
 )
 from spd.runs.console import caught_signals, file_log
+from spd.runs.kept_starts import choose_start
 from spd.runs.tracking import RunTracker
 from spd.runs.verify import final_digests, without_final
 from spd.runs.wandb_run import Labels, new_run_id, start_wandb
@@ -111,16 +114,29 @@ def execute(runs: Sequence[Ready], *, go_on_with: str) -> dict[Path, RunError]:
     generators = own_generators("execute", runs[0].config.seed)
     with generators, caught_signals() as signals, ExitStack() as stack:
         members = [stack.enter_context(_recorded(run, _label(run, runs))) for run in runs]
+
+        def stop_requested() -> int:
+            return signals[0] if signals else 0
+
         try:
-            run_side_by_side(
-                members, resume=True, stop_requested=lambda: signals[0] if signals else 0
-            )
+            if runs[0].config.starts > 1:
+                assert len(runs) == 1, "a run with several starts is alone"
+                _choose(runs[0], members[0], stop_requested)
+            if any(member.failure is None for member in members):
+                run_side_by_side(members, resume=True, stop_requested=stop_requested)
         except Interrupted as stop:
             reason, signal = stop.args
             logger.info("%s; continue with %s", reason, go_on_with)
             raise SystemExit(128 + signal) from None
     pairs = zip(runs, members, strict=True)
     return {run.directory: member.failure for run, member in pairs if member.failure}
+
+
+def _choose(run: Ready, member: Member, stop_requested: Callable[[], int]) -> None:
+    try:
+        choose_start(run.directory, member, stop_requested=stop_requested)
+    except NonFiniteError as error:
+        member.failure = error
 
 
 def assist(run: Ready) -> None:
@@ -164,7 +180,7 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
             eval_every=config.eval_every,
             figures_every=config.figures_every,
             draw=lambda step: save_figures(
-                directory / FIGURES, step, draw(prepared, config.figures)
+                directory / FIGURES, step, draw(member.prepared, config.figures)
             ),
             wandb_run=wandb_run,
             label=label,
@@ -192,7 +208,8 @@ def _recorded(run: Ready, label: str | None) -> Iterator[Member]:
             meta |= {"status": status, "seconds": time.perf_counter() - begun}
             write_json(directory / META_FILE, meta)
             if status == "finished":
-                report_on(directory, prepared)
+                write_starts_page(directory)
+                report_on(directory, member.prepared)
             if wandb_run is not None:
                 if status == "finished":
                     result = read_result(directory / RESULT_FILE)
@@ -224,4 +241,5 @@ def _label(run: Ready, runs: Sequence[Ready]) -> str | None:
 def _finish(directory: Path, config: ExperimentConfig, seconds: float) -> None:
     history = read_metrics(directory)
     save_figures(directory / FIGURES, config.steps, {"loss_curves": loss_curves(history)})
-    write_json(directory / RESULT_FILE, result_of(config, history, seconds).as_json())
+    result = result_of(config, history, seconds, read_starts(directory))
+    write_json(directory / RESULT_FILE, result.as_json())
