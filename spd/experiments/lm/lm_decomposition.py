@@ -123,6 +123,7 @@ def build(
         n_eval_batches=config.n_eval_batches,
         n_report_batches=config.n_report_batches,
         device=device,
+        n_choice_batches=config.n_choice_batches,
     )
     batches = open_batches(settings, loaded.origin.directory)
     excluded = _excluded(settings, batches.held_out)
@@ -130,6 +131,7 @@ def build(
         target=loaded.model,
         train_batches=batches.train,
         eval_batches=iter(batches.held_out.split(config.eval_batch_size)),
+        choice_batches=batches.choice,
         recon=config.recon,
         position_weights=partial(weights_without, excluded=excluded) if excluded else None,
         device=device,
