@@ -113,7 +113,8 @@ def run_side_by_side(
     trained = train_together([run.objective for run in runs])
     update = Update(trained, config)
     earlier = restore(members, update) if resume else []
-    take_step = make_step(trained, config, runs[0].eval_batches[0], earlier[0] if earlier else {})
+    kept = earlier[0] if earlier else {}
+    take_step = make_step(trained, config, runs[0].eval_batches[0], kept, until=until)
     states = [run.objective.initial_state() for run in runs]
     if earlier:
         states = [own["carried"] for own in earlier]
