@@ -68,7 +68,10 @@ def test_the_better_half_stays_and_at_the_end_the_best():
     ("changes", "said"),
     [
         ({"starts": 0}, "starts: input should be greater than or equal to 1, got 0"),
-        ({"halve_at": [0.3, 0.3]}, r"halve_at: \[0.3, 0.3\]: fractions between 0 and 1, each above"),
+        (
+            {"halve_at": [0.3, 0.3]},
+            r"halve_at: \[0.3, 0.3\]: fractions between 0 and 1, each above",
+        ),
         ({"halve_at": [0.0, 0.5]}, r"halve_at: \[0.0, 0.5\]: fractions between 0 and 1"),
         ({"halve_at": [0.5, 1.0]}, r"halve_at: \[0.5, 1.0\]: fractions between 0 and 1"),
         ({"halve_at": [0.5, ".nan"]}, r"halve_at"),
@@ -175,7 +178,9 @@ def test_without_batches_of_its_own_those_after_the_verdict_serve():
 
 def test_too_few_batches_are_refused():
     base = own_choice(with_starts(), iter([torch.rand(4, 5)]))
-    with pytest.raises(UserError, match="n_choice_batches: 2 are .* but choice_batches ended after 1"):
+    with pytest.raises(
+        UserError, match="n_choice_batches: 2 are .* but choice_batches ended after 1"
+    ):
         with_choice(base)
     problem = replace(base.problem, eval_batches=iter([torch.rand(4, 5)]), choice_batches=())
     with pytest.raises(UserError, match="but the held-out data after those of the verdict ended"):
