@@ -159,6 +159,7 @@ def written_files() -> dict[str, str]:
         "method": "my_params.yaml",
         "experiment": "my_model.yaml",
         "execution": "execution.yaml",
+        "starts": "starts.yaml",
     }
     found = {}
     for document in DOCUMENTS:

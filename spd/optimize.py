@@ -98,11 +98,13 @@ def run_side_by_side(
     *,
     resume: bool = False,
     stop_requested: Callable[[], bool | int] = lambda: False,
+    until: int | None = None,
 ) -> None:
     """The loop, for one run or for several that differ in their seed alone and are at the same step.
 
     A checkpoint holds the state before its step; one extra lap evaluates and saves last. A member whose
-    terms become non-finite is left behind with its `failure`, and the others go on. Of several processes
+    terms become non-finite is left behind with its `failure`, and the others go on. With `until` it ends
+    before that step, with a checkpoint, as if to be resumed. Of several processes
     (`spd.engine.distributed`) each works on its rows of every batch; the leader alone evaluates and writes.
     """
     runs = [member.prepared for member in members]
@@ -111,7 +113,8 @@ def run_side_by_side(
     trained = train_together([run.objective for run in runs])
     update = Update(trained, config)
     earlier = restore(members, update) if resume else []
-    take_step = make_step(trained, config, runs[0].eval_batches[0], earlier[0] if earlier else {})
+    kept = earlier[0] if earlier else {}
+    take_step = make_step(trained, config, runs[0].eval_batches[0], kept, until=until)
     states = [run.objective.initial_state() for run in runs]
     if earlier:
         states = [own["carried"] for own in earlier]
@@ -125,11 +128,14 @@ def run_side_by_side(
             torch.set_rng_state(earlier[0]["rng"])
         for step in range(start, config.steps + 1):  # one extra lap evaluates and saves last
             last, stopping = step == config.steps, agreed_maximum(int(stop_requested()))
-            saving = stopping or (due(step, config.save_every, last) and step > start)
+            ending = stopping or step == until
+            saving = ending or (due(step, config.save_every, last) and step > start)
             if saving and is_leader():
                 save(members, states, update, step, execution_record(take_step))
             if stopping:
                 raise Interrupted(f"stopped before step {step} of {config.steps}", stopping)
+            if ending:
+                break
             if due(step, config.eval_every, last):
                 _evaluate(members, states, step, last=last)
             if last or not _going(members):
@@ -176,7 +182,7 @@ def _evaluate(members: Sequence[Member], states: Sequence[State], step: int, *, 
         parameters = member.prepared.objective.model.subcomponent_parameters()
         bad = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
         if bad:
-            member.failure = NonFiniteError(f"step {step}: {', '.join(bad)} not finite")
+            member.failure = NonFiniteError(f"step {step}: {', '.join(bad)} not finite", step)
         elif is_leader():
             member.observer.evaluated(step, evaluate(member.prepared, state, at_end=last))
 
@@ -201,4 +207,4 @@ def _log(
 def check_finite(values: Mapping[str, float], step: int) -> None:
     bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise NonFiniteError(f"step {step}: {', '.join(bad)}; the run stops here")
+        raise NonFiniteError(f"step {step}: {', '.join(bad)}; the run stops here", step)

@@ -116,13 +116,15 @@ class Batches:
     begins again at its end, if `again`. Batches that can be resumed stay the object that was given.
     """
 
-    def __init__(self, *, again: bool) -> None:
-        self.again = again
+    def __init__(self, *, again: bool, optional: bool = False) -> None:
+        self.again, self.optional = again, optional
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     def __get__(self, instance: Any, owner: type | None = None) -> Iterator[Batch]:
+        if instance is None and self.optional:
+            return iter(())
         if instance is None:
             raise AttributeError(f"{self.name} has no default")
         return instance.__dict__[self.name]
@@ -203,6 +205,9 @@ class Problem:
     target_dir: Path | None = None
     """where the target was loaded from; copied into the run directory"""
     device: torch.device = torch.device("cpu")
+    choice_batches: Any = Batches(again=False, optional=True)
+    """by which several `starts` are compared: from another seed than the two others; where none are given,
+    those of `eval_batches` serve that come after the `n_eval_batches` of the verdict"""
 
     def __post_init__(self) -> None:
         allowed = get_args(ReconKind)

@@ -24,12 +24,14 @@ METRICS_FILE, TIMINGS_FILE, FIGURES = "metrics.jsonl", "timings.jsonl", "figures
 EVALUATION_FILE = "evaluation.json"
 """of a run that has not finished: its figures of merit at the checkpoint that its page shows"""
 REPORT_FILE, DIGESTS_FILE = "report.html", "digests.json"
+STARTS, STARTS_FILE, STARTS_PAGE = "starts", "starts.json", "starts.html"
+"""of a run with several starts: a folder with one for each of them, what became of them, and its page"""
 META_KEYS = ("entry", "seconds")
 FILES = (
     *(CONFIG_FILE, META_FILE, RESULT_FILE, LOG_FILE, LOCK_FILE),
-    *(METRICS_FILE, TIMINGS_FILE, EVALUATION_FILE, REPORT_FILE),
+    *(METRICS_FILE, TIMINGS_FILE, EVALUATION_FILE, REPORT_FILE, STARTS_FILE, STARTS_PAGE),
 )
-FOLDERS = (CHECKPOINTS, TARGET, FIGURES)
+FOLDERS = (CHECKPOINTS, TARGET, FIGURES, STARTS)
 FORMAT = 1
 """of run directories, as meta.json says it; runs that say none are older, and carry no digests"""
 

@@ -1,5 +1,6 @@
 """Every knob of a decomposition that does not depend on what is decomposed."""
 
+from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -43,6 +44,8 @@ class Execution(BaseConfig):
     gradients: the first compiles as a whole, the second layer by layer, and needs the memory of one pass"""
     autocast: Literal["bf16"] | None = None
     """run the target and its replaced sites in mixed precision; importances and losses stay float32"""
+    starts_together: Literal["auto"] | bool = "auto"
+    """whether several `starts` are trained as one computation, or one after another in the memory of one"""
     activation_checkpointing: bool = False
     """recompute the layers of a Hugging Face target in the backward pass; nothing is compiled then"""
 
@@ -61,6 +64,14 @@ class SPDConfig(BaseConfig):
     lr: float = Field(gt=0.0, allow_inf_nan=False)
     lr_schedule: ScheduleConfig = ScheduleConfig()
     seed: Seed = 0
+    starts: int = Field(default=1, ge=1)
+    """how often it is begun, from other seeds of V, U, importance functions and masks; the best start, by
+    its loss on data that serve this choice alone, is the run"""
+    halve_at: tuple[float, ...] = (0.15, 0.3, 0.5)
+    """fractions of the run after which the worse half of the starts is dropped; if several are left after
+    the last, the best at the end is chosen"""
+    n_choice_batches: int = Field(default=16, ge=1)
+    """by how many batches, neither trained on nor in the verdict, the starts are compared"""
     execution: Execution = Execution()
     grad_clip: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """largest norm of the gradient of all parameters together"""
@@ -85,6 +96,16 @@ class SPDConfig(BaseConfig):
                 " must be null"
             )
         return self
+
+    @field_validator("halve_at")
+    @classmethod
+    def _fractions_in_order(cls, halve_at: tuple[float, ...]) -> tuple[float, ...]:
+        ends = (0.0, *halve_at, 1.0)
+        if not all(earlier < later for earlier, later in pairwise(ends)):
+            raise ValueError(
+                f"{list(halve_at)}: fractions between 0 and 1, each above the one before it, are allowed"
+            )
+        return halve_at
 
     @field_validator("losses")
     @classmethod

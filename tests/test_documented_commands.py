@@ -160,3 +160,6 @@ def test_the_configurations_that_are_shown_are_right(tmp_path: Path) -> None:
     settings = read_yaml(files["execution.yaml"])["execution"]
     shown = checked_config("tms_5-2").model_dump(mode="json")["execution"]
     assert shown == settings, "the documents show the defaults"
+    starts = read_yaml(files["starts.yaml"])
+    own = checked_config("tms_5-2", ["starts=8"]).model_dump(mode="json")
+    assert starts == {key: own[key] for key in starts}, "and those of several starts"

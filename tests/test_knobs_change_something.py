@@ -261,7 +261,7 @@ LAUNCHED = (
     *("slurm/test_slurm.py", "sweeps/test_sweep_definition.py"),
 )
 ELSEWHERE = {
-    "SPDConfig": ("runs/test_cli.py", "engine/test_gpu.py"),
+    "SPDConfig": ("runs/test_cli.py", "engine/test_gpu.py", "runs/test_starts.py"),
     "LaunchOptions": (*LAUNCHED, "launch/test_launch.py"),
     "EvalsOptions": LAUNCHED,
     "SweepOptions": (*LAUNCHED, "sweeps/test_wandb_sweep.py"),
@@ -269,6 +269,7 @@ ELSEWHERE = {
         "engine/test_gpu.py",
         "engine/test_passes.py",
         "engine/test_precision_and_memory.py",
+        "runs/test_starts.py",
     ),
     "ExperimentConfig": ("runs/test_cli.py", "runs/test_wandb.py", "runs/test_run_seeds.py"),
     "TMSConfig": ("experiments/test_tms_decomposition.py", "run_fixtures.py", "runs/test_cli.py"),

@@ -96,6 +96,13 @@ def latest(directory: Path) -> Path | None:
     return directory / f"{found[-1]:08d}" if found else None
 
 
+def remove_after(directory: Path, step: int) -> None:
+    """Take away the checkpoints of later steps."""
+    for later in steps(directory):
+        if later > step:
+            _remove(directory / f"{later:08d}")
+
+
 def load_parameters(checkpoint: Path) -> dict[str, Tensor]:
     """The parameters of one checkpoint, on the CPU; `UserError` if it cannot be read."""
     path = checkpoint / MODEL_FILE

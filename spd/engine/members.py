@@ -20,7 +20,11 @@ from spd.spd_config import WarmupConfig
 
 
 class NonFiniteError(RunError):
-    """A term became NaN or infinite."""
+    """A term became NaN or infinite at a step."""
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @runtime_checkable

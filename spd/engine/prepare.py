@@ -36,10 +36,15 @@ class Prepared(NamedTuple):
     eval_batches: list[Batch]
     """the held-out batches, drawn once"""
     zero_rows: ZeroRows
+    choice_batches: Sequence[Batch] = ()
+    """by which several starts are compared (`spd.engine.starts`), drawn once"""
 
 
-def prepare(problem: Problem, config: SPDConfig) -> Prepared:
-    """Install the sites in the target and check everything a user can get wrong; writes nothing."""
+def prepare(problem: Problem, config: SPDConfig, *, quiet: bool = False) -> Prepared:
+    """Install the sites in the target and check everything a user can get wrong; writes nothing.
+
+    With `quiet` it says nothing of sites without effect, as where that has been said of the same target.
+    """
     execution = config.execution
     if torch.is_inference_mode_enabled():
         raise UserError(
@@ -78,7 +83,8 @@ def prepare(problem: Problem, config: SPDConfig) -> Prepared:
             " activation_checkpointing: false (it is"
             f" {str(execution.activation_checkpointing).lower()})"
         )
-    warn_of_no_effect(model, eval_batches[0])
+    if not quiet:
+        warn_of_no_effect(model, eval_batches[0])
     zero_rows = ZeroRows(model, problem, eval_batches)
     prepared = Prepared(problem, config, objective, eval_batches, zero_rows)
     build_metrics(prepared, at_end=True)
@@ -189,29 +195,30 @@ def check_side_by_side(runs: Sequence[Prepared]) -> None:
     """`UserError` unless the runs, which differ in their seed alone, can be one computation."""
     if len(runs) == 1:
         return
-    execution, model = runs[0].config.execution, runs[0].objective.model
+    obstacle = apart_because(runs[0])
+    if obstacle is not None:
+        raise UserError(f"seeds: {obstacle}; run one seed at a time")
+    check_one_target([run.objective for run in runs])
+
+
+def apart_because(prepared: Prepared) -> str | None:
+    """Why runs of this kind cannot be one computation, or None."""
+    execution, model = prepared.config.execution, prepared.objective.model
     n_processes = os.environ.get("WORLD_SIZE", "1")
     if n_processes != "1":
-        raise UserError(
-            f"seeds: runs side by side share one process, here are {n_processes} (torchrun); run one"
-            " seed at a time"
-        )
+        return f"runs side by side share one process, here are {n_processes} (torchrun)"
     together = (
         passes_of(execution.passes, model) == "together" and not execution.activation_checkpointing
     )
     if not together or layers_of(model.target):
-        raise UserError(
-            "seeds: runs side by side are one graph of all passes, as toy models have them:"
+        return (
+            "runs side by side are one graph of all passes, as toy models have them:"
             f" not for language models, passes: one_by_one (it is {execution.passes}) or"
-            f" activation_checkpointing (it is {str(execution.activation_checkpointing).lower()}); run one"
-            " seed at a time"
+            f" activation_checkpointing (it is {str(execution.activation_checkpointing).lower()})"
         )
-    if isinstance(runs[0].eval_batches[0], NamedTensors):
-        raise UserError(
-            "seeds: runs side by side take batches of one Tensor, and here a batch has names; run one seed"
-            " at a time"
-        )
-    check_one_target([run.objective for run in runs])
+    if isinstance(prepared.eval_batches[0], NamedTensors):
+        return "runs side by side take batches of one Tensor, and here a batch has names"
+    return None
 
 
 def build_metrics(prepared: Prepared, *, at_end: bool) -> list[Metric]:
@@ -234,12 +241,24 @@ def eval_contexts(prepared: Prepared, state: State | None = None) -> Iterator[St
 
     `state` is what terms carry at that step; without it, what they carry before the first.
     """
+    return contexts(prepared, prepared.eval_batches, "eval", state=state)
+
+
+def contexts(
+    prepared: Prepared,
+    batches: Sequence[Batch],
+    stream: str,
+    *,
+    progress: float = 1.0,
+    state: State | None = None,
+) -> Iterator[StepContext]:
+    """What terms are computed from on each of the batches, with the noise of a stream."""
     config, objective = prepared.config, prepared.objective
-    progress = torch.tensor(1.0, device=prepared.eval_batches[0].device)
     state = objective.initial_state() if state is None else state
-    for index, batch in enumerate(prepared.eval_batches):
-        noise = objective.noise(batch, stream="eval", seed=config.seed, step=index)
-        yield objective.context(batch, progress, noise, state=state)
+    for index, batch in enumerate(batches):
+        noise = objective.noise(batch, stream=stream, seed=config.seed, step=index)
+        at = torch.tensor(progress, device=batch.device)
+        yield objective.context(batch, at, noise, state=state)
 
 
 @torch.no_grad()

@@ -62,13 +62,23 @@ class SequentialStep:
 
 
 def make_step(
-    trained: Alone | Ensemble, config: SPDConfig, batch: Batch, earlier: dict[str, Any]
+    trained: Alone | Ensemble,
+    config: SPDConfig,
+    batch: Batch,
+    earlier: dict[str, Any],
+    *,
+    until: int | None = None,
 ) -> Step:
     """The step of a run, or of several side by side, on batches like this one.
 
-    `earlier` is what a checkpoint kept of `execution_record`: a run keeps what was decided for it.
+    `earlier` is what a checkpoint kept of `execution_record`: a run keeps what was decided for it, unless
+    there are more or fewer side by side now, which is another graph. Several go on `until` a step.
     """
-    objective, n_steps = trained.objective, config.steps - earlier.get("step", 0)
+    objective, alone = trained.objective, trained.n_members == 1
+    end = config.steps if until is None or alone else until
+    n_steps = end - earlier.get("step", 0)
+    if earlier.get("n_members", trained.n_members) != trained.n_members:
+        earlier = {"step": earlier["step"]}
     may = may_compile(config.execution, objective.model)
     setting = earlier.get("compiled", config.execution.compile) if may else False
     tf32 = config.execution.tf32 and batch.is_cuda
@@ -93,9 +103,14 @@ def make_step(
 
 def execution_record(step: Step) -> dict[str, Any]:
     """What was decided about executing a run's steps, for its checkpoints."""
-    if step.execution.compiled is None:
+    execution = step.execution
+    if execution.compiled is None:
         return {}
-    return {"compiled": step.execution.compiled, "compiled_shapes": step.execution.shapes}
+    return {
+        "compiled": execution.compiled,
+        "compiled_shapes": execution.shapes,
+        "n_members": execution.n_members,
+    }
 
 
 def passes_of(setting: Passes, model: ComponentModel) -> Literal["together", "one_by_one"]:

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple, Self
 
 from spd.config.yaml_file import parse_yaml
 from spd.launch.job import NOW_FILE, Job, Status
-from spd.run_files import CONFIG_FILE, read_json
+from spd.run_files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    METRICS_FILE,
+    STARTS,
+    TIMINGS_FILE,
+    read_json,
+)
 
 PLAIN_LINE_SECONDS = 30
 TAIL_BYTES = 64 * 1024
@@ -41,16 +48,23 @@ def progress_of(job: Job) -> Progress:
     if run_dir is None or not (run_dir / CONFIG_FILE).is_file():
         return Progress(label)
     steps = _steps(run_dir)
-    losses = [
-        line for line in _tail(run_dir / "metrics.jsonl") if {"step", "loss/total"} <= line.keys()
-    ]
-    timings = [line for line in _tail(run_dir / "timings.jsonl") if "steps_per_second" in line]
+    place = _where_it_logs(run_dir)
+    losses = [line for line in _tail(place / METRICS_FILE) if {"step", "loss/total"} <= line.keys()]
+    timings = [line for line in _tail(place / TIMINGS_FILE) if "steps_per_second" in line]
     if not losses:
         return Progress(label, 0, steps)
     step = int(losses[-1]["step"]) + 1
     pace = timings[-1]["steps_per_second"] if timings else None
     left = (steps - step) / pace if pace and steps is not None else None
     return Progress(label, step, steps, losses[-1]["loss/total"], left)
+
+
+def _where_it_logs(run_dir: Path) -> Path:
+    """The run itself, or the first of its starts that are left, as long as none is chosen."""
+    if (run_dir / METRICS_FILE).is_file():
+        return run_dir
+    left = [path.parent for path in (run_dir / STARTS).glob(f"[0-9]*/{CHECKPOINTS}")]
+    return min(left, key=lambda start: (len(start.name), start.name), default=run_dir)
 
 
 class Display:

@@ -35,10 +35,12 @@ from spd.reports.reading import (
 from spd.reports.results import (
     Evaluation,
     ResultRow,
+    choice_of,
     cut_short,
     evaluation_of,
     last_evaluation,
     read_result,
+    read_starts,
 )
 from spd.run_files import (
     CHECKPOINTS,
@@ -49,6 +51,7 @@ from spd.run_files import (
     METRICS_FILE,
     REPORT_FILE,
     RESULT_FILE,
+    STARTS_PAGE,
     TARGET,
     check_record,
     has_finished,
@@ -102,7 +105,7 @@ def report_contents(
     result = _evaluation(run_dir, history, metrics or {})
     experiment = str(config.get("experiment", run_dir.parent.name))
     last_step, logged_step = _last_step(history), _last_step(logged)
-    known = EXPERIMENTS.get(experiment)
+    known, starts = EXPERIMENTS.get(experiment), read_starts(run_dir)
     return {
         "experiment": experiment,
         "run_name": run_dir.name,
@@ -139,6 +142,8 @@ def report_contents(
         "commands": commands_of(meta, run_dir, outside=bool(config.get("module"))),
         "finished": meta.get("status") == "finished",
         "siblings": siblings_of(meta, run_dir),
+        "choice": "" if starts is None else choice_of(starts.starts),
+        "starts_page": STARTS_PAGE,
     }
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from spd.config import UserError, read_yaml
 from spd.metrics import Conclusion, HeldOutLosses, MetricSpec, Quantity, quantity_of
 from spd.registry import EXPERIMENTS
-from spd.run_files import read_json
+from spd.run_files import STARTS_FILE, read_json
 from spd.settings import PACKAGE_DIR
 
 
@@ -60,6 +60,62 @@ class Evaluation(BaseModel):
         return format_value(row.published, row.published_spread, self.quantity(row.key).format)
 
 
+class Start(BaseModel):
+    """One of several starts of a run, and what became of it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    seed: int
+    """of its V, U, importance functions and masks"""
+    losses: dict[int, float] = {}
+    """step → loss on the data of the choice, before that step"""
+    dropped: int | None = None
+    """the step before which it was left behind"""
+    reason: str = ""
+    chosen: bool = False
+
+
+class Starts(BaseModel):
+    """What starts.json holds: the starts of a run so far."""
+
+    model_config = ConfigDict(frozen=True)
+
+    together: bool
+    """whether they are trained as one computation"""
+    starts: tuple[Start, ...]
+
+    @property
+    def left(self) -> list[Start]:
+        return [start for start in self.starts if start.dropped is None]
+
+    @property
+    def chosen(self) -> Start | None:
+        return next((start for start in self.starts if start.chosen), None)
+
+    def changed(self, changes: Mapping[int, Mapping[str, Any]]) -> "Starts":
+        """The same with other values of some starts, by index."""
+        starts = [own.model_copy(update=changes.get(own.index, {})) for own in self.starts]
+        return self.model_copy(update={"starts": tuple(starts)})
+
+
+def read_starts(run: Path) -> Starts | None:
+    """What became of the starts of a run so far; None where nothing is recorded of any."""
+    path = run / STARTS_FILE
+    if not path.is_file():
+        return None
+    try:
+        found = Starts.model_validate(read_json(path))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = ".".join(map(str, wrong["loc"]))
+        raise UserError(f"{path}: not the starts of a run: {place}: {wrong['msg']}") from None
+    indices = [start.index for start in found.starts]
+    if indices != list(range(len(indices))):
+        raise UserError(f"{path}: not the starts of a run: their indices are {indices}")
+    return found
+
+
 class Result(Evaluation):
     """What result.json holds: a finished run."""
 
@@ -67,11 +123,13 @@ class Result(Evaluation):
     seed: int
     steps: int
     seconds: float
+    starts: tuple[Start, ...] = ()
+    """where the run was chosen among several"""
 
     def as_json(self) -> dict[str, Any]:
         """For result.json; what says nothing about a figure is left out of `quantities`."""
         first = ("experiment", "seed", "steps", "seconds", "solved")
-        whole = self.model_dump(mode="python")
+        whole = self.model_dump(mode="python", exclude=None if self.starts else {"starts"})
         whole["quantities"] = {
             name: quantity.model_dump(exclude_defaults=True)
             for name, quantity in self.quantities.items()
@@ -90,7 +148,12 @@ def read_result(path: Path) -> Result:
         raise UserError(f"{path}: not the result of a run: {place}: {wrong['msg']}") from None
 
 
-def result_of(config: Any, history: Sequence[Mapping[str, float]], seconds: float) -> Result:
+def result_of(
+    config: Any,
+    history: Sequence[Mapping[str, float]],
+    seconds: float,
+    starts: Starts | None = None,
+) -> Result:
     """What result.json holds of a run of this configuration."""
     evaluation = evaluation_of(last_evaluation(history), config.metrics)
     return Result(
@@ -98,6 +161,7 @@ def result_of(config: Any, history: Sequence[Mapping[str, float]], seconds: floa
         seed=config.seed,
         steps=config.steps,
         seconds=round(seconds, 1),
+        starts=() if starts is None else starts.starts,
         **dict(evaluation),
     )
 
@@ -200,7 +264,26 @@ def format_result(result: Result) -> str:
         lines.append(f"  {row.metric:34} {result.own(row):>18} {result.published(row):>18}")
     lines.append(f"  {verdict(result)}")
     short = cut_short(result.experiment, result.steps)
-    return "\n".join([*lines, *([f"  {short}"] if short else [])])
+    further = [choice_of(result.starts), short]
+    return "\n".join([*lines, *(f"  {line}" for line in further if line)])
+
+
+def choice_of(starts: Sequence[Start]) -> str:
+    """A sentence on how a run was chosen among its starts; empty where there was one."""
+    chosen = next((start for start in starts if start.chosen), None)
+    if chosen is None:
+        return ""
+    dropped: dict[int, list[str]] = {}
+    for start in starts:
+        if start.dropped is not None:
+            dropped.setdefault(start.dropped, []).append(str(start.index))
+    when = "; ".join(
+        f"{', '.join(indices)} before step {step:,}" for step, indices in sorted(dropped.items())
+    )
+    return (
+        f"Start {chosen.index} of 0 to {len(starts) - 1} (seed {chosen.seed}), chosen by its loss on data"
+        f" that serve the choice alone; dropped: {when}."
+    )
 
 
 def format_table(results: Mapping[str, Result]) -> str:

@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -15,12 +15,14 @@ from pydantic import Field, field_validator
 from spd.config import RunError, UserError, load_config
 from spd.config.limits import Seed
 from spd.engine.distributed import StoppedTogether
+from spd.engine.members import NonFiniteError
 from spd.engine.prepare import Prepared
 from spd.noise import own_generators
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side
 from spd.reports.figures import Figures, draw, loss_curves, save_figures
 from spd.reports.report import report_on
-from spd.reports.results import read_result, result_of, summary_of
+from spd.reports.results import read_result, read_starts, result_of, summary_of
+from spd.reports.starts import write_starts_page
 from spd.run_files import (
     CHECKPOINTS,
     EVALUATION_FILE,
@@ -36,6 +38,7 @@ from spd.run_files import (
     write_json,
 )
 from spd.runs.console import caught_signals, file_log, lines_of
+from spd.runs.kept_starts import choose_start
 from spd.runs.stopping import in_one_message, spare_room, write_end
 from spd.runs.tracking import RunTracker
 from spd.runs.verify import final_digests, without_final
@@ -122,16 +125,29 @@ def execute(runs: Sequence[Ready], *, go_on_with: str) -> dict[Path, RunError]:
         members = [
             stack.enter_context(_recorded(run, _label(run, runs), go_on_with)) for run in runs
         ]
+
+        def stop_requested() -> int:
+            return signals[0] if signals else 0
+
         try:
-            run_side_by_side(
-                members, resume=True, stop_requested=lambda: signals[0] if signals else 0
-            )
+            if runs[0].config.starts > 1:
+                assert len(runs) == 1, "a run with several starts is alone"
+                _choose(runs[0], members[0], stop_requested)
+            if any(member.failure is None for member in members):
+                run_side_by_side(members, resume=True, stop_requested=stop_requested)
         except Interrupted as stop:
             reason, signal = stop.args
             logger.info("%s; continue with %s", reason, go_on_with)
             raise StoppedTogether(128 + signal) from None
     pairs = zip(runs, members, strict=True)
     return {run.directory: member.failure for run, member in pairs if member.failure}
+
+
+def _choose(run: Ready, member: Member, stop_requested: Callable[[], int]) -> None:
+    try:
+        choose_start(run.directory, member, stop_requested=stop_requested)
+    except NonFiniteError as error:
+        member.failure = error
 
 
 def assist(run: Ready) -> None:
@@ -164,7 +180,7 @@ def _recorded(run: Ready, label: str | None, go_on_with: str) -> Iterator[Member
             eval_every=config.eval_every,
             figures_every=config.figures_every,
             draw=lambda step: save_figures(
-                directory / FIGURES, step, draw(prepared, config.figures)
+                directory / FIGURES, step, draw(member.prepared, config.figures)
             ),
             wandb_run=wandb_run,
             label=label,
@@ -179,7 +195,8 @@ def _recorded(run: Ready, label: str | None, go_on_with: str) -> Iterator[Member
                 yield member
                 if member.failure is None:
                     with lines_of(directory):
-                        _finish(run, meta, time.perf_counter() - begun)
+                        chosen = run._replace(prepared=member.prepared)  # of several starts
+                        _finish(chosen, meta, time.perf_counter() - begun)
                     status = "finished"
                 else:
                     meta["reason"] = str(member.failure)
@@ -232,10 +249,12 @@ def _finish(run: Ready, meta: dict[str, Any], seconds: float) -> None:
     directory, config = run.directory, run.config
     history = read_metrics(directory)
     save_figures(directory / FIGURES, config.steps, {"loss_curves": loss_curves(history)})
-    write_json(directory / RESULT_FILE, result_of(config, history, seconds).as_json())
+    result = result_of(config, history, seconds, read_starts(directory))
+    write_json(directory / RESULT_FILE, result.as_json())
     meta["digests"] |= final_digests(directory)
     meta |= {"status": "finished", "seconds": seconds}
     write_json(directory / META_FILE, meta)
+    write_starts_page(directory)
     report_on(directory, run.prepared)
 
 

@@ -1,18 +1,23 @@
-"""For a library user: `decompose`, what it shows on the way, and what it returns. It writes no file."""
+"""For a library user: `decompose`, what it shows on the way, and what it returns. It leaves no file."""
 
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tqdm.auto import tqdm
 
 from spd.component_model import ComponentModel
 from spd.engine.prepare import Prepared, eval_contexts, prepare
+from spd.engine.starts import as_chosen, with_choice
 from spd.metrics import SiteUsage, site_usage
 from spd.noise import own_generators
 from spd.optimize import Observer, Silent, run_steps
 from spd.problem import Problem
+from spd.reports.results import Start, choice_of
+from spd.runs.starts import Keeping, halve
 from spd.spd_config import SPDConfig
 
 
@@ -25,16 +30,46 @@ def decompose(
 ) -> "Result":
     """Decompose `problem.target`, in place.
 
-    Progress and evaluations are told to `observer`, by default the console, or with `quiet` to nobody.
+    Progress and evaluations are told to `observer`, by default the console, or with `quiet` to nobody. Of
+    several `starts` it is told those of the best, once that is chosen; meanwhile checkpoints lie in a
+    temporary folder.
     torch's global generators are seeded meanwhile, and left as they were.
 
     `UserError` if problem and configuration do not fit each other, before anything is trained.
     """
     with own_generators("decompose", config.seed):
         prepared = prepare(problem, config)
-        history = _History(observer or (Silent() if quiet else Console()))
+        shown = observer or (Silent() if quiet else Console())
+        if config.starts > 1:
+            aside = None if quiet or observer is not None else Console
+            return _best_of(with_choice(prepared), shown, aside or Silent)
+        history = _History(shown)
         model = run_steps(prepared, history)
         return Result(prepared, history.rows, site_usage(model, eval_contexts(prepared)))
+
+
+def _best_of(prepared: Prepared, shown: Observer, aside: Callable[[], Observer]) -> "Result":
+    """The same where several starts are compared; `aside` shows the progress of those that are left."""
+    histories: dict[int, _History] = {}
+
+    def observer(index: int, label: str | None) -> Observer:
+        history = histories.setdefault(index, _History(Silent()))
+        history.other = aside() if label is not None else Silent()
+        return history
+
+    with TemporaryDirectory() as folder:
+
+        def checkpoints(index: int) -> Path:
+            return Path(folder) / str(index)
+
+        starts = halve(prepared, Keeping(checkpoints, observer, lambda _: {}, lambda _: None))
+        chosen = starts.chosen
+        assert chosen is not None, "a start has been chosen"
+        best = as_chosen(prepared, chosen.seed)
+        history = _History(shown, histories[chosen.index].rows)
+        model = run_steps(best, history, checkpoints=checkpoints(chosen.index), resume=True)
+        usage = site_usage(model, eval_contexts(best))
+        return Result(best, history.rows, usage, starts.starts)
 
 
 class Console:
@@ -57,14 +92,19 @@ class Console:
 
 
 class _History:
-    """An observer that keeps what it is told, and tells it another one."""
+    """An observer that keeps what it is told, and tells it another one, who first hears what was before."""
 
-    def __init__(self, other: Observer) -> None:
+    def __init__(self, other: Observer, before: Sequence[Mapping[str, float]] = ()) -> None:
         self.other = other
+        self.before = before
         self.rows: list[dict[str, float]] = []
 
     def started(self, step: int, steps: int) -> None:
-        self.other.started(step, steps)
+        self.other.started(0 if self.before else step, steps)
+        for row in self.before:
+            values = {key: value for key, value in row.items() if key != "step"}
+            evaluated = any(key.startswith("eval/") for key in values)
+            (self.evaluated if evaluated else self.stepped)(int(row["step"]), values)
 
     def stepped(self, step: int, values: Mapping[str, float]) -> None:
         self.rows.append({"step": step, **values})
@@ -91,6 +131,8 @@ class Result:
     """a flat row for every step that was logged or evaluated, for example for `pandas.DataFrame`"""
     usage: dict[str, SiteUsage]
     """of each site, on the held-out batches"""
+    starts: tuple[Start, ...] = ()
+    """of several, what became of each"""
 
     @property
     def model(self) -> ComponentModel:
@@ -150,8 +192,10 @@ class Result:
             for path, site in self.usage.items()
             if site.problem
         ]
+        choice = choice_of(self.starts)
         return [
             f"{last['step']:.0f} steps; losses on held-out data: {', '.join(losses)}.",
+            *([choice] if choice else []),
             *warnings,
         ]
 

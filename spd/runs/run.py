@@ -26,6 +26,7 @@ from spd.engine.compilation import require_compiler
 from spd.engine.fingerprint import objective_fingerprint
 from spd.engine.prepare import Prepared, check_side_by_side, prepare
 from spd.engine.size import check_step
+from spd.engine.starts import with_choice
 from spd.noise import own_generators
 from spd.problem import Problem
 from spd.reports.origin import SIDE_BY_SIDE
@@ -56,6 +57,7 @@ from spd.runs.execution import (
     execute,
     load_experiment,
 )
+from spd.runs.kept_starts import chosen_seed
 from spd.runs.provenance import entry_of, provenance
 from spd.runs.target import MATRICES, Build, Given, digest, reopen
 from spd.runs.trust import check_links, check_values, parts_of_run
@@ -146,8 +148,8 @@ def run_seeds(
     """Run all of `config.seeds` side by side; the run directories, and the failures among them.
 
     Each lies in `seed_directory(base, seed)` and is a run like any other; what is there already goes
-    on. Runs that are not at the same step, as after a crash, go on one group after the other. A
-    page beside them shows all (`seeds_page`).
+    on. Runs that are not at the same step, as after a crash, go on one group after the other, and runs with
+    several `starts` one by one. A page beside them shows all (`seeds_page`).
     """
     check_entry(type(config), build)
     base = base or _new_name(config)
@@ -168,13 +170,16 @@ def run_seeds(
                     if directory in begun
                     else _prepared(given, build, folder, directory, earlier)
                 )
-    check_side_by_side([run.prepared for run in runs])
+    groups = [[run] for run in runs]
+    if config.starts == 1:
+        check_side_by_side([run.prepared for run in runs])
+        groups = [list(group) for _, group in groupby(sorted(runs, key=_step), key=_step)]
     for run in runs:
         if run.directory not in begun:
             _create(run, build, {"page": seeds_page(base).name, "runs": [d.name for d in own]})
     failures: dict[Path, RunError] = {}
-    for _, group in groupby(sorted(runs, key=_step), key=_step):
-        failures |= execute(list(group), go_on_with=f"--run_dir {base} and the same configuration")
+    for group in groups:
+        failures |= execute(group, go_on_with=f"--run_dir {base} and the same configuration")
     write_seeds_page(base, list(own), {run: str(error) for run, error in failures.items()})
     return list(own), failures
 
@@ -213,7 +218,9 @@ def load_run(
     check_values(config, str(path / CONFIG_FILE), trust=trust)
     newest = checkpoint.latest(path / CHECKPOINTS)
     if newest is None:
-        raise UserError(f"{path}: the run has no checkpoint yet")
+        choosing = config.starts > 1 and chosen_seed(path) is None
+        which = ", as none of its starts has been chosen" if choosing else ""
+        raise UserError(f"{path}: the run has no checkpoint yet{which}")
     given = Given(target, dtype, device, device_map)
     with own_generators("build", config.seed):
         prepared = reopen(config, build, path, given, verify=verify)
@@ -292,6 +299,8 @@ def _prepared(
         problem = build(_with_target_beside(config, folder), device)
         prepared = prepare(problem, config)
         check_step(prepared, getattr(config, "batch_size", 1))
+        if config.starts > 1:
+            prepared = with_choice(prepared)
     return Ready(directory, config, prepared, earlier)
 
 
@@ -350,6 +359,8 @@ def _reopened(
     torch.set_num_threads(meta.get("num_threads", torch.get_num_threads()))
     with own_generators("build", config.seed):
         prepared = reopen(config, build, directory, Given(device=config.device))
+        if config.starts > 1 and chosen_seed(directory) is None:
+            prepared = with_choice(prepared)
     newest = checkpoint.latest(directory / CHECKPOINTS)
     if newest is not None:  # all that can be wrong with it, before anything is written
         _load_parameters(prepared, newest)

@@ -13,10 +13,12 @@ from torch import nn
 from spd.component_model import ComponentModel, Site
 from spd.config import UserError, parse
 from spd.engine.prepare import Prepared, prepare
+from spd.engine.starts import as_chosen
 from spd.problem import Problem
 from spd.run_files import META_FILE, TARGET, read_meta
 from spd.runs.console import resolve_device
 from spd.runs.execution import ExperimentConfig
+from spd.runs.kept_starts import chosen_seed
 
 Build = Callable[..., Problem]
 """`build(config, device)` of an experiment; it may also take `target` and `device_map` by name"""
@@ -79,7 +81,8 @@ def reopen(
             f"{_name(given, config)}: its matrices are others than those that were decomposed (their"
             f" digest differs from {MATRICES!r} in {directory / META_FILE})"
         )
-    return prepared
+    seed = chosen_seed(directory)
+    return prepared if seed is None else as_chosen(prepared, seed)
 
 
 def digest(model: ComponentModel, dtype: torch.dtype = torch.bfloat16) -> str:

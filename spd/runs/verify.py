@@ -21,6 +21,7 @@ from spd.run_files import (
     META_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    STARTS,
     TARGET,
     read_json,
     read_meta,
@@ -99,6 +100,17 @@ def _changes(run: Path, part: Part, *, own_target: bool, goes_on: bool) -> Itera
         damage = checkpoint.check_digests(newest, meta.get("run_id"), needed=needed)
         if damage is not None:
             yield damage
+    if part is not Part.FILES and newest is None:
+        yield from _starts_changes(run, meta.get("run_id"))
+
+
+def _starts_changes(run: Path, run_id: str | None) -> Iterator[str]:
+    """Of the starts of a run that none has been chosen of: what each goes on from."""
+    for start in sorted((run / STARTS).glob("*")):
+        newest = checkpoint.latest(start / CHECKPOINTS)
+        if newest is not None:
+            damage = checkpoint.check_digests(newest, run_id, needed=True)
+            yield from _metrics_changes(start, newest, run_id) if damage is None else [damage]
 
 
 def _config_changes(run: Path, meta: Mapping[str, Any]) -> Iterator[str]:

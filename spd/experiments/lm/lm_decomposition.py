@@ -122,6 +122,7 @@ def build(
         n_eval_batches=config.n_eval_batches,
         n_report_batches=config.n_report_batches,
         device=device,
+        n_choice_batches=config.n_choice_batches,
     )
     batches = open_batches(settings, loaded.origin.directory)
     excluded = _excluded(settings, batches.held_out)
@@ -129,6 +130,7 @@ def build(
         target=loaded.model,
         train_batches=batches.train,
         eval_batches=iter(batches.held_out.split(config.eval_batch_size)),
+        choice_batches=batches.choice,
         recon=config.recon,
         position_weights=partial(weights_without, excluded=excluded) if excluded else None,
         device=device,

@@ -86,6 +86,7 @@ def build(config: ResidMLPConfig, device: torch.device) -> ResidMLPProblem:
         target=target,
         train_batches=batches("train", config.batch_size),
         eval_batches=batches("eval", config.eval_batch_size),
+        choice_batches=batches("choice", config.eval_batch_size),
         independent_rows=True,
         probes=PROBE * torch.eye(n_features, device=device),
         solution=known_solution(target),

@@ -84,6 +84,7 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
         target=target,
         train_batches=batches("train", config.batch_size),
         eval_batches=batches("eval", config.eval_batch_size),
+        choice_batches=batches("choice", config.eval_batch_size),
         independent_rows=True,
         tied_sites=tied_sites,
         probes=PROBE * torch.eye(n_features, device=device),

@@ -171,8 +171,8 @@ def test_the_settings_are_the_published_ones(name: str):
 # --- runs in this process, of a little model -------------------------------------------------------
 
 
-@pytest.fixture
-def little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LMConfig:
+@pytest.fixture(name="little")
+def little_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LMConfig:
     monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
     model = save_model(tmp_path / "model", little_llama(), make_tokenizer(lowercase=False))
     path = tmp_path / "stories.txt"

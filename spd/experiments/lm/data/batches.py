@@ -54,6 +54,8 @@ class BatchSettings(NamedTuple):
     n_report_batches: int
     """the report's, which begin with those of the evaluation; fewer will do"""
     device: torch.device
+    n_choice_batches: int = 0
+    """by which several starts are compared; they come after those of evaluation and report"""
 
     @property
     def n_held_out(self) -> int:
@@ -67,10 +69,12 @@ class BatchSettings(NamedTuple):
 
 
 class TokenBatches(NamedTuple):
-    """Endless training batches, and the held-out sequences."""
+    """Endless training batches, the held-out sequences, and batches of others to choose a start by."""
 
     train: Iterator[Tensor]
     held_out: Int[Tensor, "n length"]
+    choice: Iterator[Tensor]
+    """which opens the source of the text when it is asked for the first"""
 
 
 def open_batches(settings: BatchSettings, kept: Path | None) -> TokenBatches:
@@ -82,13 +86,13 @@ def open_batches(settings: BatchSettings, kept: Path | None) -> TokenBatches:
     _say_begin(settings)
     held_out = read_held_out(kept, settings) if kept is not None else None
     if held_out is not None:
-        return TokenBatches(
-            LateBatches(lambda: _train_batches(load_text(settings.text).train, settings)), held_out
-        )
+        late = LateBatches(lambda: _train_batches(load_text(settings.text).train, settings))
+        return TokenBatches(late, held_out, _choice(lambda: load_text(settings.text), settings))
     text = load_text(settings.text)
     held_out = _held_out(text, settings)
     check_ids(held_out, settings.n_vocab)
-    return TokenBatches(_train_batches(text.train, settings), held_out)
+    choice = _choice(lambda: text, settings)
+    return TokenBatches(_train_batches(text.train, settings), held_out, choice)
 
 
 class LateBatches:
@@ -182,10 +186,7 @@ def _held_out(text: Text, settings: BatchSettings) -> Int[Tensor, "n length"]:
                 f" {settings.text.source!r} has fewer in {settings.text.eval_split!r}"
             )
         return torch.cat(batches)
-    encode = make_encode(settings.text, settings.tokenizer)
-    sequences = packed_sequences(
-        text.held_out, encode, settings.text, tokenizer=settings.tokenizer, label="held-out"
-    )
+    sequences = _packed_held_out(text, settings)
     if len(sequences) < wanted:
         raise UserError(
             f"n_eval_batches × eval_batch_size: {wanted} held-out sequences are wanted, but"
@@ -193,6 +194,36 @@ def _held_out(text: Text, settings: BatchSettings) -> Int[Tensor, "n length"]:
         )
     rows = permutation(len(sequences), "eval", settings.text.eval_seed)[: settings.n_wanted]
     return torch.from_numpy(sequences[rows].astype(np.int64)).to(settings.device)
+
+
+def _packed_held_out(text: Text, settings: BatchSettings) -> Int[np.ndarray, "n length"]:
+    encode = make_encode(settings.text, settings.tokenizer)
+    return packed_sequences(
+        text.held_out, encode, settings.text, tokenizer=settings.tokenizer, label="held-out"
+    )
+
+
+def _choice(open_text: Callable[[], Text], settings: BatchSettings) -> Iterator[Tensor]:
+    """Held-out batches that neither evaluation nor report sees; `UserError` if there are too few."""
+    text, size, n = open_text(), settings.eval_batch_size, settings.n_choice_batches
+    if isinstance(text.held_out, datasets.IterableDataset):
+        first = settings.n_wanted // size
+        found = list(islice(_stream(text.held_out, settings, epochs=1), first, first + n))
+    else:
+        sequences = _packed_held_out(text, settings)
+        rows = permutation(len(sequences), "eval", settings.text.eval_seed)
+        own = rows[settings.n_wanted : settings.n_wanted + n * size]
+        batches = torch.from_numpy(sequences[own].astype(np.int64)).to(settings.device).split(size)
+        found = [batch for batch in batches if len(batch) == size]
+    if len(found) < n:
+        raise UserError(
+            f"n_choice_batches: {n} batches of {size} held-out sequences are wanted to compare the starts,"
+            f" but {settings.text.source!r} has {len(found)} after the {settings.n_wanted} sequences of"
+            " evaluation and report"
+        )
+    for batch in found:
+        check_ids(batch, settings.n_vocab)
+        yield batch
 
 
 def _stream(
