@@ -63,9 +63,13 @@ def cli(
     )
     parser.add_argument("--run_dir", type=Path, metavar="DIR", help=where)
     parser.add_argument("--trust", action="store_true", help=TRUST)
+    moved = "where the target of the run that is resumed lies now, if the run has no copy of it"
+    parser.add_argument("--target", type=Path, metavar="DIR", help=moved)
     args = parser.parse_intermixed_args(argv)
     if args.run_dir is not None and (args.resume is not None or args.config is None):
         parser.error("--run_dir needs a configuration, and no --resume")
+    if args.target is not None and args.resume is None:
+        parser.error("--target goes with --resume; of a new run it is set by target=DIR")
     settings.load_env()
     if argv is None and build.__module__ == "__main__":
         _restart_with_patient_threads()
@@ -75,6 +79,7 @@ def cli(
                 *(config_class, build, args.resume, args.config, args.overrides),
                 trust=args.trust,
                 named=named,
+                target=args.target,
             )
         elif args.config is not None:
             config = load_experiment(config_class, Path(args.config), args.overrides)
@@ -189,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--made_by")
     parser.add_argument("--trust", action="store_true")
+    parser.add_argument("--target")
     named: Collection[str] = ()
     with user_errors():
         known, others = parser.parse_known_args(words)
@@ -196,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             settings.load_env()
             parts, named = _made_by(known.made_by)
             words = ["--resume", str(known.resume), *["--trust"] * known.trust]
+            words += [] if known.target is None else ["--target", known.target]
         elif others and not others[0].startswith("-"):
             parts = parts_of(get_experiment(others[0]).module)
         elif known.resume is not None:
