@@ -62,6 +62,7 @@ RULES = (
         reason="a shortened run is not solved, which is status 1",
     ),
     Rule("python -m spd.analysis.adversary"),
+    Rule("python -m spd.analysis.agreement"),
     Rule("source ", instead=(".*", "true"), reason="changes an interactive shell"),
     Rule(
         r"(spd-run ss_emb|.*/ts_config\.yaml)",

@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="spd-run",
         usage="spd-run EXPERIMENT [key=value ...] [--run_dir DIR]\n"
-        "       spd-run [EXPERIMENT] --resume RUN_DIR [--trust]",
+        "       spd-run [EXPERIMENT] --resume RUN_DIR [--trust] [--target DIR]",
         description="Run an experiment, or go on with a run.",
     )
     parser.add_argument(
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="[key=value ...]",
         help="what the experiment's own script takes after its configuration",
     )
-    if words and words[0].partition("=")[0] in ("--resume", "--trust"):
+    if words and words[0].partition("=")[0] in ("--resume", "--trust", "--target"):
         command = [sys.executable, "-m", RUNNER, *words]  # the run says how it was made
     else:
         args = parser.parse_args(words)

@@ -69,6 +69,9 @@ class EvalsOptions(LaunchOptions):
     seeds: Annotated[tuple[int, ...], BeforeValidator(_seed_list)] = Field(
         default=(0,), min_length=1, description="how many (5), or which (0,3,4)"
     )
+    target_seeds: Annotated[tuple[int, ...], BeforeValidator(_seed_list)] = Field(
+        default=(), description="of toy targets: how many, or which; every seed runs on each"
+    )
     wait: bool = Field(default=False, description="on SLURM: wait for the jobs, then collect")
     collect: str | None = Field(
         default=None, description="the table of an earlier study, by its ID"
@@ -84,7 +87,7 @@ class EvalsOptions(LaunchOptions):
         _each_once(tuple(get_experiment(name).name for name in names))
         return names
 
-    @field_validator("seeds")
+    @field_validator("seeds", "target_seeds")
     @classmethod
     def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if any(seed < 0 for seed in seeds):
@@ -113,7 +116,7 @@ def _run(arguments: Arguments) -> int:
     earlier = [name for name in ("collect", "resume", "cancel") if getattr(options, name)]
     if not earlier:
         return _new(arguments.positional, options)
-    new = ("experiments", "seeds", "ensemble", "retries", "nodes", "processes")
+    new = ("experiments", "seeds", "target_seeds", "ensemble", "retries", "nodes", "processes")
     if len(earlier) > 1 or arguments.positional or given.keys() & set(new):
         raise UserError(f"--{earlier[0]} takes the study as it is: no {', '.join(new)}, overrides")
     study = find_study(KIND, getattr(options, earlier[0]))
@@ -127,9 +130,7 @@ def _run(arguments: Arguments) -> int:
 
 def _new(overrides: Sequence[str], options: EvalsOptions) -> int:
     _check_machines(options)
-    check_overrides(
-        options.experiments, overrides, options.seeds, options.nodes * options.processes
-    )
+    check_overrides(overrides, options)
     name = new_id(KIND)
     directory = output_root().absolute() / KIND / name
     jobs = eval_jobs(directory, overrides, options)
@@ -142,6 +143,7 @@ def _new(overrides: Sequence[str], options: EvalsOptions) -> int:
         {
             "experiments": [get_experiment(name).name for name in options.experiments],
             "seeds": options.seeds,
+            "target_seeds": options.target_seeds,
             "nodes": options.nodes,
             "processes": options.processes,
             "overrides": list(overrides),
@@ -204,24 +206,29 @@ def _collect(study: Study) -> int:
     return 0 if summary.as_expected else 1
 
 
-def check_overrides(
-    names: Sequence[str], overrides: Sequence[str], seeds: Sequence[int], n_processes: int = 1
-) -> None:
+OPTION_OF = {
+    "seed": "--seeds",
+    "seeds": "--seeds",
+    "target_seed": "--target-seeds",
+    "device": "--cpu",
+    "experiment": "--experiments",
+}
+"""what is said with an option, by the override that would say it"""
+
+
+def check_overrides(overrides: Sequence[str], options: EvalsOptions) -> None:
     """`UserError` unless every experiment can be run with these overrides, by so many processes."""
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if key in ("seed", "seeds", "device", "experiment"):
-            instead = {
-                "seed": "--seeds",
-                "seeds": "--seeds",
-                "device": "--cpu",
-                "experiment": "--experiments",
-            }[key]
-            raise UserError(f"override {override!r}: say it with {instead}")
+        if key in OPTION_OF:
+            raise UserError(f"override {override!r}: say it with {OPTION_OF[key]}")
     from spd.runs.cli import checked_config
 
-    for name in names:
-        config = checked_config(name, [*overrides, f"seed={max(seeds)}"])
+    n_processes = options.nodes * options.processes
+    for name in options.experiments:
+        config = checked_config(name, [*overrides, f"seed={max(options.seeds)}"])
+        if options.target_seeds and "target_seed" not in type(config).model_fields:
+            raise UserError(f"--target-seeds: {name} trains no target of its own")
         batch_size = getattr(config, "batch_size", n_processes)
         if batch_size % n_processes:
             raise UserError(
@@ -231,13 +238,15 @@ def check_overrides(
 
 
 def eval_jobs(directory: Path, overrides: Sequence[str], options: EvalsOptions) -> list[Job]:
-    """One per experiment and seed, or per experiment; they run the study's own copy of the code."""
+    """One per experiment, target and seed, or for all seeds; they run the study's own copy of the code."""
     jobs = []
     for name in options.experiments:
-        if side_by_side(name, options):
-            jobs.append(_job(directory, name, options.seeds, overrides, options))
-        else:
-            jobs += [_job(directory, name, [seed], overrides, options) for seed in options.seeds]
+        together = side_by_side(name, options)
+        groups = [options.seeds] if together else [(seed,) for seed in options.seeds]
+        for target_seed in options.target_seeds or (None,):
+            jobs += [
+                _job(directory, name, seeds, target_seed, overrides, options) for seeds in groups
+            ]
     return jobs
 
 
@@ -258,21 +267,24 @@ def _job(
     directory: Path,
     name: str,
     seeds: Sequence[int],
+    target_seed: int | None,
     overrides: Sequence[str],
     options: EvalsOptions,
 ) -> Job:
     experiment, code = get_experiment(name), directory / "code"
     several = len(seeds) > 1
     named = experiment.name
-    job_name = f"{named}-seeds" if several else f"{named}-seed{seeds[0]}"
+    target = "" if target_seed is None else f"-target{target_seed}"
+    job_name = f"{named}{target}-seeds" if several else f"{named}{target}-seed{seeds[0]}"
     minutes = len(seeds) * expected_minutes(name, overrides, gpu=uses_gpus(options))
-    base = output_root().absolute() / named / directory.name
+    base = output_root().absolute() / named / f"{directory.name}{target}"
     run_dir = base if several else seed_directory(base, seeds[0])
     command = joined_python(
         options,
         *experiment.command(code / "spd"),
         *overrides,
         *(["device=cpu"] if options.cpu else []),
+        *([] if target_seed is None else [f"target_seed={target_seed}"]),
         f"seeds={list(seeds)}" if several else f"seed={seeds[0]}",
         "--run_dir",
         str(run_dir),

@@ -3,14 +3,19 @@
 import json
 import math
 import os
+import re
 import statistics
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spd.launch.job import Job, Status
 from spd.launch.watch import duration
+from spd.reports.dots import Dot, Panel, dots
+from spd.reports.numbers import figure_csv
 from spd.reports.page import render_page
+from spd.reports.png import FigureText, png_bytes, read_png
 from spd.reports.results import Result, read_result
 from spd.reports.seeds import Figure, figures_over
 from spd.run_files import (
@@ -20,6 +25,8 @@ from spd.run_files import (
 )
 
 PAGE, DATA = "summary.html", "summary.json"
+ERRORS = "errors/total"
+"""the key of what the known pattern is matched by"""
 
 
 class Seed(NamedTuple):
@@ -32,6 +39,8 @@ class Seed(NamedTuple):
     result: Result | None
     report: str | None
     """its path, from the study"""
+    target: int | None = None
+    """on which of several targets"""
 
 
 class Rate(NamedTuple):
@@ -66,7 +75,7 @@ def in_words(rate: Rate | None) -> str:
 
 def matches_pattern(result: Result) -> bool | None:
     """None: the run has no figure of it."""
-    errors = [row.value for row in result.rows if row.key == "errors/total"]
+    errors = [row.value for row in result.rows if row.key == ERRORS]
     return errors[0] == 0 if errors else None
 
 
@@ -151,6 +160,7 @@ def write_summary(
     contents = {
         "study": directory.name,
         "rows": rows,
+        "pictures": {row.experiment: _picture(directory, row) for row in rows},
         "record": record,
         "good": good,
         "unfinished": unfinished,
@@ -160,6 +170,40 @@ def write_summary(
     data = json.dumps([_plain(row) for row in rows])  # without indentation C writes it
     atomic_write(directory / DATA, f"{data}\n")
     return Summary(format_rows(rows), page, good, unfinished)
+
+
+class Picture(NamedTuple):
+    """The seeds of an experiment as dots, ready to be inlined."""
+
+    text: FigureText
+    data: str
+    """the PNG in base64"""
+    width: int
+    """in CSS pixels"""
+    numbers: str
+    """where its CSV lies, from the study"""
+
+
+def _picture(directory: Path, row: Row) -> Picture | None:
+    """None of fewer than two finished runs. Its PNG and CSV lie beside the page."""
+    panels = [
+        Panel(f.key, f.label, f.published) for f in row.figures if f.headline or f.key == ERRORS
+    ]
+    if len(row.finished) < 2 or not panels:
+        return None
+    runs = [
+        Dot(s.name, s.target, s.result.solved, {r.key: r.value for r in s.result.rows})
+        for s in row.finished
+        if s.result is not None
+    ]
+    figure = dots(row.experiment, panels, runs)
+    numbers = directory / f"{row.experiment}-seeds.csv"
+    atomic_write(numbers, figure_csv(figure))
+    png = png_bytes(figure)
+    atomic_write(numbers.with_suffix(".png"), png)
+    text, (width, _) = read_png(png)
+    assert text is not None, "it was drawn with one"
+    return Picture(text, b64encode(png).decode(), width, numbers.name)
 
 
 def summarise(name: str, seeds: list[Seed]) -> Row:
@@ -206,7 +250,7 @@ def _misses(results: Sequence[Result], figures: Sequence[Figure]) -> list[str]:
 
 def _by_experiment(jobs: Sequence[Job], record: Mapping[str, Any]) -> dict[str, list[Job]]:
     return {
-        name: [job for job in jobs if job.name.startswith(f"{name}-seed")]
+        name: [job for job in jobs if re.match(rf"{re.escape(name)}(-target\d+)?-seed", job.name)]
         for name in record["experiments"]
     }
 
@@ -214,17 +258,20 @@ def _by_experiment(jobs: Sequence[Job], record: Mapping[str, Any]) -> dict[str, 
 def _seeds(directory: Path, job: Job, statuses: Mapping[str, Status]) -> Iterator[Seed]:
     """The runs of a job; of several, some may have finished where it has failed or was stopped."""
     status = statuses[job.name]
-    names = [str(seed) for seed in job.seeds] or [job.name.rpartition("-seed")[2]]
-    for name, run_dir in zip(names, job.run_dirs, strict=True):
+    seeds = [str(seed) for seed in job.seeds] or [job.name.rpartition("-seed")[2]]
+    found = re.search(r"-target(\d+)-seed", job.name)
+    target = None if found is None else int(found[1])
+    for name, run_dir in zip(seeds, job.run_dirs, strict=True):
         result, report = run_dir / RESULT_FILE, run_dir / "report.html"
         finished = status.state == "finished" or (bool(job.seeds) and has_finished(run_dir))
         yield Seed(
-            name,
+            name if target is None else f"{name} on target {target}",
             "finished" if finished else status.state,
             None if finished else status.reason,
             status.seconds,
             read_result(result) if finished and result.is_file() else None,
             os.path.relpath(report, directory) if report.is_file() else None,
+            target,
         )
 
 

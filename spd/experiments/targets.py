@@ -34,7 +34,7 @@ from spd.config import (
     report_error,
     to_yaml,
 )
-from spd.experiments.target_training import seed_table
+from spd.experiments.target_training import TargetTrainConfig, seed_table
 from spd.run_files import forbidden, write_safetensors
 from spd.runs.console import resolve_device
 
@@ -80,31 +80,54 @@ def resolve_target(
     device: torch.device,
     folders: Iterable[Path] = (),
     check: Callable[[Any], object] = lambda config: None,
+    seed: int | None = None,
 ) -> Path:
     """The local directory of the target that a decomposition names.
 
     `target` is a trained directory (or a run directory, whose target is taken), a `wandb:`
     reference, or a training YAML, which is trained on first use. Relative paths are looked for in
     the working directory, then in `folders`. `check` sees a training's configuration before any
-    time is spent on it, and raises what is wrong with the decomposition.
+    time is spent on it, and raises what is wrong with the decomposition. With a `seed` it is another
+    target of the same training (`with_seed`); `UserError` if it is trained already.
     """
     start = time.perf_counter()
     if target.startswith(WANDB_PREFIX):
         from spd.runs.wandb_run import download_run
 
+        _check_no_seed(seed, target)
         directory, what = target_directory(download_run(target)), f"downloaded {target} to"
     else:
         path = _locate(target, folders)
         if path.is_dir():
+            _check_no_seed(seed, path)
             directory, what = target_directory(path), "trained directory"
         else:
-            config = load_config(kind.config_class, path)
+            config = with_seed(load_config(kind.config_class, path), seed)
             check(config)
             directory, trained = cached_target(path.stem, config, kind, device=device)
             what = f"trained from {path}:" if trained else f"trained earlier from {path}:"
     check_target(directory, kind)
     logger.info("target: %s %s (%.1f s)", what, directory, time.perf_counter() - start)
     return directory
+
+
+def with_seed(config: BaseConfig, seed: int | None) -> BaseConfig:
+    """Another training with the same settings: no seed and no batch of it is one of the others'.
+
+    Seed 0, or None, is the training as it is.
+    """
+    if not seed:
+        return config
+    assert isinstance(config, TargetTrainConfig), "the training of a toy target"
+    own = {"seed": config.seed + seed * config.n_seeds, "data_seed": config.data_seed + seed}
+    return config.model_copy(update=own)
+
+
+def _check_no_seed(seed: int | None, target: Path | str) -> None:
+    if seed is not None:
+        raise UserError(
+            f"target_seed: {seed}; the target {target} is trained already, a training YAML is allowed"
+        )
 
 
 def cached_target(

@@ -57,6 +57,8 @@ def cli(
     args = parser.parse_intermixed_args(argv)
     if args.run_dir is not None and (args.resume is not None or args.config is None):
         parser.error("--run_dir needs a configuration, and no --resume")
+    if args.target is not None and args.resume is None:
+        parser.error("--target goes with --resume; of a new run it is set by target=DIR")
     settings.load_env()
     if argv is None and build.__module__ == "__main__":
         _restart_with_patient_threads()
@@ -66,6 +68,7 @@ def cli(
                 *(config_class, build, args.resume, args.config, args.overrides),
                 trust=args.trust,
                 named=named,
+                target=args.target,
             )
         elif args.config is not None:
             config = load_experiment(config_class, Path(args.config), args.overrides)
@@ -103,6 +106,8 @@ def parser_of(build: Build) -> argparse.ArgumentParser:
     )
     parser.add_argument("--run_dir", type=_new_place, metavar="DIR", help=where)
     parser.add_argument("--trust", action="store_true", help=TRUST)
+    moved = "where the target of the run that is resumed lies now, if the run has no copy of it"
+    parser.add_argument("--target", type=_place, metavar="DIR", help=moved)
     return parser
 
 
@@ -208,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--made_by")
     parser.add_argument("--trust", action="store_true")
+    parser.add_argument("--target")
     named: Collection[str] = ()
     with user_errors():
         known, others = parser.parse_known_args(words)
@@ -215,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             settings.load_env()
             parts, named = _made_by(known.made_by)
             words = ["--resume", str(known.resume), *["--trust"] * known.trust]
+            words += [] if known.target is None else ["--target", known.target]
         elif others and not others[0].startswith("-"):
             parts = parts_of(get_experiment(others[0]).module)
         elif known.resume is not None:

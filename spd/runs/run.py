@@ -125,11 +125,13 @@ def resume(
     *,
     trust: bool = False,
     named: Collection[str] = (),
+    target: str | Path | nn.Module | None = None,
 ) -> Path:
     """Go on with the run in `directory` from its newest checkpoint, under its own configuration.
 
     Code that its configuration names, and links that lead out of it, are followed with `trust`, where the
-    same configuration is given, and where the user has `named` them.
+    same configuration is given, and where the user has `named` them. A `target`, a path or a module with
+    the matrices that were decomposed, takes the place of the run's own.
     """
     if config_path is not None and "=" in config_path and not Path(config_path).exists():
         raise UserError(f"{config_path!r}: a run is resumed under its own configuration")
@@ -139,7 +141,7 @@ def resume(
         given = load_experiment(config_class, Path(config_path), overrides)
     trusted = Trusted(trust, named)
     with kept_log() as earlier:
-        return _alone(_reopened(config_class, build, directory, given, earlier, trusted))
+        return _alone(_reopened(config_class, build, directory, given, earlier, trusted, target))
 
 
 def run_seeds(
@@ -337,6 +339,7 @@ def _reopened(
     given: ExperimentConfig | None,
     earlier: MemoryHandler,
     trusted: Trusted = NOTHING_MORE,
+    target: str | Path | nn.Module | None = None,
 ) -> Ready:
     """A run that lies in its directory; `given` must be its own configuration."""
     meta = read_meta(directory)
@@ -351,14 +354,14 @@ def _reopened(
             f"--resume {directory}: a run is resumed under its own configuration:\n  "
             + "\n  ".join(changed)
         )
-    check_run(directory, Part.FILES, goes_on=True)
+    check_run(directory, Part.FILES, own_target=target is None, goes_on=True)
     if given is None:  # else it says what the user himself says
         place = str(directory / CONFIG_FILE)
         check_values(config, place, trust=trusted.everything, named=trusted.named)
     distributed.on_leader(lambda: _check_divisible(config))
     torch.set_num_threads(meta.get("num_threads", torch.get_num_threads()))
     with own_generators("build", config.seed):
-        prepared = reopen(config, build, directory, Given(device=config.device))
+        prepared = reopen(config, build, directory, Given(target, device=config.device))
         if config.starts > 1 and chosen_seed(directory) is None:
             prepared = with_choice(prepared)
     newest = checkpoint.latest(directory / CHECKPOINTS)
@@ -366,7 +369,7 @@ def _reopened(
         _load_parameters(prepared, newest)
         if checkpoint.load_state(newest).get("compiled"):
             require_compiler()
-    check_run(directory, Part.CHECKPOINT, goes_on=True)
+    check_run(directory, Part.CHECKPOINT, own_target=target is None, goes_on=True)
     return Ready(directory, config, prepared, earlier)
 
 

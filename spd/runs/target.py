@@ -56,12 +56,12 @@ def reopen(
     _check_arguments(given, config, takes)
     config = _with_dtype(config, given.dtype)
     own, target = directory / TARGET, given.target
-    made_from = config.model_copy(update={"target": str(own)}) if own.is_dir() else config
+    made_from = _with_target(config, own) if own.is_dir() else config
     options = {} if given.device_map is None else {"device_map": given.device_map}
     if target is not None and "target" in takes:
         options["target"] = target
     elif target is not None and not isinstance(target, nn.Module):
-        made_from = config.model_copy(update={"target": str(target)})
+        made_from = _with_target(config, target)
     problem = build(made_from, _device(given), **options)
     if isinstance(target, nn.Module) and "target" not in takes:
         problem = replace(problem, target=target.to(problem.device))
@@ -132,6 +132,12 @@ def _check_arguments(
             f"dtype: {given.dtype}; the target of {config.experiment!r} is no model of Hugging Face's"
             " transformers, it has the type that it was trained in"
         )
+
+
+def _with_target(config: ExperimentConfig, place: str | Path) -> ExperimentConfig:
+    """With a target that is there already: what says how to make it is left out."""
+    made = {"target_seed": None} if "target_seed" in type(config).model_fields else {}
+    return config.model_copy(update={"target": str(place), **made})
 
 
 def _with_dtype(config: ExperimentConfig, dtype: str | torch.dtype | None) -> ExperimentConfig:

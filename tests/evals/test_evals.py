@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spd.config import UserError
-from spd.evals.run_evals import EvalsOptions, eval_jobs
+from spd.evals.run_evals import EvalsOptions, check_overrides, eval_jobs
 from spd.evals.summary import Rate, write_summary
 from spd.launch.job import Job, Status, load_job
 from spd.registry import EXPERIMENTS, expected_minutes
@@ -159,10 +159,12 @@ def test_the_page_opens_from_disk_and_leads_to_the_reports(tmp_path: Path):
     html = page.read_text(encoding="utf-8")
     links = re.findall(r'href="([^"#][^"]*)"', html)
     assert [link for link in links if link != "data:,"] == [
-        f"../../tms_5-2/seed{seed}/report.html" for seed in (0, 1)
+        *(f"../../tms_5-2/seed{seed}/report.html" for seed in (0, 1)),
+        "tms_5-2-seeds.csv",
     ]
     assert all((page.parent / link).is_file() for link in links if link != "data:,")
-    assert "src=" not in html and "with changes that are not committed" in html
+    assert html.count("src=") == html.count('src="data:image/png;base64,') == 1
+    assert "with changes that are not committed" in html
 
 
 # --- the jobs ---------------------------------------------------------------------------------------
@@ -185,6 +187,57 @@ def test_a_job_per_experiment_and_seed(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     assert command[4] == str(tmp_path / "evals/ID/code/spd" / EXPERIMENTS["tms_5-2"].config)
     assert jobs[1].env["PYTHONPATH"].startswith(str(tmp_path / "evals/ID/code"))
+
+
+def test_every_seed_runs_on_every_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path))
+    options = EvalsOptions(experiments=("tms_5-2",), seeds=(0, 3), target_seeds=(1, 2), cpu=True)
+    apart = eval_jobs(tmp_path / "evals" / "ID", [], options)
+    assert [job.name for job in apart] == [
+        f"tms_5-2-target{target}-seed{seed}" for target in (1, 2) for seed in (0, 3)
+    ]
+    assert "target_seed=2" in apart[3].command and "seed=3" in apart[3].command
+    assert len({job.run_dir for job in apart}) == 4
+    together = options.model_copy(update={"ensemble": "always"})
+    jobs = eval_jobs(tmp_path / "evals" / "ID", [], together)
+    assert [job.name for job in jobs] == ["tms_5-2-target1-seeds", "tms_5-2-target2-seeds"]
+    assert jobs[1].run_dirs == [tmp_path / "tms_5-2" / f"ID-target2-seed{seed}" for seed in (0, 3)]
+
+
+def test_targets_are_chosen_by_their_option_where_they_are_trained():
+    options = EvalsOptions(experiments=("tms_5-2",), target_seeds=(1,))
+    check_overrides(["steps=10"], options)
+    with pytest.raises(UserError, match="target_seed=3.*say it with --target-seeds"):
+        check_overrides(["target_seed=3"], options)
+    other = options.model_copy(update={"experiments": ("pydoc_emb",)})
+    with pytest.raises(UserError, match="--target-seeds: pydoc_emb trains no target"):
+        check_overrides([], other)
+
+
+def test_the_table_names_the_target_of_a_run(tmp_path: Path):
+    jobs = []
+    for target in (1, 2):
+        run = tmp_path / "tms_5-2" / f"ID-target{target}-seed0"
+        run.mkdir(parents=True)
+        (run / "result.json").write_text(json.dumps(good()))
+        jobs.append(Job(f"tms_5-2-target{target}-seed0", tmp_path, [], {}, 1, run))
+    study = tmp_path / "evals" / "ID"
+    study.mkdir(parents=True)
+    record = {**RECORD, "experiments": ["tms_5-2"], "dirty": False, "created": "now"}
+    found = write_summary(
+        study,
+        jobs,
+        {job.name: Status("finished") for job in jobs},
+        record | {"target_seeds": [1, 2]},
+    )
+    (row,) = json.loads((study / "summary.json").read_text())
+    assert [(seed["name"], seed["target"]) for seed in row["seeds"]] == [
+        *(("0 on target 1", 1), ("0 on target 2", 2)),
+    ]
+    lines = (study / "tms_5-2-seeds.csv").read_text().splitlines()
+    dots = [line.split(",") for line in lines[1:] if "published" not in line]
+    assert sorted({float(place) for _, _, place, *_ in dots}) == [0.0, 1.0]
+    assert "<dt>target seeds</dt><dd>1, 2</dd>" in found.page.read_text()
 
 
 def test_seeds_side_by_side_are_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -219,7 +219,8 @@ def _load_model(model_class: Any, origin: Origin, wanted: Wanted, device_map: An
     elif Path(place).is_absolute() and not Path(place).is_dir():
         raise UserError(
             f"target {place}: is no longer there, and the run holds no copy of its weights"
-            " (copy_target_mb); put it back there, or name its new place or a module: load_run(…, target=…)"
+            " (copy_target_mb); put it back there, or name its new place:"
+            " spd-run --resume RUN_DIR --target DIR, load_run(…, target=…)"
         )
     dtype: torch.dtype = getattr(torch, wanted.dtype)
     arguments: dict[str, Any] = {} if revision is None else {"revision": revision}

@@ -47,6 +47,8 @@ class ResidMLPConfig(ExperimentConfig):
     """A decomposition of a `ResidMLP`."""
 
     target: str = Field()  # pyright: ignore[reportIncompatibleVariableOverride]
+    target_seed: int | None = Field(default=None, ge=0)
+    """which of the targets that the training YAML gives with other seeds; null: 0, as it stands there"""
     data: InheritedFeatures = InheritedFeatures()
     batch_size: int = Field(ge=1)
     eval_batch_size: int = Field(default=1024, ge=1)
@@ -67,6 +69,7 @@ def build(config: ResidMLPConfig, device: torch.device) -> ResidMLPProblem:
         RESID_MLP_TARGET,
         device=device,
         folders=(Path(__file__).parent,),
+        seed=config.target_seed,
         check=inputs,
     )
     target, training = load_resid_mlp_target(directory, device)

@@ -42,6 +42,8 @@ class TMSConfig(ExperimentConfig):
     """A decomposition of a `TMSModel`."""
 
     target: str = Field()  # pyright: ignore[reportIncompatibleVariableOverride]
+    target_seed: int | None = Field(default=None, ge=0)
+    """which of the targets that the training YAML gives with other seeds; null: 0, as it stands there"""
     data: InheritedFeatures = InheritedFeatures()
     batch_size: int = Field(ge=1)
     eval_batch_size: int = Field(default=1024, ge=1)
@@ -58,6 +60,7 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
         TMS_TARGET,
         device=device,
         folders=(Path(__file__).parent,),
+        seed=config.target_seed,
         check=lambda training: _check_fit(config, training, device),
     )
     target, training = load_tms_target(directory, device)

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from spd.config import UserError, parse
 from spd.experiments.lm.lm_decomposition import LMConfig, build
 from spd.experiments.lm.problem import LMProblem
+from spd.runs.cli import main
 from spd.runs.run import Run, load_run, resume, start
 from spd.runs.trust import UntrustedError
 from tests.lm_stand_ins import little_llama, make_tokenizer, save_model, stories
@@ -108,6 +109,32 @@ def test_a_target_that_is_gone_is_named_and_another_place_is_taken(
     assert torch.equal(held_out, tensors(again.prepared.eval_batches)[0]), "that of the run"
     with pytest.raises(UserError, match="target '/no/such/place': no such directory"):
         load_run(run, target="/no/such/place")
+
+
+def test_a_run_goes_on_with_a_target_that_was_moved(
+    made: Path, run: Path, gone: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.rmtree(run / "checkpoints/00000004")
+    with pytest.raises(SystemExit) as ended:
+        main(["--resume", str(run), "--target", str(gone)])
+    assert ended.value.code == 0, capsys.readouterr()
+    for name in ("metrics.jsonl", "checkpoints/00000004/model.safetensors"):
+        assert (run / name).read_bytes() == (made / "run" / name).read_bytes()
+
+
+def test_a_run_does_not_go_on_with_another_target(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = little_llama()
+    with torch.no_grad():
+        model.get_submodule(UP).weight[3, 4] += 0.01  # pyright: ignore
+    other = save_model(tmp_path / "other", model)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main(["--resume", str(run), "--target", str(other)])
+    assert ended.value.code == 2
+    assert "its matrices are others than those that were decomposed" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_module_may_be_given(made: Path, run: Path, gone: Path):

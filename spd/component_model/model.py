@@ -1,15 +1,14 @@
-"""A frozen target whose chosen matrices can be replaced, call by call, by masked subcomponents."""
+"""The target with sites in it, and the passes through it."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from spd.component_model.places import begin_anew, paths_of_modules, places_of
+from spd.component_model.site import Site
 from spd.components import (
     LinearSubcomponents,
     TiedSubcomponents,
@@ -22,25 +21,8 @@ from spd.components import (
 )
 from spd.config import UserError, nearest
 from spd.config.memory import NUMBER, require_memory
-from spd.importance import (
-    CausalImportances,
-    Importance,
-    ImportanceConfig,
-    InputImportance,
-    LowerLeak,
-)
-from spd.masks import (
-    GivenMask,
-    GivenMasks,
-    Mask,
-    Pass,
-    Place,
-    RoutedInput,
-    Running,
-    SiteInput,
-    SiteMask,
-    as_site_mask,
-)
+from spd.importance import CausalImportances, ImportanceConfig, LowerLeak
+from spd.masks import GivenMask, GivenMasks, Mask, Pass, Running, SiteInput, SiteMask
 from spd.noise import derive_seed
 from spd.problem import Batch, as_batch, run_target
 
@@ -60,150 +42,6 @@ class TargetOutput(NamedTuple):
     """the target's output"""
     site_inputs: dict[str, SiteInput]
     """what it feeds to each site: `[..., d_in]`, token ids for an embedding, or rows of some positions"""
-
-
-class Site(nn.Module):
-    """Stands in the target in place of one module, for good; computes exactly what that module did.
-
-    In a pass that has a mask for it, it uses its subcomponents instead. `weight`, `bias` and numbers such
-    as `num_embeddings` are the original's, for target code that reads them directly; so is its
-    `state_dict`, so that the target is saved, and loaded into, as if it had never been decomposed.
-    """
-
-    def __init__(
-        self,
-        original: nn.Module,
-        subcomponents: LinearSubcomponents,
-        importance: Importance,
-        place: Place,
-        running: Running,
-    ) -> None:
-        super().__init__()
-        self.original = original
-        self.subcomponents = subcomponents
-        self.importance = importance
-        self.place = place
-        self.running = running
-        for name, value in vars(original).items():
-            if isinstance(value, int | float | str) and not hasattr(self, name):
-                setattr(self, name, value)
-        self._register_load_state_dict_pre_hook(_as_original, with_module=True)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The original's."""
-        return self.original.state_dict(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        d_in, d_out = self.subcomponents.V.shape[0], self.subcomponents.U.shape[1]
-        return f"d_in={d_in}, d_out={d_out}, C={self.C}"
-
-    @property
-    def C(self) -> int:
-        return self.subcomponents.V.shape[1]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.original.weight  # pyright: ignore[reportReturnType]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.original, "bias", None)
-
-    @property
-    def target_weight(self) -> Float[Tensor, "d_in d_out"]:
-        """The original matrix, mapping inputs to outputs from the left: `x @ target_weight`."""
-        return input_output_weight(self.original)
-
-    def rows(self, x: SiteInput) -> torch.Size:
-        """The shape of what a site has for each of its positions, such as an importance, without C."""
-        if isinstance(x, RoutedInput):
-            return torch.Size((x.routed.n_positions,))
-        return self.subcomponents.rows(x)
-
-    def acts(self, x: SiteInput) -> Float[Tensor, "*rows C"]:
-        """h_c(x); 0 where the site is not applied."""
-        if isinstance(x, RoutedInput):
-            return x.routed.spread(self.subcomponents.acts(x.rows))
-        return self.subcomponents.acts(x)
-
-    def importance_logits(self, x: SiteInput) -> Float[Tensor, "*rows C"]:
-        """What the hard sigmoids are applied to, from what the target feeds to this site.
-
-        The input vector of a token id is the row that the target's embedding has for it. Where the site
-        is not applied it is 0, whose sigmoids are 0.
-        """
-        if isinstance(x, RoutedInput):
-            return x.routed.spread(self.importance_logits(x.rows))
-        if not self.subcomponents.reads_ids:
-            x = x.to(self.subcomponents.V.dtype)  # from lower precision, where the target ran in it
-        if not isinstance(self.importance, InputImportance):
-            return self.importance(self.subcomponents.acts(x))
-        return self.importance(self.original(x) if self.subcomponents.reads_ids else x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        current = self.running.current
-        if current is None:
-            return self.original(x)
-        routed = self.running.routed
-        x = current.read(self.place, x, routed)
-        mask = current.mask_of(self.place)
-        if mask is None:
-            return self.original(x)
-        if isinstance(mask, SiteMask | Tensor):
-            return self.masked(x, as_site_mask(mask, routed))
-        make_mask = mask
-
-        def run(x: Tensor) -> Tensor:
-            return self.masked(x, as_site_mask(make_mask(), routed))
-
-        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-
-    def mask_of_all(self, mask: Tensor | float, x: SiteInput) -> Float[Tensor, "*rows C"]:
-        """A mask that may be the same for many inputs, for each of the inputs `x`."""
-        V = self.subcomponents.V
-        wanted = (*self.rows(x), self.C)
-        tensor = torch.as_tensor(mask, dtype=V.dtype, device=V.device)
-        try:
-            return tensor.expand(wanted)
-        except RuntimeError:
-            raise UserError(
-                f"masks: that of {self.place.path!r} has the shape {tuple(tensor.shape)}; one that"
-                f" broadcasts to {wanted} is needed (the last axis is that of the {self.C} subcomponents)"
-            ) from None
-
-    def masked(self, x: Tensor, mask: SiteMask) -> Tensor:
-        """What the site gives out where it is replaced, in the type in which the target computes."""
-        read = x
-        own, given = self.subcomponents.V.dtype, self.weight.dtype
-        mixed = given != own and not torch.is_autocast_enabled(x.device.type)
-        if mixed and not self.subcomponents.reads_ids:
-            read = x.to(own)
-        h = self.subcomponents.acts(read)
-        out = self.subcomponents.write(h, mask.components)
-        if mask.delta is not None:
-            remainder = self._original_without_bias(read) - self.subcomponents.write(h, None)
-            out = out + mask.delta.to(out.dtype)[..., None] * remainder
-        if self.bias is not None:
-            out = out + self.bias.to(out.dtype)
-        if mixed:
-            out = out.to(given)
-        if mask.routed is None:
-            return out
-        return torch.where(mask.routed[..., None], out, self.original(x))
-
-    def _original_without_bias(self, x: Tensor) -> Tensor:
-        if self.subcomponents.reads_ids:
-            return self.original(x)
-        return x @ self.target_weight.to(x.dtype)
-
-
-def _as_original(site: Site, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Make of the state of what a site stands for that of the site, whose own part stays as it is."""
-    for key in [key for key in state if key.startswith(prefix)]:
-        state[f"{prefix}original.{key.removeprefix(prefix)}"] = state.pop(key)
-    for part in ("subcomponents", "importance"):
-        for name, own in nn.Module.state_dict(site.get_submodule(part)).items():
-            state[f"{prefix}{part}.{name}"] = own
 
 
 class ComponentModel(nn.Module):
@@ -227,7 +65,7 @@ class ComponentModel(nn.Module):
     ) -> None:
         super().__init__()
         self.autocast = autocast
-        _begin_anew(target)
+        begin_anew(target)
         C_of = resolve_sites(target, sites)
         for path in C_of:
             check_weight(path, target.get_submodule(path))
@@ -241,7 +79,7 @@ class ComponentModel(nn.Module):
         self.overwritten: frozenset[str] = frozenset()
         """sites whose input the target changes in place later on, as far as a pass has shown it"""
         source_of = _check_ties(target, C_of, tied_sites)
-        places, paths_of = _places(target, C_of), _paths_of_modules(target)
+        places, paths_of = places_of(target, C_of), paths_of_modules(target)
         self.sites: dict[str, Site] = {}
         for path in sorted(C_of, key=lambda path: path in source_of):  # sources before their ties
             original = target.get_submodule(path)
@@ -351,7 +189,7 @@ class ComponentModel(nn.Module):
         if not wrong:
             return
         (path, n_calls), *others = wrong.items()
-        names = " = ".join(map(repr, _paths_of_modules(self.target)[self.sites[path]]))
+        names = " = ".join(map(repr, paths_of_modules(self.target)[self.sites[path]]))
         unseen = " (its weight is read, or not used at all)" if n_calls == 0 else ""
         also = f"; so it is with {', '.join(other for other, _ in others)}" if others else ""
         raise UserError(
@@ -444,6 +282,12 @@ class ComponentModel(nn.Module):
         }
 
 
+def in_half(model: ComponentModel) -> bool:
+    """Whether the target computes, in part at least, in half precision."""
+    halves = any(parameter.dtype in HALVES for parameter in model.target.parameters())
+    return halves or model.autocast is not None
+
+
 def _check_ties(
     target: nn.Module, C_of: Mapping[str, int], tied_sites: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
@@ -472,51 +316,6 @@ def _check_ties(
             )
         source_of[tied] = source
     return source_of
-
-
-def _begin_anew(target: nn.Module) -> None:
-    """Put the target's own modules back in the place of sites that an earlier model has left in it."""
-    for module, paths in _paths_of_modules(target).items():
-        if isinstance(module, Site):
-            module.running.over = True
-            for path in paths:
-                target.set_submodule(path, module.original)
-
-
-def in_half(model: ComponentModel) -> bool:
-    """Whether the target computes, in part at least, in half precision."""
-    halves = any(parameter.dtype in HALVES for parameter in model.target.parameters())
-    return halves or model.autocast is not None
-
-
-def layers_of(target: nn.Module) -> list[nn.Module]:
-    """The layers of a Hugging Face model, marked as such by transformers; none of anything else."""
-    modeling_layers = sys.modules.get("transformers.modeling_layers")
-    if modeling_layers is None:
-        return []
-    kind = modeling_layers.GradientCheckpointingLayer
-    outermost: list[nn.Module] = []
-    inner: set[nn.Module] = set()
-    for module in target.modules():
-        if isinstance(module, kind) and module not in inner:
-            outermost.append(module)
-            inner |= set(module.modules())
-    return outermost
-
-
-def _paths_of_modules(target: nn.Module) -> dict[nn.Module, list[str]]:
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in target.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(path)
-    return paths
-
-
-def _places(target: nn.Module, paths: Iterable[str]) -> dict[str, Place]:
-    """Of the modules that sites are about to replace."""
-    in_layer: dict[nn.Module, str] = {}
-    for layer in layers_of(target):
-        in_layer |= {module: path for path, module in layer.named_modules()}
-    return {path: Place(path, in_layer.get(target.get_submodule(path), path)) for path in paths}
 
 
 def _check_size(target: nn.Module, C_of: Mapping[str, int], importance: ImportanceConfig) -> None:
