@@ -77,6 +77,7 @@ def dots(experiment: str, panels: Sequence[Panel], runs: Sequence[Dot]) -> Descr
     figure.legend(
         list(by_label.values()),
         list(by_label),
+        ncols=len(by_label),
         fontsize=8,
         frameon=False,
         loc="outside upper right",
