@@ -272,8 +272,14 @@ ELSEWHERE = {
         "runs/test_starts.py",
     ),
     "ExperimentConfig": ("runs/test_cli.py", "runs/test_wandb.py", "runs/test_run_seeds.py"),
-    "TMSConfig": ("experiments/test_tms_decomposition.py", "run_fixtures.py", "runs/test_cli.py"),
+    "TMSConfig": (
+        "experiments/test_target_seeds.py",
+        "experiments/test_tms_decomposition.py",
+        "run_fixtures.py",
+        "runs/test_cli.py",
+    ),
     "ResidMLPConfig": (
+        "experiments/test_target_seeds.py",
         "experiments/test_held_out_streams.py",
         "experiments/test_resid_mlp_plots.py",
     ),
