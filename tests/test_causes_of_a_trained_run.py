@@ -54,20 +54,20 @@ def points(causes: Causes) -> set[str]:
 
 
 def shared(model: ComponentModel) -> tuple[Tensor, Tensor]:
-    """V and U of `linear1`, which `linear2` uses transposed."""
+    """V and U of `linear1`; the recipe gives `linear2` its own."""
     own = model.sites["linear1"].subcomponents
     return own.V, own.U
 
 
-def own_columns(model: ComponentModel) -> list[int]:
+def own_columns(model: ComponentModel, path: str = "linear1") -> list[int]:
     """The subcomponent of each feature."""
-    g = model.importances(PROBES).lower["linear1"]
+    g = model.importances(PROBES).lower[path]
     return g.argmax(dim=1).tolist()
 
 
-def unused(model: ComponentModel) -> Tensor:
-    own = set(own_columns(model))
-    return torch.tensor([c for c in range(model.sites["linear1"].C) if c not in own])
+def unused(model: ComponentModel, path: str = "linear1") -> Tensor:
+    own = set(own_columns(model, path))
+    return torch.tensor([c for c in range(model.sites[path].C) if c not in own])
 
 
 class Changed(nn.Module):
@@ -109,17 +109,19 @@ def exchanged(model: ComponentModel) -> None:
 
 
 def idling(model: ComponentModel) -> None:
-    idle = unused(model)
-    change_logits(model, lambda path: lambda z, h: z.index_fill(-1, idle, 0.0999))
+    idle = {path: unused(model, path) for path in SITES}
+    change_logits(model, lambda path: lambda z, h: z.index_fill(-1, idle[path], 0.0999))
 
 
 def right_at_the_probe_alone(model: ComponentModel) -> None:
     """Within 6 % of an input of 0.75; 0 elsewhere."""
-    inputs, own = model.target_forward(PROBES).site_inputs, own_columns(model)
+    inputs = model.target_forward(PROBES).site_inputs
+    own_of = {path: own_columns(model, path) for path in SITES}
 
     def change_of(path: str) -> Callable[[Tensor, Tensor], Tensor]:
         V, x = model.sites[path].subcomponents.V, inputs[path]
         assert isinstance(x, Tensor)
+        own = own_of[path]
         at_probe = (x @ V)[range(5), own]
 
         def change(z: Tensor, h: Tensor) -> Tensor:
