@@ -201,7 +201,7 @@ def test_the_decision_is_kept_by_a_resumed_run(command: Command):
     run = command.only_run()
     done = command.resume(run, env={"CXX": "/nowhere/g++"})
     assert done.status == 2 and "/nowhere/g++" in done.err
-    steps = ("steps=1_000_000_000", "save_every=10", "log_every=10", "eval_every=1000")
+    steps = ("steps=99_000_000", "save_every=10", "log_every=10", "eval_every=1000")
     eager = Command(command.folder / "eager", command.target)
     stop = Stop(signal.SIGTERM, "*.00000030.partial")
     done = eager.tms(*steps, env={"CXX": "/nowhere/g++"}, stop=stop)
