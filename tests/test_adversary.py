@@ -10,8 +10,8 @@ from spd.analysis.adversary import ladder, lines
 from spd.losses import recon_errors
 from spd.masks import stochastic_mask
 from spd.metrics import Ladder
-from tests.solved_toy import columns_of, solved_toy
-from tests.test_causes import toy
+from tests.solved_toy import solved_toy
+from tests.test_causes import plant_pair, toy
 
 C = 5
 ROWS = 20
@@ -122,11 +122,7 @@ def test_a_planted_pair_is_seen_by_random_masks_and_the_adversary_alone():
 
     def with_pair(size: float) -> Ladder:
         prepared = toy()
-        site = prepared.objective.model.sites["linear1"].subcomponents
-        one, other = [c for c in range(8) if c not in columns_of(4, 8)][:2]
-        with torch.no_grad():
-            site.V[:, [one, other]] = 0.5
-            site.U[one], site.U[other] = size, -size
+        plant_pair(prepared, size)
         return ladder(prepared, n_steps=20, n_restarts=1)
 
     without, planted = with_pair(0.0), with_pair(2.0)

@@ -35,6 +35,15 @@ def toy(*, hidden_layer: bool = False) -> Prepared:
     return prepared
 
 
+def plant_pair(prepared: Prepared, size: float) -> None:
+    """± u vᵀ in two subcomponents of `linear1` that are never on."""
+    V, U = parts(prepared.objective.model)
+    one, other = [c for c in range(C) if c not in OWN][:2]
+    with torch.no_grad():
+        V[:, [one, other]] = 0.5
+        U[one], U[other] = size, -size
+
+
 def judge(prepared: Prepared, **options: object) -> Causes:
     problem = options.pop("problem", prepared.problem)
     assert isinstance(problem, Problem)

@@ -24,8 +24,8 @@ from spd.problem import Problem
 from spd.runs.run import start
 from tests.experiments.lm.test_lm_metrics import language_problem
 from tests.runs.little_run import little_config, little_run
-from tests.solved_toy import columns_of, set_importance
-from tests.test_causes import toy
+from tests.solved_toy import set_importance
+from tests.test_causes import plant_pair, toy
 from tests.toy import make_config
 
 X = torch.tensor([[1.0], [0.5], [0.0], [2.0]])
@@ -124,11 +124,7 @@ def test_a_planted_pair_shows_at_random_and_is_exposed_by_the_adversary():
 
     def values(size: float) -> dict[str, float]:
         prepared = toy()
-        site = prepared.objective.model.sites["linear1"].subcomponents
-        one, other = [c for c in range(8) if c not in columns_of(4, 8)][:2]
-        with torch.no_grad():
-            site.V[:, [one, other]] = 0.5
-            site.U[one], site.U[other] = size, -size
+        plant_pair(prepared, size)
         config = prepared.config.model_copy(
             update={"metrics": {"ladder": LadderMetric(), "sparsity": SparsityMetric()}}
         )
