@@ -25,7 +25,9 @@ from spd.config.limits import Samples
 from spd.importance import CausalImportances
 from spd.kernels import KLKernel, kl_per_row
 from spd.masks import Mask, SiteInput, stochastic_mask
+from spd.minimality import Penalty, RunningMean, cost_of_estimate, frequency_cost, safe_power
 from spd.problem import Batch, ReconKind
+from spd.schedule import Scheduled, peak_of, value_at
 
 Noise = Mapping[str, Tensor]
 State = Mapping[str, Tensor]
@@ -59,6 +61,8 @@ class StepContext(NamedTuple):
     """make the masks of all sites anew in the backward pass, so that none is stored"""
     kl_kernel: KLKernel | None = None
     """what computes the KL divergence of masked passes, where it is compiled by itself"""
+    over_processes: Callable[[Tensor], Tensor] | None = None
+    """mean over the processes that have a batch among them; None: all of it is here"""
 
     def uniform(self, sample: int, site: str) -> Tensor:
         """This term's noise for one mask sample and site."""
@@ -91,6 +95,16 @@ class StepContext(NamedTuple):
         """Mean over batch and positions; what every term that is a mean over the data must use."""
         return mean_over_rows(values, self.row_weights)
 
+    def frequencies(self, values: Float[Tensor, "*rows C"]) -> Float[Tensor, " C"]:
+        """Mean over batch and positions of each column, those of all processes together.
+
+        The gradient is that of the rows that are here, of which the loop takes the mean over processes.
+        """
+        own = mean_of_columns(values, self.row_weights)
+        if self.over_processes is None:
+            return own
+        return own + (self.over_processes(own.detach()) - own.detach())
+
     def counted(self, values: Float[Tensor, "*rows C"]) -> Float[Tensor, "_n C"]:
         """The rows of a site's importances that count: those whose weight is not 0."""
         rows, weights = values.reshape(-1, values.shape[-1]), self.row_weights
@@ -120,6 +134,19 @@ def mean_over_rows(
     if weights.numel() == values.numel():  # a site may see batch and positions as one axis
         return (values * weights.reshape(values.shape)).mean()
     return (values * weights.reshape(*weights.shape, *[1] * (values.dim() - weights.dim()))).mean()
+
+
+def mean_of_columns(
+    values: Float[Tensor, "*rows C"], weights: Float[Tensor, "*leading"] | None = None
+) -> Float[Tensor, " C"]:
+    """The same of each column by itself."""
+    rows = values.reshape(-1, values.shape[-1])
+    if weights is None:
+        return rows.mean(dim=0)
+    flat = weights.reshape(*weights.shape, *[1] * (values.dim() - 1 - weights.dim()))
+    if weights.numel() != len(rows):
+        flat = flat.expand(values.shape[:-1])
+    return (rows * flat.reshape(-1, 1)).mean(dim=0)
 
 
 def recon_error(
@@ -168,14 +195,14 @@ def faithfulness(sites: Mapping[str, Site]) -> Float[Tensor, ""]:
     return torch.stack(errors).sum() / n_entries
 
 
-def safe_power(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
-    """x^p for x ≥ 0, with value 0 and gradient 0 at 0, also for p < 1 where the slope is infinite."""
-    if p == 1.0:
-        return x
-    if p == 2.0:
-        return x.square()
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0) ** p, 0.0)
+def relative_faithfulness(sites: Mapping[str, Site]) -> Float[Tensor, ""]:
+    """Mean over the sites of ‖W − V U‖²_F / ‖W‖²_F."""
+    errors = []
+    for site in sites.values():
+        weight = site.target_weight
+        error = weight - site.subcomponents.V @ site.subcomponents.U
+        errors.append(error.square().sum() / weight.float().square().sum())
+    return torch.stack(errors).mean()
 
 
 def importance_minimality(
@@ -209,7 +236,16 @@ def schatten(
 class LossSpec(BaseConfig):
     """Base of all specs: the coefficient. 0 switches the term off, at no cost."""
 
-    coeff: float = Field(ge=0.0, allow_inf_nan=False)
+    coeff: Scheduled
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the term is computed at all."""
+        return peak_of(self.coeff) > 0
+
+    def coefficient(self, progress: Tensor) -> float | Tensor:
+        """What the term is multiplied with at that fraction of the run."""
+        return value_at(self.coeff, progress)
 
     @property
     def n_noise_samples(self) -> int:
@@ -237,9 +273,25 @@ class LossSpec(BaseConfig):
 
 class Faithfulness(LossSpec):
     type: Literal["faithfulness"] = "faithfulness"
+    normalization: Literal["entries", "relative"] = "entries"
+    """`entries`: the sum over all sites over the number of their entries; `relative`: of each site the share
+    of ‖W‖², mean over sites"""
+
+    def error(self, sites: Mapping[str, Site]) -> Float[Tensor, ""]:
+        """The term, which is also what a warm-up brings down."""
+        formula = relative_faithfulness if self.normalization == "relative" else faithfulness
+        return formula(sites)
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield faithfulness(ctx.model.sites)
+        yield self.error(ctx.model.sites)
+
+    def check(self, model: ComponentModel) -> None:
+        zero = [path for path, site in model.sites.items() if not site.target_weight.any()]
+        if zero and self.normalization == "relative":
+            raise UserError(
+                f"losses.faithfulness.normalization: relative divides by ‖W‖², and the weight of {zero[0]!r}"
+                " is all zeros; leave it out of the sites, or choose entries"
+            )
 
 
 class ImportanceMinimality(LossSpec):
@@ -250,6 +302,55 @@ class ImportanceMinimality(LossSpec):
         for path in ctx.ci.upper:
             upper = {path: ctx.ci.upper[path]}
             yield importance_minimality(upper, self.pnorm, ctx.row_weights)
+
+
+class Activity(LossSpec):
+    """Σ_l Σ_c f_c, f_c the mean over the data of a penalty of the importance of subcomponent c."""
+
+    type: Literal["activity"] = "activity"
+    penalty: Penalty
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        for path in ctx.ci.upper:
+            yield ctx.mean(self.penalty(ctx.ci.upper[path], ctx.progress).sum(dim=-1))
+
+
+class Frequency(LossSpec):
+    """Σ_l Σ_c f_c log2(1 + a′ f_c), the mean f_c that of all processes, for each site and c by itself."""
+
+    type: Literal["frequency"] = "frequency"
+    penalty: Penalty
+    reference_count: float = Field(gt=0.0, allow_inf_nan=False)
+    """a′, in rows or positions: published runs have batch size × positions"""
+    half_life: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """of the running mean, in steps, that stands for f_c where one batch tells too little; null: none"""
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        for path in ctx.ci.upper:
+            f = ctx.frequencies(self.penalty(ctx.ci.upper[path], ctx.progress))
+            if self.half_life is None:
+                yield frequency_cost(f, self.reference_count).sum()
+                continue
+            mean = RunningMean(self.half_life)
+            updated = mean.updated(ctx.carried(f"mean.{path}"), f.detach())
+            estimate = mean.estimate(updated, ctx.carried("n_updates") + 1)
+            yield cost_of_estimate(f, estimate, self.reference_count).sum()
+
+    def initial_state(self, model: ComponentModel) -> dict[str, Tensor]:
+        if self.half_life is None:
+            return {}
+        columns = {path: site.subcomponents.V[0] for path, site in model.sites.items()}
+        means = {f"mean.{path}": torch.zeros_like(V) for path, V in columns.items()}
+        return {**means, "n_updates": next(iter(columns.values())).new_zeros(())}
+
+    def next_state(self, ctx: StepContext) -> dict[str, Tensor]:
+        if self.half_life is None:
+            return {}
+        mean, found = RunningMean(self.half_life), {}
+        for path in ctx.ci.upper:
+            f = ctx.frequencies(self.penalty(ctx.ci.upper[path], ctx.progress))
+            found[f"mean.{path}"] = mean.updated(ctx.carried(f"mean.{path}"), f)
+        return {**found, "n_updates": ctx.carried("n_updates") + 1}
 
 
 class Schatten(LossSpec):
@@ -368,6 +469,8 @@ class EmbeddingRecon(_Sampled):
 Loss = (
     Faithfulness
     | ImportanceMinimality
+    | Activity
+    | Frequency
     | Schatten
     | OutRecon
     | Recon
