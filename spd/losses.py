@@ -274,8 +274,8 @@ class LossSpec(BaseConfig):
 class Faithfulness(LossSpec):
     type: Literal["faithfulness"] = "faithfulness"
     normalization: Literal["entries", "relative"] = "entries"
-    """`entries`: the sum over all sites over the number of their entries; `relative`: of each site the share
-    of ‖W‖², mean over sites"""
+    """`entries`: the sum over all sites over the number of their entries; `relative`: of each site the
+    share of ‖W‖², mean over sites"""
 
     def error(self, sites: Mapping[str, Site]) -> Float[Tensor, ""]:
         """The term, which is also what a warm-up brings down."""
@@ -289,8 +289,8 @@ class Faithfulness(LossSpec):
         zero = [path for path, site in model.sites.items() if not site.target_weight.any()]
         if zero and self.normalization == "relative":
             raise UserError(
-                f"losses.faithfulness.normalization: relative divides by ‖W‖², and the weight of {zero[0]!r}"
-                " is all zeros; leave it out of the sites, or choose entries"
+                f"losses.faithfulness.normalization: relative divides by ‖W‖², and the weight of"
+                f" {zero[0]!r} is all zeros; leave it out of the sites, or choose entries"
             )
 
 

@@ -49,9 +49,7 @@ def objective(losses: dict[str, Any], C: int = 2) -> Objective:
     return Objective(model.double(), config.losses, "mse")
 
 
-def context(
-    made: Objective, batch: Tensor, progress: float = 0.0, **changes: Any
-) -> StepContext:
+def context(made: Objective, batch: Tensor, progress: float = 0.0, **changes: Any) -> StepContext:
     state = changes.pop("state", None) or made.initial_state()
     at = torch.tensor(progress).double()
     return made.context(batch, at, {}, state=state)._replace(**changes)
@@ -106,22 +104,23 @@ def test_the_mean_over_processes_comes_before_the_logarithm():
     losses = {"frequency": {"coeff": 1.0, "penalty": LP1, "reference_count": 4}}
     shares = column[:2], column[2:]
     means = [share.mean(dim=0) for share in shares]
-    found, gradients = [], []
-    for share in shares:
-        made = objective(losses, C=1)
-        weight = made.model.sites["0"].importance.get_parameter("weight")
-        ctx = context(made, share, over_processes=lambda own: sum(means) / 2, term="frequency")
-        ctx = ctx._replace(ci=made.model.causal_importances({"0": share * 0.5}))  # below 1: a slope
-        means = [share.mean(dim=0) * 0.5 for share in shares]
-        (part,) = made.losses["frequency"].parts(ctx)
-        (gradient,) = torch.autograd.grad(part, weight)
-        gradients.append(gradient)
-        means = [share.mean(dim=0) for share in shares]
-        found.append(term(objective(losses, C=1), share, over_processes=lambda own: sum(means) / 2))
+
+    def of_both(own: Tensor) -> Tensor:
+        return sum(means, torch.zeros(1).double()) / 2
+
+    found = [term(objective(losses, C=1), share, over_processes=of_both) for share in shares]
     assert found == pytest.approx([1.5, 1.5])
-    f = column.mean() * 0.5
-    whole = frequency_cost_slope(f, 4) * f  # f is proportional to the weight, which is 1
-    assert sum(gradients).item() / 2 == pytest.approx(whole.item())
+    gradients = []
+    for share in shares:
+        u = share.clone().requires_grad_()
+        made = objective(losses, C=1)
+        ctx = context(made, share, over_processes=of_both, term="frequency")
+        ctx = ctx._replace(ci=ctx.ci._replace(upper={"0": u}))
+        (part,) = made.losses["frequency"].parts(ctx)
+        gradients.append(torch.autograd.grad(part, u)[0])
+    slope = frequency_cost_slope(column.mean(), 4).item() / 4
+    averaged = torch.cat(gradients) / 2  # as the loop does
+    assert averaged.flatten().tolist() == pytest.approx([slope] * 4)
     apart = [term(objective(losses, C=1), share) for share in shares]
     assert sum(apart) / 2 != pytest.approx(1.5, abs=0.01), "each by itself is something else"
     ranks = [frequency_cost(mean, 2).item() for mean in means]

@@ -74,6 +74,7 @@ def prepare(problem: Problem, config: SPDConfig, *, quiet: bool = False) -> Prep
         )
     _check_output(problem.target, eval_batches[0])
     check_experts(model, eval_batches[0])
+    model.check_importance(eval_batches[0])
     if execution.compile is True and not may_compile(execution, model):
         raise UserError(
             "compile: true compiles all passes of a step together, or the layers of a Hugging Face"
@@ -279,9 +280,10 @@ def evaluate(
 ) -> dict[str, float]:
     """All metrics on the held-out batches, under keys that begin with `eval/`.
 
-    Losses are what they are in a step of training at that `progress` of the run. Without `at_end` those are left out that cost too much for every evaluation. Gradients are off, since
-    most need none; a loss or metric that asks for some does so within `torch.enable_grad()`, as
-    `spd.adversary` does. No evaluation is compiled, whatever the steps are.
+    Losses are what they are in a step of training at that `progress` of the run. Without `at_end` those are
+    left out that cost too much for every evaluation. Gradients are off, since most need none; a loss or
+    metric that asks for some does so within `torch.enable_grad()`, as `spd.adversary` does. No evaluation
+    is compiled, whatever the steps are.
     """
     metrics = build_metrics(prepared, at_end=at_end)
     values = collect(metrics, eval_contexts(prepared, state, progress=progress))

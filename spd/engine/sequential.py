@@ -118,8 +118,7 @@ def backward_one_by_one(
             (spec.coefficient(ctx.progress) * part).backward()
             values.append(part.detach())
         terms[name] = torch.stack(values).sum()
-    for path, leaf in logits.items():
-        if leaf.grad is not None:
-            site = ctx.model.sites[path]
-            site.importance_logits(ctx.site_inputs[path]).backward(leaf.grad)
+    gradients = {path: leaf.grad for path, leaf in logits.items() if leaf.grad is not None}
+    if gradients:
+        ctx.model.backward_importances(ctx.site_inputs, gradients)
     return terms
