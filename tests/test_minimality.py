@@ -19,7 +19,7 @@ from spd.losses import (
     relative_faithfulness,
     state_key,
 )
-from spd.minimality import (
+from spd.losses.minimality import (
     RunningMean,
     SmoothL0Penalty,
     cost_of_estimate,

@@ -332,7 +332,9 @@ def test_seeds_side_by_side(kind: dict[str, Any]):
     names = objectives[0].model.subcomponent_parameters()
     for name, stack in zip(names, ensemble.parameters, strict=True):
         for member, own in enumerate(alone):
-            assert stack.grad is not None
+            if stack.grad is None:  # of queries and keys, where a sequence has one position
+                assert name not in own and name.endswith(("w_q", "w_k"))
+                continue
             torch.testing.assert_close(stack.grad[member], own[name], rtol=1e-4, atol=1e-6)
 
 

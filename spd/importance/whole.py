@@ -107,14 +107,21 @@ class _Block(nn.Module):
 
     def forward(self, h: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
         x = F.rms_norm(h, h.shape[-1:])
-        q, k, v = (self._heads(x @ weight) for weight in (self.w_q, self.w_k, self.w_v))
-        angles = torch.arange(h.shape[1], device=h.device)[:, None] * self.frequencies
+        values = x @ self.w_v
+        h = h + (values if h.shape[1] == 1 else self._attended(x, values)) @ self.w_o
+        x = F.rms_norm(h, h.shape[-1:])
+        return h + F.gelu(x @ self.w_up + self.b_up) @ self.w_down + self.b_down
+
+    def _attended(
+        self, x: Float[Tensor, "B T d"], values: Float[Tensor, "B T d"]
+    ) -> Float[Tensor, "B T d"]:
+        """Of every head the mean of its values by attention; where T is 1 these are the values themselves."""
+        q, k, v = (self._heads(own) for own in (x @ self.w_q, x @ self.w_k, values))
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * self.frequencies
         attended = F.scaled_dot_product_attention(
             rotated(q, angles), rotated(k, angles), v, is_causal=self.causal
         )
-        h = h + attended.transpose(1, 2).flatten(start_dim=2) @ self.w_o
-        x = F.rms_norm(h, h.shape[-1:])
-        return h + F.gelu(x @ self.w_up + self.b_up) @ self.w_down + self.b_down
+        return attended.transpose(1, 2).flatten(start_dim=2)
 
     def _heads(self, x: Float[Tensor, "B T d"]) -> Float[Tensor, "B heads T d_head"]:
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)

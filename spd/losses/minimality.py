@@ -6,6 +6,7 @@ subcomponent with two jobs from two with one each.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -13,20 +14,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from spd.component_model import ComponentModel
 from spd.config import BaseConfig
+from spd.losses.spec import LossSpec, StepContext
 from spd.schedule import PositiveScheduled, value_at
 
 # --- the mathematics -------------------------------------------------------------------------------
-
-
-def safe_power(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
-    """x^p for x ≥ 0, with value 0 and gradient 0 at 0, also for p < 1 where the slope is infinite."""
-    if p == 1.0:
-        return x
-    if p == 2.0:
-        return x.square()
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0) ** p, 0.0)
 
 
 def smooth_l0(
@@ -113,3 +106,55 @@ class SmoothL0Penalty(BaseConfig):
 
 
 Penalty = Annotated[LpPenalty | SmoothL0Penalty, Field(discriminator="type")]
+
+
+# --- the losses ------------------------------------------------------------------------------------
+
+
+class Activity(LossSpec):
+    """Σ_l Σ_c f_c, f_c the mean over the data of a penalty of the importance of subcomponent c."""
+
+    type: Literal["activity"] = "activity"
+    penalty: Penalty
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        for path in ctx.ci.upper:
+            yield ctx.mean(self.penalty(ctx.ci.upper[path], ctx.progress).sum(dim=-1))
+
+
+class Frequency(LossSpec):
+    """Σ_l Σ_c f_c log2(1 + a′ f_c), the mean f_c that of all processes, for each site and c by itself."""
+
+    type: Literal["frequency"] = "frequency"
+    penalty: Penalty
+    reference_count: float = Field(gt=0.0, allow_inf_nan=False)
+    """a′, in rows or positions: published runs have batch size × positions"""
+    half_life: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """of the running mean, in steps, that stands for f_c where one batch tells too little; null: none"""
+
+    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
+        for path in ctx.ci.upper:
+            f = ctx.frequencies(self.penalty(ctx.ci.upper[path], ctx.progress))
+            if self.half_life is None:
+                yield frequency_cost(f, self.reference_count).sum()
+                continue
+            mean = RunningMean(self.half_life)
+            updated = mean.updated(ctx.carried(f"mean.{path}"), f.detach())
+            estimate = mean.estimate(updated, ctx.carried("n_updates") + 1)
+            yield cost_of_estimate(f, estimate, self.reference_count).sum()
+
+    def initial_state(self, model: ComponentModel) -> dict[str, Tensor]:
+        if self.half_life is None:
+            return {}
+        columns = {path: site.subcomponents.V[0] for path, site in model.sites.items()}
+        means = {f"mean.{path}": torch.zeros_like(V) for path, V in columns.items()}
+        return {**means, "n_updates": next(iter(columns.values())).new_zeros(())}
+
+    def next_state(self, ctx: StepContext) -> dict[str, Tensor]:
+        if self.half_life is None:
+            return {}
+        mean, found = RunningMean(self.half_life), {}
+        for path in ctx.ci.upper:
+            f = ctx.frequencies(self.penalty(ctx.ci.upper[path], ctx.progress))
+            found[f"mean.{path}"] = mean.updated(ctx.carried(f"mean.{path}"), f)
+        return {**found, "n_updates": ctx.carried("n_updates") + 1}
