@@ -115,7 +115,7 @@ class _Block(nn.Module):
     def _attended(
         self, x: Float[Tensor, "B T d"], values: Float[Tensor, "B T d"]
     ) -> Float[Tensor, "B T d"]:
-        """Of every head the mean of its values by attention; where T is 1 these are the values themselves."""
+        """Of every head the mean of its values by attention; where T is 1, that is the value itself."""
         q, k, v = (self._heads(own) for own in (x @ self.w_q, x @ self.w_k, values))
         angles = torch.arange(x.shape[1], device=x.device)[:, None] * self.frequencies
         attended = F.scaled_dot_product_attention(
