@@ -47,10 +47,10 @@ def apply(folder: Path, *parts: str) -> None:
 
 
 ADDED = {
-    "a loss": ("spd/losses/__init__.py", "smooth_l0"),
+    "a loss": ("spd/losses/__init__.py", "soft_count"),
     "a metric": ("spd/metrics/__init__.py", "effective_rank"),
     "a figure": ("spd/reports/figures.py", "norms_figure"),
-    "an importance function": ("spd/importance.py", "threshold_importance"),
+    "an importance function": ("spd/importance/functions.py", "threshold_importance"),
 }
 QUICK = (
     *("steps=3", "batch_size=16", "n_eval_batches=1", "log_every=1", "eval_every=3"),
@@ -90,7 +90,7 @@ def study(extended: Path) -> tuple[Path, str]:
     """The folder of a study of two seeds with all that is added, and what it said."""
     own = extended / "own"
     added = (
-        *("losses.smooth_l0={coeff: 1e-3}", "importance={type: threshold}"),
+        *("losses.soft_count={coeff: 1e-3}", "importance={type: threshold}"),
         *("figures={subcomponent_norms: {}}", "metrics.effective_rank={}"),
         "metrics.column_match.expected={mmcs/map: [0, 1.001]}",
         "metrics.pattern_errors.expected={}",
@@ -112,7 +112,7 @@ def test_an_added_metric_is_seen_wherever_figures_are(
     run = folder.parents[1] / "my_experiment" / f"{folder.name}-seed1"
     result = json.loads((run / "result.json").read_text())
     rows = {row["key"]: row for row in result["rows"]}
-    assert {"loss/smooth_l0", "errors/map", "rank/map"} <= rows.keys()
+    assert {"loss/soft_count", "errors/map", "rank/map"} <= rows.keys()
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluated = {key for line in logged for key in line if key.startswith("eval/")}
     spreads = {key for key in evaluated if "_sd/" in key}

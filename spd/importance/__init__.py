@@ -14,6 +14,7 @@ from spd.importance.functions import (
     MLPImportanceConfig,
     SharedMLPImportance,
     SharedMLPImportanceConfig,
+    SiteImportanceConfig,
     VectorMLPImportance,
     VectorMLPImportanceConfig,
     rms_normalized,
@@ -37,12 +38,7 @@ from spd.importance.whole import (
 )
 
 ImportanceConfig = Annotated[
-    MLPImportanceConfig
-    | AffineImportanceConfig
-    | SharedMLPImportanceConfig
-    | VectorMLPImportanceConfig
-    | GlobalMLPImportanceConfig
-    | TransformerImportanceConfig,
+    SiteImportanceConfig | GlobalMLPImportanceConfig | TransformerImportanceConfig,
     Field(discriminator="type"),
 ]
 
@@ -62,6 +58,7 @@ __all__ = [
     "Mapped",
     "SharedMLPImportance",
     "SharedMLPImportanceConfig",
+    "SiteImportanceConfig",
     "SiteSize",
     "TransformerImportance",
     "TransformerImportanceConfig",

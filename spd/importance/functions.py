@@ -193,3 +193,11 @@ class VectorMLPImportanceConfig(ImportanceSpec):
 
     def n_parameters(self, C: int, d_in: int) -> int:
         return C * (self.n_hidden * (d_in + 2) + 1)
+
+
+SiteImportanceConfig = (
+    MLPImportanceConfig
+    | AffineImportanceConfig
+    | SharedMLPImportanceConfig
+    | VectorMLPImportanceConfig
+)
