@@ -1,11 +1,14 @@
 """One step of training: batches in, gradients set. How it is executed is chosen here, in one place."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from spd.component_model import ComponentModel
 from spd.engine.compilation import CompiledStep, tf32_matmuls
+from spd.engine.distributed import mean_over_processes, own_share
 from spd.engine.ensemble import Alone, Ensemble, StepInputs
 from spd.engine.experts import experts_in
 from spd.engine.layers import layers_of
@@ -38,16 +41,19 @@ class JointStep:
         self.threads_are_chosen = resumed  # by the checkpoint
 
     def __call__(self, inputs: StepInputs) -> tuple[dict[str, Tensor], State]:
-        batch, progress, noise, row_weights, state = inputs
+        batch, progress, noise, row_weights, state, slots, _ = inputs
+        objective = self.trained.objective
+        probes = objective.probes(state, slots)
+        args = (batch, progress, dict(noise), row_weights, state, slots, probes)
         if not self.threads_are_chosen and not batch.is_cuda:
             self.threads_are_chosen = True
-            one_for_a_light_step(
-                self.execution.forward, batch, progress, dict(noise), row_weights, state
-            )
+            one_for_a_light_step(self.execution.forward, *args)
         with self.execution.explained(), tf32_matmuls(self.tf32):
-            total, terms, state = self.execution(batch, progress, dict(noise), row_weights, state)
+            total, terms, new_state = self.execution(*args)
             total.backward()
-        return terms, state
+            if probes:
+                new_state |= self.trained.climb(new_state, slopes_of(probes), progress, slots)
+        return terms, new_state
 
 
 class SequentialStep:
@@ -57,8 +63,21 @@ class SequentialStep:
         self.execution, self.tf32 = execution, tf32
 
     def __call__(self, inputs: StepInputs) -> tuple[dict[str, Tensor], State]:
+        objective = self.execution.objective
+        probes = objective.probes(inputs.state, inputs.slots)
         with tf32_matmuls(self.tf32):
-            return self.execution(*inputs)
+            terms, state = self.execution(*inputs._replace(probes=probes))
+        if probes:
+            state |= objective.climb(state, slopes_of(probes), inputs.progress, inputs.slots)
+        return terms, state
+
+
+def slopes_of(probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of the total in the sources; 0 where nothing depends on one."""
+    return {
+        key: torch.zeros_like(probe) if probe.grad is None else probe.grad
+        for key, probe in probes.items()
+    }
 
 
 def make_step(
@@ -75,6 +94,7 @@ def make_step(
     there are more or fewer side by side now, which is another graph. Several go on `until` a step.
     """
     objective, alone = trained.objective, trained.n_members == 1
+    objective.over_processes = mean_over_processes if own_share().of > 1 else None
     end = config.steps if until is None or alone else until
     n_steps = end - earlier.get("step", 0)
     if earlier.get("n_members", trained.n_members) != trained.n_members:
