@@ -16,10 +16,23 @@ from spd.config import UserError
 
 
 def stochastic_mask(
-    g: Float[Tensor, "*rows C"], uniform: Float[Tensor, "*rows C"]
+    g: Float[Tensor, "*rows C"], uniform: Float[Tensor, "*#rows C"]
 ) -> Float[Tensor, "*rows C"]:
     """m = g + (1 − g) r with r ~ U(0, 1) (paper, section 2)."""
     return g + (1 - g) * uniform
+
+
+def uniform_k_subsets(draws: Float[Tensor, "*rows sites_and_one"]) -> Bool[Tensor, "*rows sites"]:
+    """For every row by itself k ~ U{1 … L}, then a uniform k-subset of the L sites (VPD).
+
+    The last of the uniform draws gives k; chosen are the sites whose draws are the k smallest.
+    """
+    keys, L = draws[..., :-1], draws.shape[-1] - 1
+    k = 1 + (draws[..., -1:] * L).floor().clamp(max=L - 1)
+    place = torch.arange(L, device=draws.device)
+    one, other = keys[..., :, None], keys[..., None, :]
+    smaller = (other < one) | ((other == one) & (place < place[:, None]))
+    return smaller.sum(dim=-1) < k
 
 
 MaskKind = Literal["unmasked", "stochastic", "importance_masked", "rounded", "ablated"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from spd.component_model import ComponentModel
 from spd.engine.distributed import agreed_maximum, average_, is_leader
 from spd.engine.ensemble import train_together
-from spd.engine.members import NonFiniteError, restore, save, shared, step_inputs, warm_up
+from spd.engine.members import NonFiniteError, restore, save, shared, step_inputs, warm_up, whole
 from spd.engine.prepare import Prepared, check_side_by_side, evaluate, progress_at
 from spd.engine.step import execution_record, make_step
 from spd.engine.threads import as_before
@@ -116,6 +116,7 @@ def run_side_by_side(
     kept = earlier[0] if earlier else {}
     take_step = make_step(trained, config, runs[0].eval_batches[0], kept, until=until)
     states = [run.objective.initial_state() for run in runs]
+    by_example = trained.objective.kept_by_example
     if earlier:
         states = [own["carried"] for own in earlier]
     elif config.faithfulness_warmup is not None:
@@ -130,14 +131,16 @@ def run_side_by_side(
             last, stopping = step == config.steps, agreed_maximum(int(stop_requested()))
             ending = stopping or step == until
             saving = ending or (due(step, config.save_every, last) and step > start)
+            evaluating = not (stopping or ending) and due(step, config.eval_every, last)
+            everywhere = [whole(s, by_example) for s in states] if saving or evaluating else states
             if saving and is_leader():
-                save(members, states, update, step, execution_record(take_step))
+                save(members, everywhere, update, step, execution_record(take_step))
             if stopping:
                 raise Interrupted(f"stopped before step {step} of {config.steps}", stopping)
             if ending:
                 break
-            if due(step, config.eval_every, last):
-                _evaluate(members, states, step, last=last)
+            if evaluating:
+                _evaluate(members, everywhere, step, last=last)
             if last or not _going(members):
                 break
             inputs = zip(runs, states, strict=True)
@@ -147,7 +150,7 @@ def run_side_by_side(
             logging = due(step, config.log_every, step + 1 == config.steps)
             norms = trained.gradient_norms() if logging else {}
             rates = update(step)
-            states = trained.taken_apart(shared(new_state))
+            states = trained.taken_apart(shared(new_state, by_example))
             if logging:
                 average_(terms.values())
                 _log(members, {**terms, **norms}, step, rates)

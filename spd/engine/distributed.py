@@ -149,6 +149,14 @@ def _(value: Tensor) -> Tensor:
     return torch.empty_like(value)
 
 
+def gathered(own: Tensor) -> Tensor:
+    """Those of all processes, of the same shape each, along the first axis."""
+    parts = [torch.empty_like(own) for _ in range(own_share().of)]
+    with _together():
+        dist.all_gather(parts, own.contiguous())
+    return torch.cat(parts)
+
+
 @contextmanager
 def _together() -> Iterator[None]:
     try:

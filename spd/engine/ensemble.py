@@ -29,6 +29,8 @@ class StepInputs(NamedTuple):
     noise: Noise
     row_weights: Tensor | None = None
     state: State = {}
+    slots: Tensor | None = None
+    probes: Mapping[str, Tensor] | None = None
 
 
 class Alone:
@@ -39,6 +41,7 @@ class Alone:
 
     def __init__(self, objective: Objective) -> None:
         self.function = self.objective = objective
+        self.climb = objective.climb
         own = objective.model.subcomponent_parameters()
         self.parameters, self.groups = list(own.values()), parameter_groups(own)
 
@@ -104,6 +107,8 @@ class Ensemble:
         noise: Noise,
         row_weights: Tensor | None,
         state: State,
+        slots: Tensor | None = None,
+        probes: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Sum of the members' totals, what is worth logging, and the new state: `[members]` each.
 
@@ -115,11 +120,22 @@ class Ensemble:
         ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
             return functional_call(self.objective, stacks, inputs)  # pyright: ignore
 
-        weights_axis = None if row_weights is None else 0
-        totals, terms, new_state = vmap(of_one, in_dims=(0, 0, None, 0, weights_axis, 0))(
-            self.stacks, batch, progress, noise, row_weights, state
+        axes = (0, 0, None, 0, _axis(row_weights), 0, _axis(slots), _axis(probes))
+        totals, terms, new_state = vmap(of_one, in_dims=axes)(
+            self.stacks, batch, progress, noise, row_weights, state, slots, probes
         )
         return totals.sum(), terms, new_state
+
+    def climb(
+        self,
+        state: State,
+        slopes: Mapping[str, Tensor],
+        progress: Tensor,
+        slots: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What `Objective.climb` does, for each member by itself."""
+        axes = (0, 0, None, _axis(slots))
+        return vmap(self.objective.climb, in_dims=axes)(state, slopes, progress, slots)
 
     def inputs(self, inputs: Sequence[StepInputs]) -> StepInputs:
         """Those of all members, stacked; shorter batches are filled up with rows of weight 0."""
@@ -129,14 +145,28 @@ class Ensemble:
         else:
             row_weights = torch.stack([_filled_weights(own, n_rows) for own in inputs])
         noise = {
-            key: torch.stack([_filled(own.noise[key], n_rows) for own in inputs])
+            key: torch.stack([_filled_draw(own, key, n_rows) for own in inputs])
             for key in inputs[0].noise
         }
         batches = [own.batch for own in inputs if isinstance(own.batch, Tensor)]
         assert len(batches) == len(inputs), "runs side by side are given Tensors"
         batch = torch.stack([_filled(own, n_rows) for own in batches])
         state = self.stacked([own.state for own in inputs])
-        return StepInputs(batch, inputs[0].progress, noise, row_weights, state)
+        return StepInputs(
+            batch, inputs[0].progress, noise, row_weights, state, self._slots(inputs, n_rows)
+        )
+
+    def _slots(self, inputs: Sequence[StepInputs], n_rows: int) -> Tensor | None:
+        """Those of all members; rows that fill up belong to none, which the number of slots stands for."""
+        if all(own.slots is None for own in inputs):
+            return None
+        key = next(iter(self.objective.kept_by_example))
+        found = []
+        for own in inputs:
+            n_own, n_slots = len(own.batch), len(own.state[key])
+            slots = torch.arange(n_own, device=own.batch.device) if own.slots is None else own.slots
+            found.append(F.pad(slots, (0, n_rows - n_own), value=n_slots))
+        return torch.stack(found)
 
     def clip_gradients_(self, parameters: Sequence[nn.Parameter], max_norm: float) -> None:
         """What `nn.utils.clip_grad_norm_` does, for each member by itself."""
@@ -218,6 +248,17 @@ def _stack_and_view_(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
     for parameter, own in zip(parameters, stack.data, strict=True):
         parameter.data = own
     return stack
+
+
+def _axis(argument: object) -> int | None:
+    """Over which axis `vmap` goes."""
+    return None if argument is None else 0
+
+
+def _filled_draw(own: StepInputs, key: str, n_rows: int) -> Tensor:
+    """A draw, filled up unless all rows share it."""
+    draw = own.noise[key]
+    return _filled(draw, n_rows) if len(draw) == len(own.batch) else draw
 
 
 def _filled(rows: Float[Tensor, "n_own *rest"], n_rows: int) -> Float[Tensor, "{n_rows} *rest"]:

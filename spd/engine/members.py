@@ -1,6 +1,6 @@
 """Runs that are trained together: what each computes a step from, and its checkpoints."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +9,7 @@ import torch
 
 from spd.config import RunError, UserError
 from spd.engine import checkpoint
-from spd.engine.distributed import average_, own_share
+from spd.engine.distributed import average_, gathered, own_share
 from spd.engine.ensemble import StepInputs
 from spd.engine.prepare import Prepared, progress_at
 from spd.engine.update import Update
@@ -42,14 +42,20 @@ def step_inputs(prepared: Prepared, step: int, state: State) -> StepInputs:
     problem, config, objective, *_ = prepared
     batch = _next_batch(problem.train_batches, step, config.steps)
     share = own_share()
+    state = objective.begun(state, batch, seed=config.seed, share=share)
+    by_example = bool(objective.kept_by_example)
     merged = prepared.zero_rows.merge(batch)
-    batch, row_weights = merged if len(merged.batch) % share.of == 0 else Rows(batch)
+    # several processes have sources for the rows that are theirs of a whole batch
+    fits = len(merged.batch) % share.of == 0 and not (by_example and share.of > 1)
+    batch, row_weights, slots = merged if fits else Rows(batch)
     noise = objective.noise(batch, stream="train", seed=config.seed, step=step, share=share)
     # filled in on the device: a copy from the host would wait for it
     progress = torch.full((), progress_at(step, config.steps), device=batch.device)
     own = share.rows(len(batch))
     own_weights = None if row_weights is None else row_weights[own]
-    return StepInputs(batch[own], progress, noise, own_weights, state)
+    return StepInputs(
+        batch[own], progress, noise, own_weights, state, slots if by_example else None
+    )
 
 
 def _next_batch(batches: Iterator[Batch], step: int, steps: int) -> Batch:
@@ -59,10 +65,30 @@ def _next_batch(batches: Iterator[Batch], step: int, steps: int) -> Batch:
         raise RunError(f"the training data ended before step {step} of {steps}") from None
 
 
-def shared(state: State) -> State:
-    """What terms carry on, where several processes have computed it from their rows: the mean."""
-    average_(state.values())
+def shared(state: State, by_example: Set[str] = frozenset()) -> State:
+    """What terms carry on, where several processes have computed it from their rows: the mean.
+
+    What is kept `by_example` stays with the process that has the examples.
+    """
+    average_(value for key, value in state.items() if key not in by_example)
     return state
+
+
+def whole(state: State, by_example: Set[str]) -> State:
+    """What all processes carry: all examples of what is kept `by_example`."""
+    if own_share().of == 1 or not by_example:
+        return state
+    return {key: gathered(v) if key in by_example else v for key, v in state.items()}
+
+
+def _own_part(state: State, by_example: Set[str]) -> State:
+    """The inverse of `whole`."""
+    share = own_share()
+    if share.of == 1:
+        return state
+    return {
+        key: v[share.rows(len(v))].clone() if key in by_example else v for key, v in state.items()
+    }
 
 
 def warm_up(prepared: Prepared, config: WarmupConfig) -> None:
@@ -128,7 +154,8 @@ def restore(members: Sequence[Trainee], update: Update) -> list[dict[str, Any]]:
             member.prepared.objective.model.load_subcomponents(checkpoint.load_parameters(path))
             batches.load_state_dict(state["data"])
             device = member.prepared.eval_batches[0].device
-            state["carried"] = {key: value.to(device) for key, value in state["carried"].items()}
+            carried = {key: value.to(device) for key, value in state["carried"].items()}
+            state["carried"] = _own_part(carried, member.prepared.objective.kept_by_example)
             torch.set_rng_state(state["rng"])  # whether it is one
             torch.set_num_threads(state["num_threads"])
     with _fits(newest[0]):

@@ -267,7 +267,8 @@ def contexts(
     for index, batch in enumerate(batches):
         noise = objective.noise(batch, stream=stream, seed=config.seed, step=index)
         at = torch.tensor(progress, device=batch.device)
-        yield objective.context(batch, at, noise, state=state)
+        begun = objective.begun(state, batch, seed=config.seed, training=False)
+        yield objective.context(batch, at, noise, state=begun)
 
 
 @torch.no_grad()

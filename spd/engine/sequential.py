@@ -14,7 +14,7 @@ from spd.engine.compilation import CompiledStep
 from spd.engine.layers import SharedPrefix
 from spd.importance import CausalImportances
 from spd.kernels import KLKernel, kl_and_gradient
-from spd.losses import Loss, Noise, State, StepContext
+from spd.losses import Loss, Noise, State, StepContext, ascended
 from spd.objective import Objective
 from spd.problem import Batch
 
@@ -36,6 +36,8 @@ class Sequential:
         noise: Noise,
         row_weights: Tensor | None = None,
         state: State | None = None,
+        slots: Tensor | None = None,
+        probes: Mapping[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add the gradient of the total to the parameters; what is worth logging, and the new state."""
         model = self.objective.model
@@ -50,9 +52,12 @@ class Sequential:
                 recompute_masks=not self.prefix.compiled,
                 kl_kernel=self.kl_kernel,
                 over_processes=self.objective.over_processes,
+                slots=slots,
+                probes=probes or {},
             )
             del target  # whose logits the context holds in another form
             losses = self.objective.losses
+            ctx = ascended(losses, ctx)
             terms = backward_one_by_one(losses, ctx, leaves)
             weighted = [losses[name].coefficient(progress) * term for name, term in terms.items()]
             logged = self.objective.logged(ctx, torch.stack(weighted).sum(), terms)
@@ -115,7 +120,7 @@ def backward_one_by_one(
     for name, spec in losses.items():
         values = []
         for part in spec.parts(ctx._replace(term=name)):
-            (spec.coefficient(ctx.progress) * part).backward()
+            (spec.graph_coefficient(ctx.progress) * part).backward()
             values.append(part.detach())
         terms[name] = torch.stack(values).sum()
     gradients = {path: leaf.grad for path, leaf in logits.items() if leaf.grad is not None}

@@ -1,7 +1,9 @@
 """One step of training: batches in, gradients set. How it is executed is chosen here, in one place."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from spd.component_model import ComponentModel
@@ -39,16 +41,19 @@ class JointStep:
         self.threads_are_chosen = resumed  # by the checkpoint
 
     def __call__(self, inputs: StepInputs) -> tuple[dict[str, Tensor], State]:
-        batch, progress, noise, row_weights, state = inputs
+        batch, progress, noise, row_weights, state, slots, _ = inputs
+        objective = self.trained.objective
+        probes = objective.probes(state, slots)
+        args = (batch, progress, dict(noise), row_weights, state, slots, probes)
         if not self.threads_are_chosen and not batch.is_cuda:
             self.threads_are_chosen = True
-            one_for_a_light_step(
-                self.execution.forward, batch, progress, dict(noise), row_weights, state
-            )
+            one_for_a_light_step(self.execution.forward, *args)
         with self.execution.explained(), tf32_matmuls(self.tf32):
-            total, terms, state = self.execution(batch, progress, dict(noise), row_weights, state)
+            total, terms, new_state = self.execution(*args)
             total.backward()
-        return terms, state
+            if probes:
+                new_state |= self.trained.climb(new_state, slopes_of(probes), progress, slots)
+        return terms, new_state
 
 
 class SequentialStep:
@@ -58,8 +63,21 @@ class SequentialStep:
         self.execution, self.tf32 = execution, tf32
 
     def __call__(self, inputs: StepInputs) -> tuple[dict[str, Tensor], State]:
+        objective = self.execution.objective
+        probes = objective.probes(inputs.state, inputs.slots)
         with tf32_matmuls(self.tf32):
-            return self.execution(*inputs)
+            terms, state = self.execution(*inputs._replace(probes=probes))
+        if probes:
+            state |= objective.climb(state, slopes_of(probes), inputs.progress, inputs.slots)
+        return terms, state
+
+
+def slopes_of(probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of the total in the sources; 0 where nothing depends on one."""
+    return {
+        key: torch.zeros_like(probe) if probe.grad is None else probe.grad
+        for key, probe in probes.items()
+    }
 
 
 def make_step(

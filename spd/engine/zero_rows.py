@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd.component_model import ComponentModel
@@ -33,6 +33,8 @@ class Rows(NamedTuple):
     batch: Batch
     weights: Float[Tensor, " rows"] | None = None
     """how many rows of the data each row stands for, scaled to mean 1; None: one each"""
+    slots: Int[Tensor, " rows"] | None = None
+    """which row of the data each row is, where it is one alone; None: all, in order"""
 
 
 class ZeroRows:
@@ -96,7 +98,7 @@ def merge_zero_rows(batch: Float[Tensor, "rows n"], room: int) -> Rows:
     kept = has_input.to(torch.uint8).argsort(descending=True, stable=True)[:room]
     n_each = (len(batch) - n_with_input) / (room - n_with_input)
     weights = torch.where(has_input[kept], 1.0, n_each) * (room / len(batch))
-    return Rows(batch[kept], weights)
+    return Rows(batch[kept], weights, kept)
 
 
 def _has_input(batch: Float[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:

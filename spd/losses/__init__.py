@@ -13,6 +13,7 @@ from spd.component_model import ComponentModel, Site
 from spd.config import BY_TYPE, NAME_IS_TYPE, UserError, nearest
 from spd.config.limits import Samples
 from spd.kernels import kl_per_row
+from spd.losses.masked import MaskedRecon, ascended, last_ascents, uniform_draws, uniform_mask
 from spd.losses.minimality import Activity, Frequency
 from spd.losses.spec import (
     LossSpec,
@@ -26,7 +27,7 @@ from spd.losses.spec import (
     recon_errors,
     state_key,
 )
-from spd.masks import stochastic_mask
+from spd.masks import SiteMask, stochastic_mask
 
 __all__ = [
     "Activity",
@@ -37,6 +38,7 @@ __all__ = [
     "Loss",
     "LossSpec",
     "Losses",
+    "MaskedRecon",
     "Noise",
     "OutRecon",
     "Recon",
@@ -46,9 +48,11 @@ __all__ = [
     "StepContext",
     "StochasticRecon",
     "StochasticReconLayerwise",
+    "ascended",
     "faithfulness",
     "importance_minimality",
     "kl_divergence",
+    "last_ascents",
     "loss_terms",
     "mean_of_columns",
     "mean_over_rows",
@@ -209,11 +213,19 @@ class _Sampled(LossSpec):
     def n_noise_samples(self) -> int:
         return self.n_samples
 
-    def mask(self, ctx: StepContext, sample: int, path: str) -> Tensor:
-        return stochastic_mask(ctx.ci.lower[path], ctx.uniform(sample, path))
+
+class _Masked(_Sampled):
+    delta: bool = False
+    """whether the remainder W − V U of each site is part of the pass, under a uniform mask of its own"""
+
+    def draws(self, shapes: Mapping[str, torch.Size], n_examples: int) -> dict[str, torch.Size]:
+        return uniform_draws(shapes, n_samples=self.n_samples, delta=self.delta)
+
+    def mask(self, ctx: StepContext, sample: int, path: str) -> SiteMask:
+        return uniform_mask(ctx, path, delta=self.delta, sample=sample)
 
 
-class StochasticRecon(_Sampled):
+class StochasticRecon(_Masked):
     """Mean over samples of D(all sites stochastically masked, target) (paper, section 2)."""
 
     type: Literal["stochastic_recon"] = "stochastic_recon"
@@ -224,7 +236,7 @@ class StochasticRecon(_Sampled):
             yield ctx.masked_error(masks) / self.n_samples
 
 
-class StochasticReconLayerwise(_Sampled):
+class StochasticReconLayerwise(_Masked):
     """Mean over samples and sites of D(only that site stochastically masked, target)."""
 
     type: Literal["stochastic_recon_layerwise"] = "stochastic_recon_layerwise"
@@ -267,7 +279,7 @@ class EmbeddingRecon(_Sampled):
         assert isinstance(ids, Tensor), "an embedding reads ids at every position"
         expected = site.original(ids)
         for sample in range(self.n_samples):
-            mask = self.mask(ctx, sample, path)
+            mask = stochastic_mask(ctx.ci.lower[path], ctx.uniform(sample, path))
             masked = site.subcomponents(ids, mask)
             if self.unembed is None:
                 error = ctx.mean((masked - expected).square().sum(dim=-1))
@@ -288,6 +300,7 @@ Loss = (
     | ReconLayerwise
     | StochasticRecon
     | StochasticReconLayerwise
+    | MaskedRecon
     | EmbeddingRecon
 )
 Losses = Annotated[Mapping[str, Annotated[Loss, BY_TYPE]], NAME_IS_TYPE]

@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig
 from spd.importance import CausalImportances
 from spd.kernels import KLKernel, kl_per_row
-from spd.masks import Mask, SiteInput
+from spd.masks import Mask, SiteInput, SiteMask
 from spd.problem import Batch, ReconKind
 from spd.schedule import Scheduled, peak_of, value_at
+from spd.sources import AdamAscent, of_slots, source_name
 
 Noise = Mapping[str, Tensor]
 State = Mapping[str, Tensor]
@@ -35,7 +37,7 @@ class StepContext(NamedTuple):
     ci: CausalImportances
     recon: ReconKind
     noise: Noise
-    """uniform draws in [0, 1) under `noise_key(term, sample, site)`, shaped like that site's g"""
+    """uniform draws in [0, 1) under `state_key(term, name)`, by the names of `LossSpec.draws`"""
     progress: Tensor
     """fraction of the run that is over, a 0-d tensor"""
     row_weights: Tensor | None = None
@@ -53,16 +55,58 @@ class StepContext(NamedTuple):
     """what computes the KL divergence of masked passes, where it is compiled by itself"""
     over_processes: Callable[[Tensor], Tensor] | None = None
     """mean over the processes that have a batch among them; None: all of it is here"""
+    slots: Int[Tensor, " rows"] | None = None
+    """which example of the data each row of `batch` is, where some rows are left out"""
+    probes: Mapping[str, Tensor] = {}
+    """zeros that are added to the sources of adversaries, by which their gradients are read off"""
+    functional: bool = False
+    """take gradients in sources by `torch.func`, as a graph needs it that is compiled or mapped"""
 
     def uniform(self, sample: int, site: str) -> Tensor:
         """This term's noise for one mask sample and site."""
         return self.noise[noise_key(self.term, sample, site)]
 
+    def draw(self, name: str) -> Tensor:
+        """This term's noise under one of the names of `LossSpec.draws`."""
+        return self.noise[state_key(self.term, name)]
+
+    def sources(self) -> dict[str, Float[Tensor, "*scope channels"]]:
+        """What this term's adversary has kept for the rows of the batch, of every site."""
+        found = {}
+        for path in self.model.sites:
+            name = source_name(path)
+            r = self.carried(name)
+            r = r if len(r) == 1 else of_slots(r, self.slots)
+            probe = self.probes.get(state_key(self.term, name))
+            found[path] = r if probe is None else r + probe
+        return found
+
+    def slopes(
+        self, error: Callable[[dict[str, Tensor]], Tensor], sources: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """∂ error / ∂ source of every site; V, U and whatever else is trained are left as they are."""
+        if self.functional:
+            with torch.no_grad():
+                return torch.func.grad(error)(dict(sources))
+        parameters = self.model.subcomponent_parameters().values()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            with torch.enable_grad():
+                leaves = {path: r.detach().requires_grad_() for path, r in sources.items()}
+                found = torch.autograd.grad(
+                    error(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+        return dict(zip(sources, found, strict=True))
+
     def carried(self, name: str) -> Tensor:
         """What this term has kept under `name` since the step before."""
         return self.state[state_key(self.term, name)]
 
-    def masks(self, make: Callable[[str], Tensor]) -> Mapping[str, Mask]:
+    def masks(self, make: Callable[[str], SiteMask | Tensor]) -> Mapping[str, Mask]:
         """`make(site)` for every site."""
         if self.recompute_masks:
             return {path: partial(make, path) for path in self.model.sites}
@@ -163,6 +207,10 @@ def recon_errors(
     return (prediction - target).square().mean(dim=-1)
 
 
+NEXT_TO_NOTHING = 1e-20
+"""times a gradient: moves no parameter, and can be divided by"""
+
+
 class LossSpec(BaseConfig):
     """Base of all specs: the coefficient. 0 switches the term off, at no cost."""
 
@@ -181,6 +229,35 @@ class LossSpec(BaseConfig):
     def n_noise_samples(self) -> int:
         """How many draws of noise the term needs for each site."""
         return 0
+
+    def graph_coefficient(self, progress: Tensor) -> float | Tensor:
+        """The same in a graph that goes back: never 0 where an adversary reads its gradient off it."""
+        coefficient = self.coefficient(progress)
+        if self.ascent is None:
+            return coefficient
+        if isinstance(coefficient, Tensor):
+            return coefficient.clamp(min=NEXT_TO_NOTHING)
+        return max(coefficient, NEXT_TO_NOTHING)
+
+    @property
+    def ascent(self) -> AdamAscent | None:
+        """How an adversary of the term climbs from step to step, if it has one."""
+        return None
+
+    def climbed_error(self, ctx: StepContext, sources: dict[str, Tensor]) -> Float[Tensor, ""]:
+        """What that adversary climbs before a step, as a function of its sources alone."""
+        raise NotImplementedError
+
+    def draws(self, shapes: Mapping[str, torch.Size], n_examples: int) -> dict[str, torch.Size]:
+        """The uniform draws that the term needs in a step: name → shape.
+
+        `shapes` are those of all sites' importances on a batch of so many examples.
+        """
+        return {
+            f"{sample}.{path}": shape
+            for path, shape in shapes.items()
+            for sample in range(self.n_noise_samples)
+        }
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
         """0-d tensors whose sum is the (unweighted) term; they share no graph but that of `ctx.ci`."""

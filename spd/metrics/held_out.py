@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from spd.losses import Loss, StepContext, loss_terms
+from spd.losses import Loss, StepContext, ascended, loss_terms
 from spd.metrics.spec import Quantity
 
 
@@ -28,7 +28,7 @@ class HeldOutLosses:
         self.coefficients = {
             name: float(spec.coefficient(ctx.progress)) for name, spec in self.losses.items()
         }
-        for name, term in loss_terms(self.losses, ctx).items():
+        for name, term in loss_terms(self.losses, ascended(self.losses, ctx)).items():
             self.totals[name] += term.item()
         self.n_batches += 1
 
