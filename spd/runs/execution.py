@@ -19,9 +19,10 @@ from spd.engine.members import NonFiniteError
 from spd.engine.prepare import Prepared
 from spd.noise import own_generators
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side
+from spd.reports.evaluations import result_of
 from spd.reports.figures import Figures, draw, loss_curves, save_figures
 from spd.reports.report import report_on
-from spd.reports.results import read_result, read_starts, result_of, summary_of
+from spd.reports.results import read_result, read_starts, summary_of
 from spd.reports.starts import write_starts_page
 from spd.run_files import (
     CHECKPOINTS,
