@@ -31,9 +31,11 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.losses = {name: spec for name, spec in losses.items() if spec.coeff > 0}
+        self.losses = {name: spec for name, spec in losses.items() if spec.is_on}
         self.recon: ReconKind = recon
         self.position_weights = position_weights
+        self.over_processes: Callable[[Tensor], Tensor] | None = None
+        """mean over the processes that have the rows of a training step among them; None: there is one"""
         self._rows_of_shape: dict[Any, dict[str, torch.Size]] = {}
 
     def context(
@@ -86,8 +88,11 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Σ coefficient × term, what is worth logging (detached), and the state for the next step."""
         ctx = self.context(batch, progress, noise, row_weights, state)
+        ctx = ctx._replace(over_processes=self.over_processes)
         terms = loss_terms(self.losses, ctx)
-        total = torch.stack([self.losses[name].coeff * term for name, term in terms.items()]).sum()
+        total = torch.stack(
+            [self.losses[name].coefficient(progress) * term for name, term in terms.items()]
+        ).sum()
         return total, self.logged(ctx, total, terms), self.next_state(ctx)
 
     def initial_state(self) -> dict[str, Tensor]:

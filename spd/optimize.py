@@ -14,7 +14,7 @@ from spd.component_model import ComponentModel
 from spd.engine.distributed import agreed_maximum, average_, is_leader
 from spd.engine.ensemble import train_together
 from spd.engine.members import NonFiniteError, restore, save, shared, step_inputs, warm_up
-from spd.engine.prepare import Prepared, check_side_by_side, evaluate
+from spd.engine.prepare import Prepared, check_side_by_side, evaluate, progress_at
 from spd.engine.step import execution_record, make_step
 from spd.engine.threads import as_before
 from spd.engine.update import Update
@@ -184,7 +184,9 @@ def _evaluate(members: Sequence[Member], states: Sequence[State], step: int, *, 
         if bad:
             member.failure = NonFiniteError(f"step {step}: {', '.join(bad)} not finite", step)
         elif is_leader():
-            member.observer.evaluated(step, evaluate(member.prepared, state, at_end=last))
+            progress = progress_at(step, member.prepared.config.steps)
+            values = evaluate(member.prepared, state, at_end=last, progress=progress)
+            member.observer.evaluated(step, values)
 
 
 def _log(

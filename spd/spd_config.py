@@ -110,6 +110,6 @@ class SPDConfig(BaseConfig):
     @field_validator("losses")
     @classmethod
     def _some_loss(cls, losses: Losses) -> Losses:
-        if not any(spec.coeff > 0 for spec in losses.values()):
+        if not any(spec.is_on for spec in losses.values()):
             raise ValueError("at least one needs a coefficient above 0")
         return losses

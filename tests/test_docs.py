@@ -47,7 +47,7 @@ def apply(folder: Path, *parts: str) -> None:
 
 
 ADDED = {
-    "a loss": ("spd/losses.py", "smooth_l0"),
+    "a loss": ("spd/losses/__init__.py", "smooth_l0"),
     "a metric": ("spd/metrics/__init__.py", "effective_rank"),
     "a figure": ("spd/reports/figures.py", "norms_figure"),
     "an importance function": ("spd/importance.py", "threshold_importance"),

@@ -7,22 +7,40 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from spd.component_model.building import (
+    check_size,
+    check_ties,
+    make_subcomponents,
+    sizes_of,
+    width_of_input,
+)
 from spd.component_model.places import begin_anew, paths_of_modules, places_of
 from spd.component_model.site import Site
 from spd.components import (
-    LinearSubcomponents,
-    TiedSubcomponents,
     check_nothing_is_attached,
     check_weight,
-    init_subcomponents_,
     input_output_weight,
     resolve_sites,
-    subcomponents_of,
 )
 from spd.config import UserError, nearest
-from spd.config.memory import NUMBER, require_memory
-from spd.importance import CausalImportances, ImportanceConfig, LowerLeak
-from spd.masks import GivenMask, GivenMasks, Mask, Pass, Running, SiteInput, SiteMask
+from spd.importance import (
+    CausalImportances,
+    ImportanceConfig,
+    LowerLeak,
+    WholeImportance,
+    WholeImportanceSpec,
+    check_together,
+)
+from spd.masks import (
+    GivenMask,
+    GivenMasks,
+    Mask,
+    Pass,
+    RoutedInput,
+    Running,
+    SiteInput,
+    SiteMask,
+)
 from spd.noise import derive_seed
 from spd.problem import Batch, as_batch, run_target
 
@@ -69,7 +87,7 @@ class ComponentModel(nn.Module):
         C_of = resolve_sites(target, sites)
         for path in C_of:
             check_weight(path, target.get_submodule(path))
-        _check_size(target, C_of, importance)
+        check_size(target, C_of, importance)
         target.requires_grad_(False).eval()
         if any(isinstance(module, WITH_FAST_PATH) for module in target.modules()):
             torch.backends.mha.set_fastpath_enabled(False)
@@ -78,7 +96,7 @@ class ComponentModel(nn.Module):
         self.running = Running()
         self.overwritten: frozenset[str] = frozenset()
         """sites whose input the target changes in place later on, as far as a pass has shown it"""
-        source_of = _check_ties(target, C_of, tied_sites)
+        source_of = check_ties(target, C_of, tied_sites)
         places, paths_of = places_of(target, C_of), paths_of_modules(target)
         self.sites: dict[str, Site] = {}
         for path in sorted(C_of, key=lambda path: path in source_of):  # sources before their ties
@@ -86,15 +104,24 @@ class ComponentModel(nn.Module):
             check_nothing_is_attached(path, original)
             generator = torch.Generator().manual_seed(derive_seed("init", seed, path))
             tie = self.sites[source_of[path]] if path in source_of else None
-            subcomponents = _make_subcomponents(original, C_of[path], tie, generator)
+            subcomponents = make_subcomponents(original, C_of[path], tie, generator)
             weight = input_output_weight(original)
-            d_in = weight.shape[1 if isinstance(original, nn.Embedding) else 0]
-            function = importance.build(C_of[path], d_in, generator=generator).to(weight.device)
+            function = None
+            if not isinstance(importance, WholeImportanceSpec):
+                d_in = width_of_input(original)
+                function = importance.build(C_of[path], d_in, generator=generator)
+                function = function.to(weight.device)
             site = Site(original, subcomponents, function, places[path], self.running)
             for name in paths_of[original]:  # one module may have several
                 target.set_submodule(name, site)
             self.sites[path] = site
         self.sites = {path: self.sites[path] for path in C_of}
+        self.importance: WholeImportance | None = None
+        """the function of all sites together, where the sites have none of their own"""
+        if isinstance(importance, WholeImportanceSpec):
+            generator = torch.Generator().manual_seed(derive_seed("init", seed, "all sites"))
+            function = importance.build(sizes_of(self.sites), generator=generator)
+            self.importance = function.to(next(iter(self.sites.values())).subcomponents.V.device)
 
     def train(self, mode: bool = True) -> Self:
         """The target stays in evaluation mode whatever is asked for: its output is never random."""
@@ -104,11 +131,20 @@ class ComponentModel(nn.Module):
 
     def subcomponent_parameters(self) -> dict[str, nn.Parameter]:
         """Name → parameter of everything that is trained, each once."""
+        shared = {} if self.importance is None else dict(self.importance.named_parameters())
+        whole = {f"importance.{name}": parameter for name, parameter in shared.items()}
+        return {**self._parameters_of_sites(), **whole}
+
+    def _parameters_of_sites(self) -> dict[str, nn.Parameter]:
         return {
             f"{path}.{name}": parameter
             for path, site in self.sites.items()
-            for part in ("subcomponents", "importance")
-            for name, parameter in site.get_submodule(part).named_parameters(prefix=part)
+            for part, module in (
+                ("subcomponents", site.subcomponents),
+                ("importance", site.importance),
+            )
+            if module is not None
+            for name, parameter in module.named_parameters(prefix=part)
         }
 
     def load_subcomponents(self, tensors: Mapping[str, Tensor]) -> None:
@@ -127,9 +163,9 @@ class ComponentModel(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """The target's entries are under `target.`; what is trained is under `sites.`."""
+        """The target's entries are under `target.`, those of sites, which are trained, under `sites.`."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, parameter in self.subcomponent_parameters().items():
+        for name, parameter in self._parameters_of_sites().items():
             destination[f"{prefix}sites.{name}"] = parameter if keep_vars else parameter.detach()
 
     def _load_from_state_dict(
@@ -142,7 +178,7 @@ class ComponentModel(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name, parameter in self.subcomponent_parameters().items():
+        for name, parameter in self._parameters_of_sites().items():
             key = f"{prefix}sites.{name}"
             if key not in state_dict:
                 missing_keys.append(key)
@@ -233,6 +269,11 @@ class ComponentModel(nn.Module):
             yield self.target
 
     def _lower_importances(self, path: str, x: SiteInput) -> Tensor:
+        if self.importance is not None:
+            raise UserError(
+                f"masks: {path!r} has 'importances', those of its own input; here one function makes them"
+                " from the inputs of all sites, so give masks made by model.importances(batch)"
+            )
         logits = {path: self.sites[path].importance_logits(x)}
         return CausalImportances.of_logits(logits, self.lower_leak).lower[path]
 
@@ -277,64 +318,53 @@ class ComponentModel(nn.Module):
 
     def importance_logits(self, site_inputs: Mapping[str, SiteInput]) -> dict[str, Tensor]:
         """What the hard sigmoids are applied to, for every site."""
+        if self.importance is not None:
+            logits = self.importance(self._vectors(site_inputs))
+            return {
+                path: z.to(self.sites[path].subcomponents.V.device) for path, z in logits.items()
+            }
         return {
             path: site.importance_logits(site_inputs[path]) for path, site in self.sites.items()
         }
+
+    def backward_importances(
+        self, site_inputs: Mapping[str, SiteInput], gradients: Mapping[str, Tensor]
+    ) -> None:
+        """Add to the parameters of the importance functions what arrived at their logits, by site.
+
+        Functions of single sites are computed once more one after another.
+        """
+        if self.importance is not None:
+            logits = self.importance_logits(site_inputs)
+            torch.autograd.backward([logits[path] for path in gradients], [*gradients.values()])
+            return
+        for path, gradient in gradients.items():
+            self.sites[path].importance_logits(site_inputs[path]).backward(gradient)
+
+    def check_importance(self, batch: Batch) -> None:
+        """`UserError` where the inputs of sites cannot be joined as a function of all of them needs it."""
+        if self.importance is None:
+            return
+        inputs = self.target_forward(batch).site_inputs
+        shapes = {path: x.shape[:-1] for path, x in self._vectors(inputs).items()}
+        check_together("a function of all sites", shapes, len(batch))
+
+    def _vectors(self, site_inputs: Mapping[str, SiteInput]) -> dict[str, Tensor]:
+        """What all sites read, as vectors."""
+        vectors, device = {}, next(iter(self.sites.values())).subcomponents.V.device
+        for path, site in self.sites.items():
+            x = site_inputs[path]
+            if isinstance(x, RoutedInput):
+                raise UserError(
+                    f"importance: a function of all sites joins what they read at a position, and {path!r}"
+                    " reads some positions only, those routed to it; leave it out, or choose functions of"
+                    " single sites (mlp, shared_mlp, vector_mlp)"
+                )
+            vectors[path] = site.vectors(x).to(device)
+        return vectors
 
 
 def in_half(model: ComponentModel) -> bool:
     """Whether the target computes, in part at least, in half precision."""
     halves = any(parameter.dtype in HALVES for parameter in model.target.parameters())
     return halves or model.autocast is not None
-
-
-def _check_ties(
-    target: nn.Module, C_of: Mapping[str, int], tied_sites: Sequence[tuple[str, str]]
-) -> dict[str, str]:
-    """Tied path → source path, after checking that the target's matrices are transposes indeed."""
-    source_of: dict[str, str] = {}
-    for source, tied in tied_sites:
-        for path in (source, tied):
-            if path not in C_of:
-                raise UserError(f"tied_sites: {path!r} is no site (sites: {', '.join(C_of)})")
-        if C_of[source] != C_of[tied]:
-            raise UserError(
-                f"tied_sites: {source!r} has C = {C_of[source]} and {tied!r} has {C_of[tied]};"
-                " tied sites share their subcomponents, so C must be equal"
-            )
-        weights = [input_output_weight(target.get_submodule(path)) for path in (source, tied)]
-        if weights[0].shape != weights[1].mT.shape or not torch.equal(weights[0], weights[1].mT):
-            raise UserError(
-                f"tied_sites: the weight of {tied!r} is not the transpose of that of {source!r}"
-            )
-        if tied in source_of or source in source_of:
-            raise UserError(f"tied_sites: {tied!r} or {source!r} is tied twice")
-        if isinstance(target.get_submodule(tied), nn.Embedding):
-            raise UserError(
-                f"tied_sites: {tied!r} is an embedding, which cannot share the subcomponents of another"
-                " site; name it first"
-            )
-        source_of[tied] = source
-    return source_of
-
-
-def _check_size(target: nn.Module, C_of: Mapping[str, int], importance: ImportanceConfig) -> None:
-    """`UserError` where the parameters of a site would not fit into memory."""
-    for path, C in C_of.items():
-        weight = target.get_submodule(path).weight
-        assert isinstance(weight, Tensor), "checked before"
-        n = C * sum(weight.shape) + importance.n_parameters(C, min(weight.shape))
-        what = f"sites: {path!r} with C = {C} has {n} parameters, with those of its importances, which need"
-        require_memory(NUMBER * n, what, weight.device)
-
-
-def _make_subcomponents(
-    original: nn.Module, C: int, tie: Site | None, generator: torch.Generator
-) -> LinearSubcomponents:
-    if tie is not None:
-        assert not isinstance(tie.subcomponents, TiedSubcomponents), "its source is no tied site"
-        return TiedSubcomponents(tie.subcomponents)
-    weight = input_output_weight(original)
-    subcomponents = subcomponents_of(original, C)
-    init_subcomponents_(subcomponents.V, subcomponents.U, weight.float().cpu(), generator=generator)
-    return subcomponents.to(weight.device)

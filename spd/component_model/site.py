@@ -25,7 +25,7 @@ class Site(nn.Module):
         self,
         original: nn.Module,
         subcomponents: LinearSubcomponents,
-        importance: Importance,
+        importance: Importance | None,
         place: Place,
         running: Running,
     ) -> None:
@@ -33,6 +33,7 @@ class Site(nn.Module):
         self.original = original
         self.subcomponents = subcomponents
         self.importance = importance
+        """None: that of all sites together has the importances of this one"""
         self.place = place
         self.running = running
         for name, value in vars(original).items():
@@ -80,16 +81,24 @@ class Site(nn.Module):
     def importance_logits(self, x: SiteInput) -> Float[Tensor, "*rows C"]:
         """What the hard sigmoids are applied to, from what the target feeds to this site.
 
-        The input vector of a token id is the row that the target's embedding has for it. Where the site
-        is not applied it is 0, whose sigmoids are 0.
+        Where the site is not applied it is 0, whose sigmoids are 0.
         """
+        assert self.importance is not None, "a function of all sites has the importances"
         if isinstance(x, RoutedInput):
             return x.routed.spread(self.importance_logits(x.rows))
-        if not self.subcomponents.reads_ids:
-            x = x.to(self.subcomponents.V.dtype)  # from lower precision, where the target ran in it
-        if not isinstance(self.importance, InputImportance):
-            return self.importance(self.subcomponents.acts(x))
-        return self.importance(self.original(x) if self.subcomponents.reads_ids else x)
+        if isinstance(self.importance, InputImportance):
+            return self.importance(self.vectors(x))
+        return self.importance(self.subcomponents.acts(self._in_own_type(x)))
+
+    def vectors(self, x: Tensor) -> Float[Tensor, "*rows d_in"]:
+        """Its input vectors; that of a token id is the row that the target's embedding has for it."""
+        if self.subcomponents.reads_ids:
+            return self.original(x).to(self.subcomponents.V.dtype)
+        return self._in_own_type(x)
+
+    def _in_own_type(self, x: Tensor) -> Tensor:
+        """From lower precision, where the target ran in it."""
+        return x if self.subcomponents.reads_ids else x.to(self.subcomponents.V.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         current = self.running.current
@@ -152,6 +161,6 @@ def _as_original(site: Site, state: dict[str, Any], prefix: str, *_: object) -> 
     """Make of the state of what a site stands for that of the site, whose own part stays as it is."""
     for key in [key for key in state if key.startswith(prefix)]:
         state[f"{prefix}original.{key.removeprefix(prefix)}"] = state.pop(key)
-    for part in ("subcomponents", "importance"):
-        for name, own in nn.Module.state_dict(site.get_submodule(part)).items():
+    for part, module in (("subcomponents", site.subcomponents), ("importance", site.importance)):
+        for name, own in nn.Module.state_dict(module).items() if module is not None else ():
             state[f"{prefix}{part}.{name}"] = own

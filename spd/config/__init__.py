@@ -92,6 +92,8 @@ OVERRIDE = re.compile(r"""((?:"[^"]*"|'[^']*'|[^="'])*)=(.*)""", re.DOTALL)
 NO_NUMBER = "no_number"
 MAX_LISTED = 20
 """problems in one message"""
+UNSPOKEN = ("(a number)", "(a schedule)")
+"""tags of what is told apart without a name, which messages leave out"""
 QUOTED = re.compile(r"""(["'])(.*?)\1(?:\.(.+))?""", re.DOTALL)
 
 
@@ -334,7 +336,7 @@ def _no_numbers(annotation: Any, value: Any) -> Iterator[tuple[list[str], Any]]:
 
 def _describe(cls: type[BaseConfig], details: Any) -> str:
     """One validation problem in words: place, value, what is allowed."""
-    loc = [_cut(str(part), 100) for part in details["loc"]]
+    loc = [_cut(str(part), 100) for part in details["loc"] if part not in UNSPOKEN]
     named_once = [part for i, part in enumerate(loc) if i == 0 or part != loc[i - 1]]
     place = ".".join(named_once) or "the configuration"
     match details["type"]:

@@ -131,6 +131,24 @@ def average_(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Its mean over the processes, without a gradient; all of them have to ask at the same time."""
+    return _mean_over_processes(value)
+
+
+@torch.library.custom_op("spd::mean_over_processes", mutates_args=())
+def _mean_over_processes(value: Tensor) -> Tensor:
+    """An operation of its own, which a compiled step calls as it is."""
+    mean = value.clone()
+    average_([mean])
+    return mean
+
+
+@_mean_over_processes.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
+
+
 @contextmanager
 def _together() -> Iterator[None]:
     try:

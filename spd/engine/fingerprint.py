@@ -30,6 +30,19 @@ _MATRIX_LOSSES = {
     "stochastic_recon": {"coeff": 0.8, "n_samples": 2},
     "stochastic_recon_layerwise": {"coeff": 0.9},
 }
+_PENALTIES = {
+    "faithfulness": {"coeff": 1.0, "normalization": "relative"},
+    "activity": {
+        "coeff": {"peak": 0.4, "segments": [{"to": 0.5}]},
+        "penalty": {"type": "smooth_l0", "gamma": {"peak": 1.0, "segments": [{"to": 0.01}]}},
+    },
+    "frequency": {
+        "coeff": 0.2,
+        "penalty": {"type": "lp", "p": {"peak": 2.0, "segments": [{"to": 0.2}]}},
+        "reference_count": 64,
+        "half_life": 5.0,
+    },
+}
 
 
 def objective_fingerprint() -> dict[str, float]:
@@ -99,6 +112,15 @@ def _problems() -> dict[str, tuple[Problem, dict[str, Any]]]:
                 "sites": linear,
                 "losses": _MATRIX_LOSSES,
                 "importance": {"type": "affine"},
+                "lower_leak": "gradient",
+            },
+        ),
+        "penalties": (
+            _problem(_TwoLayers(), _fixed("inputs", (6, 4))),
+            {
+                "sites": linear,
+                "losses": _PENALTIES,
+                "importance": {"type": "shared_mlp", "hidden_widths": [3]},
                 "lower_leak": "gradient",
             },
         ),

@@ -11,10 +11,10 @@ from spd.config import RunError, UserError
 from spd.engine import checkpoint
 from spd.engine.distributed import average_, own_share
 from spd.engine.ensemble import StepInputs
-from spd.engine.prepare import Prepared
+from spd.engine.prepare import Prepared, progress_at
 from spd.engine.update import Update
 from spd.engine.zero_rows import Rows
-from spd.losses import State, faithfulness
+from spd.losses import Faithfulness, State
 from spd.problem import Batch, Resumable, as_batch
 from spd.spd_config import WarmupConfig
 
@@ -46,7 +46,7 @@ def step_inputs(prepared: Prepared, step: int, state: State) -> StepInputs:
     batch, row_weights = merged if len(merged.batch) % share.of == 0 else Rows(batch)
     noise = objective.noise(batch, stream="train", seed=config.seed, step=step, share=share)
     # filled in on the device: a copy from the host would wait for it
-    progress = torch.full((), step / max(config.steps - 1, 1), device=batch.device)
+    progress = torch.full((), progress_at(step, config.steps), device=batch.device)
     own = share.rows(len(batch))
     own_weights = None if row_weights is None else row_weights[own]
     return StepInputs(batch[own], progress, noise, own_weights, state)
@@ -66,12 +66,17 @@ def shared(state: State) -> State:
 
 
 def warm_up(prepared: Prepared, config: WarmupConfig) -> None:
-    """Bring the sums of the subcomponents to the target's weights before the first step."""
+    """Bring the sums of the subcomponents to the target's weights before the first step.
+
+    The error is that of the run's own faithfulness term, of the first if there are several.
+    """
     sites = prepared.objective.model.sites
     parameters = [p for site in sites.values() for p in site.subcomponents.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
+    terms = [s for s in prepared.config.losses.values() if isinstance(s, Faithfulness)]
+    term = terms[0] if terms else Faithfulness(coeff=1.0)
     for _ in range(config.steps):
-        faithfulness(sites).backward()
+        term.error(sites).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

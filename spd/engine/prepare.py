@@ -74,6 +74,7 @@ def prepare(problem: Problem, config: SPDConfig, *, quiet: bool = False) -> Prep
         )
     _check_output(problem.target, eval_batches[0])
     check_experts(model, eval_batches[0])
+    model.check_importance(eval_batches[0])
     if execution.compile is True and not may_compile(execution, model):
         raise UserError(
             "compile: true compiles all passes of a step together, or the layers of a Hugging Face"
@@ -236,12 +237,20 @@ def build_metrics(prepared: Prepared, *, at_end: bool) -> list[Metric]:
     return [HeldOutLosses(objective.losses), *built]
 
 
-def eval_contexts(prepared: Prepared, state: State | None = None) -> Iterator[StepContext]:
+def eval_contexts(
+    prepared: Prepared, state: State | None = None, *, progress: float = 1.0
+) -> Iterator[StepContext]:
     """Everything the metrics and figures may look at, for each held-out batch.
 
-    `state` is what terms carry at that step; without it, what they carry before the first.
+    `state` is what terms carry at that step; without it, what they carry before the first. What moves
+    over the run is what it is at `progress`.
     """
-    return contexts(prepared, prepared.eval_batches, "eval", state=state)
+    return contexts(prepared, prepared.eval_batches, "eval", progress=progress, state=state)
+
+
+def progress_at(step: int, steps: int) -> float:
+    """τ of a step, and of the evaluation before it: 0 at the first, 1 at the last and after it."""
+    return min(step / max(steps - 1, 1), 1.0)
 
 
 def contexts(
@@ -263,14 +272,19 @@ def contexts(
 
 @torch.no_grad()
 def evaluate(
-    prepared: Prepared, state: State | None = None, *, at_end: bool = True
+    prepared: Prepared,
+    state: State | None = None,
+    *,
+    at_end: bool = True,
+    progress: float = 1.0,
 ) -> dict[str, float]:
     """All metrics on the held-out batches, under keys that begin with `eval/`.
 
-    Without `at_end` those are left out that cost too much for every evaluation. Gradients are off, since
-    most need none; a loss or metric that asks for some does so within `torch.enable_grad()`, as
-    `spd.adversary` does. No evaluation is compiled, whatever the steps are.
+    Losses are what they are in a step of training at that `progress` of the run. Without `at_end` those are
+    left out that cost too much for every evaluation. Gradients are off, since most need none; a loss or
+    metric that asks for some does so within `torch.enable_grad()`, as `spd.adversary` does. No evaluation
+    is compiled, whatever the steps are.
     """
     metrics = build_metrics(prepared, at_end=at_end)
-    values = collect(metrics, eval_contexts(prepared, state))
+    values = collect(metrics, eval_contexts(prepared, state, progress=progress))
     return {f"eval/{key}": value for key, value in values.items()}

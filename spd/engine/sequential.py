@@ -49,11 +49,12 @@ class Sequential:
                 run=self.prefix.forward,
                 recompute_masks=not self.prefix.compiled,
                 kl_kernel=self.kl_kernel,
+                over_processes=self.objective.over_processes,
             )
             del target  # whose logits the context holds in another form
             losses = self.objective.losses
             terms = backward_one_by_one(losses, ctx, leaves)
-            weighted = [losses[name].coeff * term for name, term in terms.items()]
+            weighted = [losses[name].coefficient(progress) * term for name, term in terms.items()]
             logged = self.objective.logged(ctx, torch.stack(weighted).sum(), terms)
             return logged, self.objective.next_state(ctx)
 
@@ -114,11 +115,10 @@ def backward_one_by_one(
     for name, spec in losses.items():
         values = []
         for part in spec.parts(ctx._replace(term=name)):
-            (spec.coeff * part).backward()
+            (spec.coefficient(ctx.progress) * part).backward()
             values.append(part.detach())
         terms[name] = torch.stack(values).sum()
-    for path, leaf in logits.items():
-        if leaf.grad is not None:
-            site = ctx.model.sites[path]
-            site.importance_logits(ctx.site_inputs[path]).backward(leaf.grad)
+    gradients = {path: leaf.grad for path, leaf in logits.items() if leaf.grad is not None}
+    if gradients:
+        ctx.model.backward_importances(ctx.site_inputs, gradients)
     return terms

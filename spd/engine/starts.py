@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spd.config import UserError
 from spd.engine.distributed import own_share
 from spd.engine.experts import experts_in
-from spd.engine.prepare import Prepared, apart_because, contexts, prepare
+from spd.engine.prepare import Prepared, apart_because, contexts, prepare, progress_at
 from spd.losses import State
 from spd.metrics import HeldOutLosses
 from spd.noise import derive_seed
@@ -107,7 +107,7 @@ def choice_loss(
     Puts the parameters of the start into the prepared model. All starts are given the same noise.
     """
     prepared.objective.model.load_subcomponents(parameters)
-    progress = min(step / max(prepared.config.steps - 1, 1), 1.0)
+    progress = progress_at(step, prepared.config.steps)
     losses = HeldOutLosses(prepared.objective.losses)
     batches = prepared.choice_batches
     for ctx in contexts(prepared, batches, "choice", progress=progress, state=state):

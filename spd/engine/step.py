@@ -6,6 +6,7 @@ from torch import Tensor
 
 from spd.component_model import ComponentModel
 from spd.engine.compilation import CompiledStep, tf32_matmuls
+from spd.engine.distributed import mean_over_processes, own_share
 from spd.engine.ensemble import Alone, Ensemble, StepInputs
 from spd.engine.experts import experts_in
 from spd.engine.layers import layers_of
@@ -75,6 +76,7 @@ def make_step(
     there are more or fewer side by side now, which is another graph. Several go on `until` a step.
     """
     objective, alone = trained.objective, trained.n_members == 1
+    objective.over_processes = mean_over_processes if own_share().of > 1 else None
     end = config.steps if until is None or alone else until
     n_steps = end - earlier.get("step", 0)
     if earlier.get("n_members", trained.n_members) != trained.n_members:

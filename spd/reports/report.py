@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from spd.config import UserError
 from spd.engine import checkpoint
-from spd.engine.prepare import Prepared, evaluate
+from spd.engine.prepare import Prepared, evaluate, progress_at
 from spd.metrics import MetricSpec
 from spd.registry import EXPERIMENTS
 from spd.reports.curves import live_curves
@@ -291,11 +291,16 @@ def _loss_rows(result: Evaluation, losses: Mapping[str, Mapping[str, Any]]) -> l
     return [
         {
             "name": "weighted sum" if name == "total" else name.replace("_", " "),
-            "coeff": "" if name == "total" else f"{losses.get(name, {}).get('coeff', '–')}",
+            "coeff": "" if name == "total" else _coefficient(losses.get(name, {})),
             "value": terms[name],
         }
         for name in ordered
     ]
+
+
+def _coefficient(loss: Mapping[str, Any]) -> str:
+    coeff = loss.get("coeff", "–")
+    return f"{coeff['peak']}, scheduled" if isinstance(coeff, Mapping) else f"{coeff}"
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -344,7 +349,8 @@ def look_at_checkpoint(
     state = checkpoint.load_state(run_dir / CHECKPOINTS / f"{step:08d}")["carried"]
     device = prepared.eval_batches[0].device
     carried = {key: value.to(device) for key, value in state.items()}
-    values = evaluate(prepared, carried, at_end=False)
+    progress = progress_at(step, prepared.config.steps)
+    values = evaluate(prepared, carried, at_end=False, progress=progress)
     write_json(run_dir / EVALUATION_FILE, {"step": step, **values})
     curves = loss_curves(_until_checkpoint(read_metrics(run_dir), {"step": step, **values}))
     save_figures(run_dir / FIGURES, step, {**draw(prepared, figures), CURVES: curves})

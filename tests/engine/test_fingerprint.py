@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import spd.importance
+import spd.importance.sigmoids
 import spd.losses
 from spd.engine import fingerprint
 from spd.engine.fingerprint import is_stale, objective_fingerprint
@@ -54,7 +54,7 @@ def test_a_slope_at_exactly_zero_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     def with_slope_one_at_zero(x: Tensor) -> Tensor:
         return torch.where(x >= 0, x, 0.0).clamp(max=1.0) + 0.01 * (x - 1).clamp(min=0)
 
-    monkeypatch.setattr(spd.importance, "upper_leaky_hard_sigmoid", with_slope_one_at_zero)
+    monkeypatch.setattr(spd.importance.sigmoids, "upper_leaky_hard_sigmoid", with_slope_one_at_zero)
     changed = objective_fingerprint()
     gradients = [key for key in first if "/gradient/" in key and key.startswith("tied/")]
     assert any(is_stale({key: first[key]}, changed) for key in gradients)

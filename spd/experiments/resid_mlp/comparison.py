@@ -13,7 +13,7 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from spd.config import UserError
-from spd.losses import ImportanceMinimality, Loss
+from spd.losses import Activity, ImportanceMinimality, Loss
 from spd.metrics import pattern_errors, probe_importances
 from spd.problem import Pattern
 from spd.reports.drawing import (
@@ -26,6 +26,7 @@ from spd.reports.drawing import (
 )
 from spd.reports.png import DescribedFigure, FigureText
 from spd.runs.run import Run
+from spd.schedule import peak_of
 
 COMPARISON_FILE = "importances_by_minimality.png"
 
@@ -55,7 +56,8 @@ def comparable(runs: Sequence[Run]) -> dict[Path, list[Run]]:
 
 def minimality(losses: Mapping[str, Loss]) -> float:
     """The coefficient of the importance minimality, 0 where there is none."""
-    return sum(spec.coeff for spec in losses.values() if isinstance(spec, ImportanceMinimality))
+    kinds = (ImportanceMinimality, Activity)
+    return sum(peak_of(spec.coeff) for spec in losses.values() if isinstance(spec, kinds))
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Causal importance functions and the leaky hard sigmoids (paper, section 2)."""
+"""Importance functions of one site: from what it reads to the logits of its subcomponents."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,46 +13,7 @@ from torch import Tensor, nn
 
 from spd.config import BaseConfig
 from spd.config.limits import Width
-from spd.kernels import LEAK, gradient_leak, scalar_mlps
-
-LowerLeak = Literal["both", "gradient"]
-
-
-class CausalImportances(NamedTuple):
-    """Causal importances of every site on one batch; each tensor is `[..., C]` of that site."""
-
-    lower: Mapping[str, Float[Tensor, "... _C"]]
-    """lower-leaky hard sigmoid: what the forward masks are made of"""
-    upper: Mapping[str, Float[Tensor, "... _C"]]
-    """upper-leaky hard sigmoid: what the minimality losses penalise"""
-
-    @classmethod
-    def of_logits(
-        cls, logits: Mapping[str, Float[Tensor, "... _C"]], leak: LowerLeak, *, lazy: bool = False
-    ) -> Self:
-        """Both sigmoids of what the importance functions give out.
-
-        `lazy` computes each whenever it is asked for, so that only the logits are kept.
-        """
-        lower = Mapped(lambda x: lower_leaky_hard_sigmoid(x, leak), logits)
-        upper = Mapped(upper_leaky_hard_sigmoid, logits)
-        return cls(lower, upper) if lazy else cls(dict(lower), dict(upper))
-
-
-class Mapped(Mapping[str, Tensor]):
-    """`function` of every value of a mapping, called whenever one is asked for."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], values: Mapping[str, Tensor]) -> None:
-        self.function, self.arguments = function, values
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.function(self.arguments[key])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.arguments)
-
-    def __len__(self) -> int:
-        return len(self.arguments)
+from spd.kernels import scalar_mlps
 
 
 class Importance(nn.Module):
@@ -156,24 +117,6 @@ def rms_normalized(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     return F.rms_norm(x, x.shape[-1:], eps=1e-12)
 
 
-def lower_leaky_hard_sigmoid(
-    x: Float[Tensor, "*shape"], leak: LowerLeak = "both"
-) -> Float[Tensor, "*shape"]:
-    """0.01 x below 0, x in [0, 1], 1 above (published form, `leak="both"`). At 0 the slope is 0.01.
-
-    `leak="gradient"` clamps the forward value at 0 and leaks the gradient alone, and only where a
-    descent step would raise the importance.
-    """
-    if leak == "gradient":
-        return gradient_leak(x)
-    return torch.where(x > 0, x.clamp(max=1.0), LEAK * x)
-
-
-def upper_leaky_hard_sigmoid(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """0 below 0, x in [0, 1], 1 + 0.01 (x − 1) above. At 0 the slope is 0."""
-    return torch.where(x > 1, 1 + LEAK * (x - 1), x.relu())
-
-
 # --- the specs -------------------------------------------------------------------------------------
 
 
@@ -215,7 +158,10 @@ class AffineImportanceConfig(ImportanceSpec):
 
 
 class SharedMLPImportanceConfig(ImportanceSpec):
-    """One MLP per site, shared by its subcomponents: the whole input vector → GELU layers → C scalars."""
+    """One MLP per site, shared by its subcomponents: the whole input vector → GELU layers → C scalars.
+
+    The layerwise MLP of the method of 2026.
+    """
 
     type: Literal["shared_mlp"] = "shared_mlp"
     hidden_widths: tuple[Width, ...] = Field(default=(128,), min_length=1, max_length=100)
@@ -247,12 +193,3 @@ class VectorMLPImportanceConfig(ImportanceSpec):
 
     def n_parameters(self, C: int, d_in: int) -> int:
         return C * (self.n_hidden * (d_in + 2) + 1)
-
-
-ImportanceConfig = Annotated[
-    MLPImportanceConfig
-    | AffineImportanceConfig
-    | SharedMLPImportanceConfig
-    | VectorMLPImportanceConfig,
-    Field(discriminator="type"),
-]

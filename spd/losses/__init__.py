@@ -1,12 +1,8 @@
-"""Every training loss: the formula as a free function, and the spec that names it in a configuration.
+"""Every training loss: the formula as a free function, and the spec that names it in a configuration."""
 
-A spec yields its term in *parts*, one per forward pass, whose sum is the term: a caller may add them up
-in one graph or run the backward pass of one after another.
-"""
-
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,139 +10,58 @@ from pydantic import Field
 from torch import Tensor
 
 from spd.component_model import ComponentModel, Site
-from spd.config import (
-    BY_TYPE,
-    NAME_IS_TYPE,
-    BaseConfig,
-    UserError,
-    nearest,
-)
+from spd.config import BY_TYPE, NAME_IS_TYPE, UserError, nearest
 from spd.config.limits import Samples
-from spd.importance import CausalImportances
-from spd.kernels import KLKernel, kl_per_row
-from spd.masks import Mask, SiteInput, stochastic_mask
-from spd.problem import Batch, ReconKind
+from spd.kernels import kl_per_row
+from spd.losses.minimality import Activity, Frequency
+from spd.losses.spec import (
+    LossSpec,
+    Noise,
+    State,
+    StepContext,
+    mean_of_columns,
+    mean_over_rows,
+    noise_key,
+    recon_error,
+    recon_errors,
+    state_key,
+)
+from spd.masks import stochastic_mask
 
-Noise = Mapping[str, Tensor]
-State = Mapping[str, Tensor]
-
-
-class StepContext(NamedTuple):
-    """Everything a loss may depend on."""
-
-    model: ComponentModel
-    batch: Batch
-    target_out: Tensor
-    """output of the unchanged target; with KL as recon, logits that are log-probabilities"""
-    site_inputs: dict[str, SiteInput]
-    """what the unchanged target feeds to each site"""
-    ci: CausalImportances
-    recon: ReconKind
-    noise: Noise
-    """uniform draws in [0, 1) under `noise_key(term, sample, site)`, shaped like that site's g"""
-    progress: Tensor
-    """fraction of the run that is over, a 0-d tensor"""
-    row_weights: Tensor | None = None
-    """one for each row of `batch`, or each of its positions, with mean 1: how many rows of the data it
-    stands for; 0 for what does not count; None: one each"""
-    state: State = {}
-    """what terms carry from step to step, under `state_key(term, name)`"""
-    term: str = ""
-    """name of the loss that is being computed"""
-    run: Callable[[Batch, Mapping[str, Mask | None] | None], Tensor] | None = None
-    """runs the model under masks without computing again what they share; None: passes are whole"""
-    recompute_masks: bool = False
-    """make the masks of all sites anew in the backward pass, so that none is stored"""
-    kl_kernel: KLKernel | None = None
-    """what computes the KL divergence of masked passes, where it is compiled by itself"""
-
-    def uniform(self, sample: int, site: str) -> Tensor:
-        """This term's noise for one mask sample and site."""
-        return self.noise[noise_key(self.term, sample, site)]
-
-    def carried(self, name: str) -> Tensor:
-        """What this term has kept under `name` since the step before."""
-        return self.state[state_key(self.term, name)]
-
-    def masks(self, make: Callable[[str], Tensor]) -> Mapping[str, Mask]:
-        """`make(site)` for every site."""
-        if self.recompute_masks:
-            return {path: partial(make, path) for path in self.model.sites}
-        return {path: make(path) for path in self.model.sites}
-
-    def masked_error(self, masks: Mapping[str, Mask] | None = None) -> Float[Tensor, ""]:
-        """D(output with these masks, target); None: all sites, all subcomponents on."""
-        run = self.model if self.run is None else self.run
-        prediction = run(self.batch, masks)
-        return recon_error(
-            prediction,
-            self.target_out,
-            self.recon,
-            self.row_weights,
-            normalized=True,
-            kernel=self.kl_kernel,
-        )
-
-    def mean(self, values: Float[Tensor, "*rows"]) -> Float[Tensor, ""]:
-        """Mean over batch and positions; what every term that is a mean over the data must use."""
-        return mean_over_rows(values, self.row_weights)
-
-    def counted(self, values: Float[Tensor, "*rows C"]) -> Float[Tensor, "_n C"]:
-        """The rows of a site's importances that count: those whose weight is not 0."""
-        rows, weights = values.reshape(-1, values.shape[-1]), self.row_weights
-        if weights is None or weights.numel() != len(rows):
-            return rows
-        return rows[weights.flatten() > 0]
-
-
-def state_key(term: str, name: str) -> str:
-    """Where the state of a step has what a term keeps under `name`."""
-    return f"{term}.{name}"
-
-
-def noise_key(term: str, sample: int, site: str) -> str:
-    return f"{term}.{sample}.{site}"
-
+__all__ = [
+    "Activity",
+    "EmbeddingRecon",
+    "Faithfulness",
+    "Frequency",
+    "ImportanceMinimality",
+    "Loss",
+    "LossSpec",
+    "Losses",
+    "Noise",
+    "OutRecon",
+    "Recon",
+    "ReconLayerwise",
+    "Schatten",
+    "State",
+    "StepContext",
+    "StochasticRecon",
+    "StochasticReconLayerwise",
+    "faithfulness",
+    "importance_minimality",
+    "kl_divergence",
+    "loss_terms",
+    "mean_of_columns",
+    "mean_over_rows",
+    "noise_key",
+    "recon_error",
+    "recon_errors",
+    "relative_faithfulness",
+    "safe_power",
+    "schatten",
+    "state_key",
+]
 
 # --- the mathematics -------------------------------------------------------------------------------
-
-
-def mean_over_rows(
-    values: Float[Tensor, "*rows"], weights: Float[Tensor, "*leading"] | None = None
-) -> Float[Tensor, ""]:
-    """Mean over batch and positions; `weights`, one for each row or position of the batch, have mean 1."""
-    if weights is None:
-        return values.mean()
-    if weights.numel() == values.numel():  # a site may see batch and positions as one axis
-        return (values * weights.reshape(values.shape)).mean()
-    return (values * weights.reshape(*weights.shape, *[1] * (values.dim() - weights.dim()))).mean()
-
-
-def recon_error(
-    prediction: Float[Tensor, "*rows d"],
-    target: Float[Tensor, "*rows d"],
-    kind: ReconKind,
-    weights: Float[Tensor, "*leading"] | None = None,
-    *,
-    normalized: bool = False,
-    kernel: KLKernel | None = None,
-) -> Float[Tensor, ""]:
-    """D: mean squared error over every element, or KL(target ‖ prediction) of logits, mean over rows."""
-    if kind == "kl":
-        rows = kl_per_row(prediction, target, normalized=normalized, kernel=kernel)
-        return mean_over_rows(rows, weights)
-    if weights is None:
-        return (prediction - target).square().mean()
-    return mean_over_rows((prediction - target).square().mean(dim=-1), weights)
-
-
-def recon_errors(
-    prediction: Float[Tensor, "*rows d"], target: Float[Tensor, "*rows d"], kind: ReconKind
-) -> Float[Tensor, "*rows"]:
-    """D of every row by itself; with KL both are logits."""
-    if kind == "kl":
-        return kl_per_row(prediction, target)
-    return (prediction - target).square().mean(dim=-1)
 
 
 def kl_divergence(
@@ -178,6 +93,16 @@ def safe_power(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
     return torch.where(positive, torch.where(positive, x, 1.0) ** p, 0.0)
 
 
+def relative_faithfulness(sites: Mapping[str, Site]) -> Float[Tensor, ""]:
+    """Mean over the sites of ‖W − V U‖²_F / ‖W‖²_F."""
+    errors = []
+    for site in sites.values():
+        weight = site.target_weight
+        error = weight - site.subcomponents.V @ site.subcomponents.U
+        errors.append(error.square().sum() / weight.float().square().sum())
+    return torch.stack(errors).mean()
+
+
 def importance_minimality(
     upper: Mapping[str, Float[Tensor, "*rows _C"]],
     pnorm: float,
@@ -206,40 +131,27 @@ def schatten(
 # --- the specs -------------------------------------------------------------------------------------
 
 
-class LossSpec(BaseConfig):
-    """Base of all specs: the coefficient. 0 switches the term off, at no cost."""
-
-    coeff: float = Field(ge=0.0, allow_inf_nan=False)
-
-    @property
-    def n_noise_samples(self) -> int:
-        """How many draws of noise the term needs for each site."""
-        return 0
-
-    def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        """0-d tensors whose sum is the (unweighted) term; they share no graph but that of `ctx.ci`."""
-        raise NotImplementedError
-
-    def check(self, model: ComponentModel) -> None:
-        """Raise `UserError` where the term makes no sense for the model's sites."""
-
-    def initial_state(self, model: ComponentModel) -> dict[str, Tensor]:
-        """What the term carries from step to step, before the first: floating-point tensors by name.
-
-        Checkpoints save it, runs side by side have one each, and several processes go on with its mean.
-        """
-        return {}
-
-    def next_state(self, ctx: StepContext) -> dict[str, Tensor]:
-        """What the next step finds, under the names of `initial_state`; computed without gradient."""
-        return {}
-
-
 class Faithfulness(LossSpec):
     type: Literal["faithfulness"] = "faithfulness"
+    normalization: Literal["entries", "relative"] = "entries"
+    """`entries`: the sum over all sites over the number of their entries; `relative`: of each site the
+    share of ‖W‖², mean over sites"""
+
+    def error(self, sites: Mapping[str, Site]) -> Float[Tensor, ""]:
+        """The term, which is also what a warm-up brings down."""
+        formula = relative_faithfulness if self.normalization == "relative" else faithfulness
+        return formula(sites)
 
     def parts(self, ctx: StepContext) -> Iterator[Tensor]:
-        yield faithfulness(ctx.model.sites)
+        yield self.error(ctx.model.sites)
+
+    def check(self, model: ComponentModel) -> None:
+        zero = [path for path, site in model.sites.items() if not site.target_weight.any()]
+        if zero and self.normalization == "relative":
+            raise UserError(
+                f"losses.faithfulness.normalization: relative divides by ‖W‖², and the weight of"
+                f" {zero[0]!r} is all zeros; leave it out of the sites, or choose entries"
+            )
 
 
 class ImportanceMinimality(LossSpec):
@@ -368,6 +280,8 @@ class EmbeddingRecon(_Sampled):
 Loss = (
     Faithfulness
     | ImportanceMinimality
+    | Activity
+    | Frequency
     | Schatten
     | OutRecon
     | Recon
