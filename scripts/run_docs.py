@@ -63,6 +63,7 @@ RULES = (
     ),
     Rule("python -m spd.analysis.adversary"),
     Rule("python -m spd.analysis.agreement"),
+    Rule("python -m spd.evals.confusion"),
     Rule("source ", instead=(".*", "true"), reason="changes an interactive shell"),
     Rule(
         r"(spd-run ss_emb|.*/ts_config\.yaml)",

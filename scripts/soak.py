@@ -12,6 +12,7 @@ status 1 if a run was lost or is unequal; its folder is then kept.
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -214,11 +215,14 @@ def next_command(kind: Kind, folder: Path, done: Done, tally: Tally) -> list[str
     return kind.resume(Path(said[-1][1]) if said else there[0])
 
 
-def soak(kinds: Sequence[Kind], n_kills: int, seed: int, root: Path) -> Tally:
-    """Runs of one kind after the other, until so many blows have hit."""
+def soak(
+    kinds: Sequence[Kind], n_kills: int, seed: int, root: Path, *, minutes: float = math.inf
+) -> Tally:
+    """Runs of one kind after the other, until so many blows have hit, or so many minutes are over."""
+    end = time.monotonic() + 60 * minutes
     tally, models = Tally(), {kind.name: undisturbed(kind, root) for kind in kinds}
     number = 0
-    while len(tally.hits) < n_kills and len(tally.lost) < 5:
+    while len(tally.hits) < n_kills and len(tally.lost) < 5 and time.monotonic() < end:
         kind = kinds[number % len(kinds)]
         rng = random.Random(f"{seed} {number}")
         before, folder = models[kind.name], new_folder(root, f"{number:03d} {kind.name}")
@@ -253,6 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kills", type=int, default=50, help="so many blows hit")
     parser.add_argument("--seed", type=int, default=0, help="of the blows")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no further run after so many"
+    )
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)}")
     args = parser.parse_args(argv)
     names = args.kinds.split(",")
@@ -262,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_error(UserError(f"{wrong} (allowed: {', '.join(KINDS)}; at least 1 kill)"))
     root = Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"seed {args.seed}, {args.kills} kills of: {', '.join(names)}; in {root}", flush=True)
-    tally = soak([KINDS[name] for name in names], args.kills, args.seed, root)
+    tally = soak([KINDS[name] for name in names], args.kills, args.seed, root, minutes=args.minutes)
     print("\n".join(tally.lines()))
     if tally.lost or tally.unequal:
         return 1

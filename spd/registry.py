@@ -4,9 +4,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from spd.config import (
     UserError,
@@ -110,6 +110,8 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
+PUBLISHED_KEYS = ("target_module_patterns", "n_ci_mlp_neurons", "tms_model_config")
+"""by which a configuration of the published implementation is known"""
 UNKNOWN_MINUTES = 60
 """what is assumed of an experiment that is not registered"""
 
@@ -129,6 +131,7 @@ def get_experiment(name: str) -> Experiment:
 def _of_file(path: Path) -> Experiment:
     """The experiment that a YAML file configures: its `module`, or that of the registered one it names."""
     raw = read_yaml(path)
+    refuse_published(raw, path)
     name, module = raw.get("experiment"), raw.get("module")
     if not isinstance(name, str):
         raise UserError(f"{path}: experiment: a name is required, got {name!r}")
@@ -145,6 +148,16 @@ def _of_file(path: Path) -> Experiment:
         if not Path(module).is_file():
             raise UserError(f"{path}: module: {module}: no such file")
     return Experiment(name, module, str(path), UNKNOWN_MINUTES, default=False, side_by_side=False)
+
+
+def refuse_published(raw: Mapping[str, Any], path: Path) -> None:
+    """`UserError` if a file is a configuration of the published implementation of June 2025."""
+    keys = [key for key in PUBLISHED_KEYS if key in raw]
+    if keys and "sites" not in raw:
+        raise UserError(
+            f"{path}: is a configuration of the published implementation ({keys[0]}); spd-import DIR reads a"
+            " directory of its runs, and docs/from_published.md has the names here"
+        )
 
 
 def default_experiments() -> list[str]:

@@ -39,8 +39,9 @@ from spd.launch.study import Study
 from spd.metrics import MetricSpec, Published, Quantity
 from spd.optimize import run_steps
 from spd.problem import Problem
+from spd.reports.evaluations import evaluation_of
 from spd.reports.report import merits, site_table
-from spd.reports.results import Result, evaluation_of, format_table
+from spd.reports.results import Result, format_table
 from spd.schedule import ScheduleConfig, schedule_factor
 from spd.spd_config import SPDConfig
 from spd.sweeps import optuna_backend, wandb_backend

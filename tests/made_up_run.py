@@ -12,9 +12,9 @@ from spd.metrics import (
     Published,
     SparsityMetric,
 )
+from spd.reports.evaluations import result_of
 from spd.reports.figures import save_figures
 from spd.reports.png import DescribedFigure, FigureText
-from spd.reports.results import result_of
 
 
 def make_run(root: Path, **changes: Any) -> Path:

@@ -1,9 +1,7 @@
 """Configuration: frozen pydantic models, read from YAML, changed by dotted overrides.
 
-Everything a user can get wrong in a configuration ends here as one `UserError` that names the
-value, its place and what is allowed. Numbers and truth values are those of YAML 1.2: `1e-3` is a
-number; `yes`, `on`, `010`, `1:30` and `2026-01-31` are words, which YAML 1.1 takes as true, true,
-8, 90 and a date (`spd.config.yaml_file`).
+Everything a user can get wrong in a configuration ends here as one `UserError` that names the value,
+its place and what is allowed. Numbers and truth values are those of YAML 1.2 (`spd.config.yaml_file`).
 """
 
 import difflib

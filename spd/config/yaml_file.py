@@ -1,5 +1,8 @@
 """YAML as plain values, read with the numbers and truth values of YAML 1.2 and within limits.
 
+`1e-3` is a number; `yes`, `on`, `010`, `1:30` and `2026-01-31` are words, which YAML 1.1 takes as true,
+true, 8, 90 and a date.
+
 Knows no configuration. A document of a stranger's may be built to exhaust whoever reads it (nested, cyclic,
 aliases of aliases): what is beyond the limits is refused while it is read, before it becomes values.
 """

@@ -143,6 +143,12 @@ def restore(members: Sequence[Trainee], update: Update) -> list[dict[str, Any]]:
     if not newest:
         return []
     states = [checkpoint.load_state(path) for path in newest]
+    for path, state in zip(newest, states, strict=True):
+        if state.get("optimizer") is None:
+            raise UserError(
+                f"{path}: holds no state of an optimizer, as the run was trained elsewhere and imported: it"
+                " cannot be gone on with"
+            )
     assert len(newest) == len(members) and len({state["step"] for state in states}) == 1, (
         f"runs that are not at the same step cannot go on together: {newest}"
     )

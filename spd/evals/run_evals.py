@@ -35,6 +35,7 @@ from spd.launch.study import (
     joined_python,
     launch,
     new_id,
+    no_collector,
     preview,
     statuses,
     study_jobs,
@@ -197,8 +198,9 @@ def _launched(study: Study, jobs: Sequence[Job], options: EvalsOptions) -> int:
 def _collect(study: Study) -> int:
     from spd.evals.summary import write_summary
 
-    jobs = study_jobs(study)
-    summary = write_summary(study.directory, jobs, statuses(study, jobs), study.record)
+    with no_collector():
+        jobs = study_jobs(study)
+        summary = write_summary(study.directory, jobs, statuses(study, jobs), study.record)
     print(summary.text)
     print(f"summary: {summary.page}")
     if summary.unfinished:

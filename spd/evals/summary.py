@@ -1,5 +1,6 @@
 """What came out of a study of `spd-evals`, beside the published figures. Reads only files."""
 
+import functools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from spd.reports.png import FigureText, png_bytes, read_png
 from spd.reports.results import Result, read_result
 from spd.reports.seeds import Figure, figures_over
 from spd.run_files import (
+    REPORT_FILE,
     RESULT_FILE,
     atomic_write,
     has_finished,
@@ -262,7 +264,7 @@ def _seeds(directory: Path, job: Job, statuses: Mapping[str, Status]) -> Iterato
     found = re.search(r"-target(\d+)-seed", job.name)
     target = None if found is None else int(found[1])
     for name, run_dir in zip(seeds, job.run_dirs, strict=True):
-        result, report = run_dir / RESULT_FILE, run_dir / "report.html"
+        result, report = run_dir / RESULT_FILE, run_dir / REPORT_FILE
         finished = status.state == "finished" or (bool(job.seeds) and has_finished(run_dir))
         yield Seed(
             name if target is None else f"{name} on target {target}",
@@ -270,9 +272,17 @@ def _seeds(directory: Path, job: Job, statuses: Mapping[str, Status]) -> Iterato
             None if finished else status.reason,
             status.seconds,
             read_result(result) if finished and result.is_file() else None,
-            os.path.relpath(report, directory) if report.is_file() else None,
+            f"{_way(run_dir, directory)}/{REPORT_FILE}" if report.is_file() else None,
             target,
         )
+
+
+def _way(run_dir: Path, directory: Path) -> str:
+    """To a run from the study; that to its folder is found once for the runs that lie there."""
+    return os.path.join(_relative(os.path.dirname(run_dir), str(directory)), run_dir.name)
+
+
+_relative = functools.cache(os.path.relpath)
 
 
 def _plain(row: Row) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Knows no particular model: an experiment hands over its configuration class and 
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import logging
@@ -154,12 +155,15 @@ def cached_target(
     try:
         if directory.is_dir():
             return directory, False
+        for remains in directory.parent.glob(f".{glob.escape(directory.name)}.*.partial"):
+            shutil.rmtree(remains, ignore_errors=True)  # of a process that was killed here
         logger.info("target: training %s on first use", directory.name)
-        save_target(directory, config, kind.train(config, device))
+        trained = kind.train(config, device)
+        if not directory.is_dir():
+            save_target(directory, config, trained)
         return directory, True
-    finally:
-        if directory.is_dir():  # whoever waits for the lock, or makes a new one, finds the target
-            Path(lock.lock_file).unlink(missing_ok=True)
+    finally:  # whoever makes a new lock finds the target, or trains it himself
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 

@@ -4,6 +4,7 @@ A study is a folder that holds what was asked, a copy of the code that its jobs 
 Knows no experiment: what the jobs compute is the business of `evals` and `sweeps`.
 """
 
+import gc
 import os
 import shlex
 import shutil
@@ -11,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +69,10 @@ def create_study(kind: str, name: str, asked: Mapping[str, Any]) -> Study:
     directory = output_root().absolute() / kind / name
     try:
         directory.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{directory}: another study has begun there just now; start again"
+        ) from None
     except OSError as error:
         raise UserError(
             f"{directory.parent}: the output root cannot be written ({error.strerror});"
@@ -156,6 +162,18 @@ def on_slurm(options: LaunchOptions) -> bool:
         print(f"{why}: the jobs run on this machine{rest}")
         return False
     return True
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """For the reading of thousands of records, none of which is garbage: a tenth of its time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def preview(study: Path, jobs: Sequence[Job], options: LaunchOptions) -> None:

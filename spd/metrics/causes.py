@@ -45,6 +45,8 @@ LIMITS = {
     "adversarial": ADVERSARIAL,
 }
 """name of a figure → the most that a solved run has"""
+BY_SOLUTION = ("effect_errors", "wrong_weights")
+"""the figures that compare with a known solution; the others can be had without one"""
 SAID = {
     "unfaithful": "faithful: W - V U is {} of W",
     "effect_errors": "mechanisms: {} errors in the effects on the probes",

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
-from pydantic import ConfigDict, model_validator
+from pydantic import model_validator
 
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, nearest
 from spd.losses import StepContext
 from spd.problem import Problem
+from spd.quantities import Conclusion, Quantity, quantity_of
 
 Value = TypeVar("Value")
 
@@ -25,38 +26,11 @@ Metric = Accumulator[float]
 """Keys are `<metric>/<site>`."""
 
 
-class Quantity(BaseConfig):
-    """How the figures of one name are shown, wherever they are: `<name>/<place>`, or this name alone."""
-
-    label: str
-    meaning: str = ""
-    """for readers who do not know it: a phrase that goes on after the label and a colon"""
-    format: str = ""
-    """as Python's `format` takes it; empty: as the size of the value suggests"""
-    headline: bool = True
-    """stands where there is room for a few figures only, as in a table of many runs"""
-    spread: str | None = None
-    """the name of what stands behind its ±, in place of a line of its own"""
-    published_as: str | None = None
-    """the name whose published figure this one is compared with, too"""
-
-
 class Published(BaseConfig):
     """A published figure and its spread over the features of one run."""
 
     value: float
     spread: float | None = None
-
-
-class Conclusion(BaseConfig):
-    """What a run comes to, by one of its metrics."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    headline: str
-    detail: str = ""
-    solved: bool | None = None
-    """None: there is no known solution"""
 
 
 class MetricSpec(BaseConfig):
@@ -96,11 +70,6 @@ class MetricSpec(BaseConfig):
     def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
         """What the figures of an evaluation come to; None if this metric does not say."""
         return None
-
-
-def quantity_of(key: str, quantities: Mapping[str, Quantity]) -> Quantity | None:
-    """What a figure is: what its key itself is declared as, else what its name is."""
-    return quantities.get(key) or quantities.get(key.partition("/")[0])
 
 
 def collect(

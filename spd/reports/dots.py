@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
-from spd.reports.drawing import (
+from spd.reports.panels import (
     BLUE,
     GREY,
     ORANGE,

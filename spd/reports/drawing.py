@@ -19,11 +19,9 @@ from torch import Tensor
 from spd.component_model import Site
 from spd.metrics import ALIVE_THRESHOLD, assignment, columns_in_use
 from spd.problem import Dense, Identity, Pattern
+from spd.reports.panels import BLUE, GREY, ORANGE, panel_grid, panels_size
 from spd.reports.png import DescribedFigure, FigureText
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6b6b6b"
-PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, without the yellow that white paper swallows."""
 SHOW_ALL_COLUMNS = 40
 """A site with more subcomponents shows those in use and a few others."""
 EXTRA_COLUMNS = 5
@@ -191,23 +189,6 @@ def activity_figure(
         ax.set_ylabel("mean causal importance", fontsize=9)
     axes[0].legend(fontsize=8, frameon=False)
     return figure
-
-
-def panel_grid(figure: Figure, n: int) -> list[Axes]:
-    """`n` axes of equal size, at most three in a row."""
-    columns = min(n, 3)
-    axes = figure.subplots(-(-n // columns), columns, squeeze=False).ravel()
-    for ax in axes[n:]:
-        ax.remove()
-    for ax in axes[:n]:
-        ax.tick_params(which="both", labelsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-    return list(axes[:n])
-
-
-def panels_size(n: int) -> tuple[float, float]:
-    """Size in inches of a figure that holds `panel_grid(figure, n)`."""
-    return (max(4.8, 3.5 * min(n, 3)), 2.7 * -(-n // 3))
 
 
 def _panels(text: FigureText, n: int) -> tuple[DescribedFigure, list[Axes]]:

@@ -32,18 +32,14 @@ from spd.metrics import (
 )
 from spd.problem import Problem
 from spd.reports.drawing import (
-    BLUE,
-    ORANGE,
-    PALETTE,
     activity_figure,
     column_order,
     histogram_figure,
     matrices_figure,
-    panel_grid,
-    panels_size,
     probe_figure,
 )
 from spd.reports.numbers import figure_csv
+from spd.reports.panels import BLUE, ORANGE, PALETTE, panel_grid, panels_size
 from spd.reports.png import DescribedFigure, FigureText, png_bytes
 from spd.run_files import atomic_write
 

@@ -12,14 +12,8 @@ from matplotlib.axes import Axes
 
 from spd.adversary import STEP_SIZE, Scope
 from spd.metrics import SCOPES, SOURCES, deepest, rung
-from spd.reports.drawing import (
-    BLUE,
-    GREY,
-    ORANGE,
-    PALETTE,
-    DescribedFigure,
-    panel_grid,
-)
+from spd.reports.drawing import DescribedFigure
+from spd.reports.panels import BLUE, GREY, ORANGE, PALETTE, panel_grid
 from spd.reports.png import FigureText
 from spd.reports.reading import object_of
 from spd.reports.results import format_value

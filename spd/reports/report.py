@@ -14,6 +14,7 @@ from spd.engine.prepare import Prepared, evaluate, progress_at
 from spd.metrics import MetricSpec
 from spd.registry import EXPERIMENTS
 from spd.reports.curves import live_curves
+from spd.reports.evaluations import evaluation_of
 from spd.reports.figures import Drawable, draw, loss_curves, save_figures
 from spd.reports.images import CURVES, image, images, numbers_of
 from spd.reports.ladder import LADDER, is_of_ladder, ladder_of
@@ -37,7 +38,6 @@ from spd.reports.results import (
     ResultRow,
     choice_of,
     cut_short,
-    evaluation_of,
     last_evaluation,
     read_result,
     read_starts,

@@ -13,9 +13,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from spd.reports.curves import live_curves
-from spd.reports.drawing import ORANGE, DescribedFigure, FigureText, panel_grid, panels_size
+from spd.reports.drawing import DescribedFigure, FigureText
 from spd.reports.figures import png_bytes
 from spd.reports.page import render_page
+from spd.reports.panels import ORANGE, panel_grid, panels_size
 from spd.reports.png import read_png
 from spd.reports.reading import configuration_in
 from spd.reports.results import Start, Starts, choice_of, format_value, read_starts

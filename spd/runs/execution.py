@@ -12,16 +12,18 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator
 
-from spd.config import RunError, UserError, load_config
+from spd.config import RunError, UserError, load_config, read_yaml
 from spd.config.limits import Seed
 from spd.engine.distributed import StoppedTogether
 from spd.engine.members import NonFiniteError
 from spd.engine.prepare import Prepared
 from spd.noise import own_generators
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side
+from spd.registry import refuse_published
+from spd.reports.evaluations import result_of
 from spd.reports.figures import Figures, draw, loss_curves, save_figures
 from spd.reports.report import report_on
-from spd.reports.results import read_result, read_starts, result_of, summary_of
+from spd.reports.results import read_result, read_starts, summary_of
 from spd.reports.starts import write_starts_page
 from spd.run_files import (
     CHECKPOINTS,
@@ -95,6 +97,7 @@ def load_experiment(
     config_class: type[ExperimentConfig], path: Path, overrides: Sequence[str] = ()
 ) -> ExperimentConfig:
     """`load_config`, with the file that `module` names by its full path: a run's copy is read elsewhere."""
+    refuse_published(read_yaml(path), path)
     config = load_config(config_class, path, overrides)
     if not config.seeds and any(key.partition("=")[0].strip() == "seeds" for key in overrides):
         raise UserError("seeds: [] names no run; at least one seed, or leave it out")

@@ -2,7 +2,7 @@
 
 import secrets
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
 from logging.handlers import MemoryHandler
@@ -154,7 +154,7 @@ def run_seeds(
     several `starts` one by one. A page beside them shows all (`seeds_page`).
     """
     check_entry(type(config), build)
-    base = base or _new_name(config)
+    base = base or new_place(config)
     own = {
         seed_directory(base, seed): config.model_copy(update={"seed": seed, "seeds": ()})
         for seed in config.seeds
@@ -254,7 +254,8 @@ def check_entry(config_class: type[ExperimentConfig], build: Build) -> None:
         )
 
 
-def _new_name(config: ExperimentConfig) -> Path:
+def new_place(config: ExperimentConfig) -> Path:
+    """Where a new run of this configuration lies if nobody says where."""
     folder = settings.output_root() / config.experiment
     return folder / new_name(folder)
 
@@ -262,7 +263,7 @@ def _new_name(config: ExperimentConfig) -> Path:
 def _place_for(config: ExperimentConfig, directory: Path | None) -> Path:
     """Where a new run is to be, after checking what can be checked before anything is built."""
     _check_divisible(config)
-    directory = directory or _new_name(config)
+    directory = directory or new_place(config)
     refuse_other_files(directory)
     return directory
 
@@ -308,28 +309,32 @@ def _prepared(
 
 def _create(run: Ready, build: Build, side_by_side: dict[str, Any] | None = None) -> None:
     """Write what a run can begin with, and the names of those that it is trained side by side with."""
-    config, problem = run.config, run.prepared.problem
     with new_directory(run.directory) as partial:
-        (partial / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
-        problem.save_target(partial / TARGET)
-        device = resolve_device(config.device)
-        named = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        meta = provenance(named)
-        meta["entry"] = {
-            "module": entry_of(sys.modules[build.__module__]),
-            "config": type(config).__name__,
-            "build": build.__name__,
-        }
-        meta["objective"] = objective_fingerprint()
-        meta[MATRICES] = digest(run.prepared.objective.model)
-        meta["format"], meta["run_id"] = FORMAT, secrets.token_hex(8)
-        meta["config"], meta["digests"] = config.model_dump(mode="json"), target_digests(partial)
-        if side_by_side is not None:
-            meta[SIDE_BY_SIDE] = side_by_side
-        meta["num_threads"] = torch.get_num_threads()
-        meta["n_processes"] = distributed.own_share().of
-        meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
-        write_json(partial / META_FILE, {**meta, "seconds": 0.0})
+        more = {} if side_by_side is None else {SIDE_BY_SIDE: side_by_side}
+        write_beginning(partial, run, build, more)
+
+
+def write_beginning(folder: Path, run: Ready, build: Build, more: Mapping[str, Any]) -> None:
+    """Configuration, target and meta.json, with what there is `more` to be recorded, into a new folder."""
+    config, problem = run.config, run.prepared.problem
+    (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+    problem.save_target(folder / TARGET)
+    device = resolve_device(config.device)
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    meta = provenance(named)
+    meta["entry"] = {
+        "module": entry_of(sys.modules[build.__module__]),
+        "config": type(config).__name__,
+        "build": build.__name__,
+    }
+    meta["objective"] = objective_fingerprint()
+    meta[MATRICES] = digest(run.prepared.objective.model)
+    meta["format"], meta["run_id"] = FORMAT, secrets.token_hex(8)
+    meta["config"], meta["digests"] = config.model_dump(mode="json"), target_digests(folder)
+    meta["num_threads"] = torch.get_num_threads()
+    meta["n_processes"] = distributed.own_share().of
+    meta["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
+    write_json(folder / META_FILE, {**meta, **more, "seconds": 0.0})
 
 
 def _reopened(

@@ -1,6 +1,7 @@
 """How a sweep stands: a table of the best runs, and `sweep.html` beside it. Reads files alone."""
 
 import base64
+import functools
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from spd.launch.job import Status
 from spd.launch.study import Study
 from spd.reports.page import render_page
 from spd.reports.png import png_bytes, read_png
+from spd.run_files import REPORT_FILE
 from spd.sweeps.definition import Definition, Metric
 from spd.sweeps.figures import against_each, parallel_coordinates
 from spd.sweeps.trials import (
@@ -152,5 +154,11 @@ def _image(title: str, text: str, png: bytes) -> dict[str, Any]:
 
 
 def _report(study: Study, trial: Trial) -> str | None:
-    report = Path(trial.run_dir) / "report.html"
-    return os.path.relpath(report, study.directory) if report.is_file() else None
+    folder, name = os.path.split(trial.run_dir)
+    if not os.path.isfile(os.path.join(trial.run_dir, REPORT_FILE)):
+        return None
+    return os.path.join(_relative(folder, str(study.directory)), name, REPORT_FILE)
+
+
+_relative = functools.cache(os.path.relpath)
+"""found once for all runs that lie in one folder"""

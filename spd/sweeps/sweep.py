@@ -32,6 +32,7 @@ from spd.launch.study import (
     job_environment,
     launch,
     new_id,
+    no_collector,
     preview,
     python,
     statuses,
@@ -208,8 +209,9 @@ def _launched(study: Study, jobs: Sequence[Job], n_points: int, options: SweepOp
 def _show(study: Study) -> int:
     from spd.sweeps.page import write_page
 
-    left = _module(study).n_waiting(study)
-    text, page, good = write_page(study, statuses(study, study_jobs(study)), left)
+    with no_collector():
+        left = _module(study).n_waiting(study)
+        text, page, good = write_page(study, statuses(study, study_jobs(study)), left)
     print(text)
     print(f"page: {page}")
     return 0 if good else 1

@@ -21,7 +21,6 @@ from spd.launch.study import JOBS, Study, python
 from spd.registry import get_experiment
 from spd.run_files import (
     METRICS_FILE,
-    GrowingLines,
     has_finished,
     read_json,
     seed_directory,
@@ -29,6 +28,7 @@ from spd.run_files import (
 )
 from spd.settings import output_root
 from spd.sweeps.definition import Definition, overrides_of
+from spd.sweeps.growing import GrowingLines
 
 TRIALS = "trials"
 OUTPUT = "output.txt"

@@ -11,6 +11,7 @@ import torch
 
 from spd import settings
 from spd.config import BaseConfig, UserError
+from spd.experiments.target_training import TargetError
 from spd.experiments.targets import (
     TargetKind,
     TrainedTarget,
@@ -148,6 +149,40 @@ def test_an_interrupted_training_leaves_no_directory_and_can_be_repeated(
         resolve(yaml_file, Trainer(error=error))
     assert cached() == []
     assert resolve(yaml_file, Trainer()).is_dir()
+
+
+@pytest.mark.parametrize(
+    "error", [TargetError("lost"), RuntimeError("broken"), KeyboardInterrupt()]
+)
+def test_a_training_that_failed_leaves_nothing_at_all(error: BaseException, yaml_file: Path):
+    with pytest.raises(type(error)):
+        resolve(yaml_file, Trainer(error=error))
+    assert list(settings.targets_root().iterdir()) == []
+
+
+def test_what_a_killed_training_left_is_gone_when_it_is_repeated(yaml_file: Path):
+    directory = resolve(yaml_file, Trainer())
+    remains = directory.rename(directory.with_name(f".{directory.name}.4711.partial"))
+    directory.with_name(f".{directory.name}.lock").touch()
+    other = remains.with_name(".another-0123abcd.4711.partial")
+    other.mkdir()
+    assert resolve(yaml_file, Trainer()) == directory
+    assert sorted(settings.targets_root().iterdir()) == sorted([other, directory])
+
+
+def test_of_two_trainings_at_once_one_target_is_kept(yaml_file: Path):
+    """As where the one had waited for a lock that is gone, while the other made a new one."""
+
+    class Overtaken(Trainer):
+        def __call__(self, config: BaseConfig, device: torch.device) -> TrainedTarget:
+            for lock in settings.targets_root().glob(".*.lock"):
+                lock.unlink()
+            first.append(resolve(yaml_file, Trainer()))
+            return super().__call__(config, device)
+
+    first: list[Path] = []
+    assert [resolve(yaml_file, Overtaken())] == first
+    assert list(settings.targets_root().iterdir()) == first
 
 
 def test_an_interrupted_saving_leaves_no_directory(tmp_path: Path):

@@ -21,7 +21,7 @@ from spd.experiments.tms.model import TMSModel, TMSModelConfig
 from spd.experiments.tms.plots import TMSVectors
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.experiments.tms.train_tms import TMSTrainConfig
-from spd.reports.drawing import BLUE, ORANGE
+from spd.reports.panels import BLUE, ORANGE
 from spd.runs.run import start
 from spd.settings import PACKAGE_DIR
 from tests.solved_toy import columns_of, set_importance, solved_toy

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from spd.metrics import LadderMetric, SparsityMetric
+from spd.reports.evaluations import evaluation_of
 from spd.reports.ladder import Ladder, ladder_of
 from spd.reports.report import write_report
-from spd.reports.results import evaluation_of, verdict
+from spd.reports.results import verdict
 from tests.made_up_run import make_run
 from tests.reports.test_report import Page
 

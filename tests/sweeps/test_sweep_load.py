@@ -15,10 +15,11 @@ import pytest
 
 from spd import run_files
 from spd.launch.study import Study
-from spd.run_files import GrowingLines, cut_lines, new_name
+from spd.run_files import cut_lines, new_name
 from spd.settings import REPO_DIR
 from spd.sweeps import optuna_backend as local_study
 from spd.sweeps import sweep
+from spd.sweeps.growing import GrowingLines
 from spd.sweeps.journal import Journal
 from spd.sweeps.trials import trials_of
 from tests.evals import many_runs

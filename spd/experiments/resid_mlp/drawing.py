@@ -11,14 +11,8 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from spd.experiments.resid_mlp.metrics import Contributions, agreement
-from spd.reports.drawing import (
-    GREY,
-    MAX_WIDTH,
-    ORANGE,
-    PALETTE,
-    panel_grid,
-    panels_size,
-)
+from spd.reports.drawing import MAX_WIDTH
+from spd.reports.panels import GREY, ORANGE, PALETTE, panel_grid, panels_size
 from spd.reports.png import DescribedFigure, FigureText
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

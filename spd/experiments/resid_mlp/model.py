@@ -51,6 +51,15 @@ class LabelConfig(BaseConfig):
     coeff_seed: Seed | None = Field(
         default=None, description="c ~ U[1, 2] from this seed of its own; null: all ones"
     )
+    coeffs: tuple[float, ...] | None = Field(
+        default=None, description="c one by one, as of a target that was trained elsewhere"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_c(self) -> Self:
+        if self.coeffs is not None and self.coeff_seed is not None:
+            raise ValueError("coeffs and coeff_seed both say what c is; one of them must be null")
+        return self
 
 
 class MLPBlock(nn.Module):
@@ -149,7 +158,9 @@ def make_labels(
 
 
 def label_coefficients(config: LabelConfig, n_features: int) -> Float[Tensor, " n_features"]:
-    """c: all ones, or U[1, 2] from a seed of its own."""
+    """c: all ones, as given, or U[1, 2] from a seed of its own."""
+    if config.coeffs is not None:
+        return torch.tensor(config.coeffs)
     if config.coeff_seed is None:
         return torch.ones(n_features)
     generator = torch.Generator().manual_seed(derive_seed("labels", config.coeff_seed))

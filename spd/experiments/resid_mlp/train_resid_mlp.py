@@ -75,6 +75,9 @@ class ResidMLPTrainConfig(TargetTrainConfig):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.data.check_n_features(self.model.n_features)
+        n, coeffs = self.model.n_features, self.labels.coeffs
+        if coeffs is not None and len(coeffs) != n:
+            raise ValueError(f"labels.coeffs: {len(coeffs)} are given; there are {n} features")
         if self.loss == "residual" and self.feature_importance != 1.0:
             raise ValueError(
                 f"feature_importance {self.feature_importance} goes with loss readout only, the"

@@ -14,7 +14,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import SubFigure
 from torch import Tensor
 
-from spd.reports.drawing import BLUE, GREY, ORANGE, keep_numbers
+from spd.reports.drawing import keep_numbers
+from spd.reports.panels import BLUE, GREY, ORANGE
 
 DARK = "#333333"
 LEAST_SHOWN = 0.02

@@ -27,15 +27,8 @@ from spd.metrics import (
     columns_in_use,
 )
 from spd.problem import Problem
-from spd.reports.drawing import (
-    BLUE,
-    MAX_WIDTH,
-    ORANGE,
-    PALETTE,
-    colour_bar,
-    column_order,
-    heat_map,
-)
+from spd.reports.drawing import MAX_WIDTH, colour_bar, column_order, heat_map
+from spd.reports.panels import BLUE, ORANGE, PALETTE
 from spd.reports.png import DescribedFigure, FigureText
 
 PER_ROW = 7

@@ -22,7 +22,8 @@ from spd.masks import MaskKind, masks_of
 from spd.metrics import Metric, share_recovered
 from spd.objective import Objective
 from spd.problem import Problem
-from spd.reports.results import format_result, result_of
+from spd.reports.evaluations import result_of
+from spd.reports.results import format_result
 from tests.toy import TokenModel, make_config, tensors
 
 KINDS = ("unmasked", "masked", "stochastic", "rounded", "zero")
