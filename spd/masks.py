@@ -3,13 +3,14 @@
 A site's mask has one entry for each subcomponent, `[..., C]`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from spd.config import UserError
@@ -64,6 +65,29 @@ def masks_of(
             case "ablated":
                 masks[path] = torch.zeros_like(g)
     return masks
+
+
+def rounded_name(threshold: float) -> str:
+    """What masks rounded at a threshold are called."""
+    return f"rounded_above_{threshold:g}"
+
+
+def further_masks(
+    importances: Mapping[str, Float[Tensor, "*rows _C"]],
+    uniform: Callable[[Tensor], Tensor],
+    *,
+    random: bool,
+    thresholds: Sequence[float],
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Masks that are not among the kinds: `random`, r whatever g is, and 1 where g > τ, else 0."""
+    if random:
+        yield "random", {path: uniform(g) for path, g in importances.items()}
+    for threshold in thresholds:
+        rounded = {path: (g > threshold).to(g.dtype) for path, g in importances.items()}
+        yield rounded_name(threshold), rounded
+
+
+Thresholds = Annotated[tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...], Field(max_length=20)]
 
 
 class SiteMask(NamedTuple):

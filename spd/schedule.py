@@ -1,13 +1,20 @@
 """Values that move over a run: learning rates by step, and any other value by τ = t/(T − 1)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor
 
 from spd.config import UNSPOKEN, BaseConfig
@@ -67,6 +74,15 @@ def _stays_positive(value: "float | ScheduledValue") -> "float | ScheduledValue"
     return value
 
 
+def _stays_a_share(value: "float | ScheduledValue") -> "float | ScheduledValue":
+    largest = value
+    if isinstance(value, ScheduledValue):
+        largest = value.peak * max(_factors(value.start, value.segments))
+    if not largest <= 1:
+        raise ValueError(f"a share of at most 1 is allowed, and the value rises to {largest:g}")
+    return value
+
+
 _BY_KIND = Discriminator(_kind)
 _Schedule = Annotated[ScheduledValue, Tag(_IS_SCHEDULE)]
 Scheduled = Annotated[
@@ -79,6 +95,10 @@ PositiveScheduled = Annotated[
     AfterValidator(_stays_positive),
 ]
 """The same, above 0 all through the run."""
+
+
+ScheduledShare = Annotated[Scheduled, AfterValidator(_stays_a_share)]
+"""The same, between 0 and 1."""
 
 
 def value_at(value: float | ScheduledValue, progress: Float[Tensor, ""]) -> float | Tensor:
@@ -144,6 +164,14 @@ class ScheduleConfig(BaseConfig):
     """of `piecewise`: the factor at the first step"""
     segments: tuple[Segment, ...] = Field(default=(), max_length=100)
     """of `piecewise`"""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_meant(self, dump: Callable[[Any], Any]) -> dict[str, Any]:
+        """Other types are written as before there were piecewise ones: by it a trained target is known."""
+        kept = dump(self)
+        if self.type != "piecewise":
+            del kept["start"], kept["segments"]
+        return kept
 
     @model_validator(mode="after")
     def _half_life_belongs_to_exponential(self) -> Self:

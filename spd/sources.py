@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spd.config import BaseConfig, UserError
 from spd.noise import Share, seeded, uniform
+from spd.schedule import PositiveScheduled, value_at
 
 Scope = Literal["c", "sc", "bc", "bsc"]
 """What has a source of its own: `c` the batch, `sc` each position, `bc` each example, `bsc` each position
@@ -102,7 +103,7 @@ class AdamAscent(BaseConfig):
     scope: Scope
     n_warmup: int = Field(default=2, ge=0, le=100)
     """ascents before the step that trains the model, which see the whole batch and fixed V, U and g"""
-    lr: float = Field(default=0.01, gt=0.0, allow_inf_nan=False)
+    lr: PositiveScheduled = 0.01
     lr_ramp: float = Field(default=0.025, ge=0.0, le=1.0)
     """the fraction of the run over which the rate rises from 0; afterwards it is constant"""
     betas: tuple[Annotated[float, Beta], Annotated[float, Beta]] = (0.5, 0.99)
@@ -115,9 +116,8 @@ class AdamAscent(BaseConfig):
 
     def rate(self, progress: Float[Tensor, ""]) -> float | Float[Tensor, ""]:
         """The learning rate of all updates of a step."""
-        if self.lr_ramp == 0.0:
-            return self.lr
-        return self.lr * (progress / self.lr_ramp).clamp(max=1.0)
+        lr = value_at(self.lr, progress)
+        return lr if self.lr_ramp == 0.0 else lr * (progress / self.lr_ramp).clamp(max=1.0)
 
     def begun(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is kept of sources, by site, that have not moved yet."""

@@ -4,9 +4,20 @@ import math
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+import torch
+from pydantic import TypeAdapter, ValidationError
 
-from spd.schedule import ScheduleConfig, schedule_factor
+from spd.config import UserError
+from spd.schedule import (
+    PositiveScheduled,
+    ScheduleConfig,
+    ScheduledShare,
+    ScheduledValue,
+    peak_of,
+    schedule_factor,
+    value_at,
+)
+from tests.toy import make_config
 
 TYPES = ("constant", "linear", "cosine", "half_cosine", "exponential")
 
@@ -84,3 +95,107 @@ def test_a_warm_up_must_leave_something_of_the_run(warmup_frac: float):
 def test_steps_outside_the_run_are_refused(step: int):
     with pytest.raises(AssertionError, match=f"step {step}"):
         schedule_factor(ScheduleConfig(), step, 5)
+
+
+# --- piecewise curves -------------------------------------------------------------------------------
+
+
+def values(raw: dict[str, Any], T: int) -> list[float]:
+    value = ScheduledValue.model_validate(raw)
+    progress = [torch.tensor(t / (T - 1), dtype=torch.float64) for t in range(T)]
+    return [float(value_at(value, at)) for at in progress]
+
+
+def test_an_anneal_reaches_its_end_at_the_last_step():
+    anneal = {"peak": 2.0, "segments": [{"to": 0.2}]}
+    assert values(anneal, 5) == pytest.approx([2.0, 1.6, 1.2, 0.8, 0.4])
+    assert values(anneal, 5)[-1] == 2.0 * 0.2
+    assert values(anneal, 400_000)[-1] == 2.0 * 0.2
+
+
+def test_a_learning_rate_falls_to_a_tenth_at_the_last_step():
+    found = factors("piecewise", 5, segments=[{"curve": "cosine", "to": 0.1}])
+    assert found == pytest.approx([1.0, 0.8682, 0.55, 0.2318, 0.1], abs=5e-5)
+    assert factors("piecewise", 1, segments=[{"curve": "cosine", "to": 0.1}]) == [1.0]
+
+
+def test_segments_one_after_another():
+    raw = {
+        "peak": 10.0,
+        "start": 0.0,
+        "segments": [
+            {"to": 1.0, "until": 0.2},
+            {"curve": "hold", "until": 0.5},
+            {"curve": "cosine", "to": 0.4, "until": 0.9},
+        ],
+    }
+    expected = [0.0, 5.0, 10.0, 10.0, 10.0, 10.0]
+    expected += [10 - 6 * (1 - math.cos(math.pi * share)) / 2 for share in (0.25, 0.5, 0.75, 1)]
+    assert values(raw, 11) == pytest.approx([*expected, 4.0]), "after the last one it holds"
+    lr = {key: value for key, value in raw.items() if key != "peak"}
+    assert factors("piecewise", 11, **lr) == pytest.approx([v / 10 for v in [*expected, 4.0]])
+
+
+def test_a_number_is_itself():
+    assert value_at(0.3, torch.tensor(0.5)) == 0.3 and peak_of(0.3) == 0.3
+    assert peak_of(ScheduledValue.model_validate({"peak": 2, "segments": [{"to": 0}]})) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"segments": [{"curve": "hold", "to": 0.5}]}, "to, the factor that is reached, goes with"),
+        ({"segments": [{"curve": "cosine"}]}, "to, the factor that is reached, goes with"),
+        ({"segments": [{"to": 0, "until": 0.5}, {"to": 1, "until": 0.5}]}, "each above the one"),
+        ({"segments": []}, "at least 1 item"),
+        ({"segments": [{"to": 0}]}, "must stay above 0 all through the run, and falls to 0"),
+        ({"segments": [{"to": -1}]}, "greater than or equal to 0"),
+        (0.0, "greater than 0"),
+    ],
+)
+def test_what_is_no_curve(raw: Any, message: str):
+    raw = {"peak": 1.0, **raw} if isinstance(raw, dict) else raw
+    with pytest.raises(ValidationError, match=message):
+        TypeAdapter(PositiveScheduled).validate_python(raw)
+
+
+@pytest.mark.parametrize("raw", [1.5, {"peak": 0.9, "segments": [{"to": 2.0}]}])
+def test_a_share_is_at_most_one(raw: Any):
+    with pytest.raises(ValidationError, match="a share of at most 1 is allowed"):
+        TypeAdapter(ScheduledShare).validate_python(raw)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"type": "linear", "segments": [{"to": 0.5}]}, "segments go with type piecewise and only"),
+        ({"type": "piecewise"}, "segments go with type piecewise and only with it"),
+        ({"type": "cosine", "start": 0.5}, "start goes with type piecewise and only with it"),
+        (
+            {"type": "piecewise", "segments": [{"to": 0.5}], "warmup_frac": 0.1},
+            "a piecewise schedule has a segment for its warm-up",
+        ),
+    ],
+)
+def test_what_goes_with_piecewise(options: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        ScheduleConfig.model_validate(options)
+
+
+def test_other_schedules_are_written_as_before_there_were_piecewise_ones():
+    """A trained target is known by its configuration."""
+    dump = ScheduleConfig(type="cosine").model_dump(mode="json")
+    assert dump == {"type": "cosine", "warmup_frac": 0.0, "half_life": None}
+    own = ScheduleConfig.model_validate({"type": "piecewise", "segments": [{"to": 0.1}]})
+    assert ScheduleConfig.model_validate(own.model_dump(mode="json")) == own
+
+
+def test_a_message_names_the_place_and_nothing_else():
+    with pytest.raises(UserError) as found:
+        make_config({"recon": {"coeff": -1}})
+    text = "test: losses.recon.coeff: input should be greater than or equal to 0, got -1"
+    assert str(found.value) == text
+    with pytest.raises(UserError) as found:
+        make_config({"recon": {"coeff": {"peak": 1.0, "segments": [{"too": 1}]}}})
+    assert "losses.recon.coeff.segments.0.too: unknown key; did you mean 'to'?" in str(found.value)
+    assert make_config({"recon": {"coeff": "1e-3"}}).losses["recon"].coeff == 1e-3

@@ -11,6 +11,7 @@ from torch import Tensor
 from spd.config import BaseConfig, UserError
 from spd.losses.spec import LossSpec, StepContext, state_key
 from spd.masks import Mask, SiteMask, stochastic_mask, uniform_k_subsets
+from spd.schedule import ScheduledShare, value_at
 from spd.sources import (
     N_UPDATES,
     AdamAscent,
@@ -190,7 +191,7 @@ class Merged(AdamAscent):
     """
 
     type: Literal["merged"] = "merged"
-    adv_fraction: float = Field(default=0.5, ge=0.0, le=1.0)
+    adv_fraction: ScheduledShare = 0.5
     """the probability with which an example is adversarial, all its positions together"""
     routing: Routing | None = "uniform_k"
     """of the others"""
@@ -204,7 +205,7 @@ class Merged(AdamAscent):
 
     def masks(self, ctx: StepContext, *, delta: bool) -> Mapping[str, Mask]:
         sources = ctx.sources()
-        chosen = ctx.draw(ADVERSARIAL) < self.adv_fraction
+        chosen = ctx.draw(ADVERSARIAL) < value_at(self.adv_fraction, ctx.progress)
         route = None if self.routing is None else routes(ctx)
 
         def make(path: str) -> SiteMask:

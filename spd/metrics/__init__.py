@@ -20,12 +20,16 @@ from spd.metrics.ladder import (
 from spd.metrics.pattern import (
     PATTERN_TOLERANCE,
     PatternErrorsMetric,
+    UpstreamPatternMetric,
     assignment,
     columns_in_use,
     dense_errors,
     identity_errors,
     pattern_errors,
     probe_importances,
+    upstream_dense_errors,
+    upstream_errors,
+    upstream_identity_errors,
 )
 from spd.metrics.solved import CausesMetric
 from spd.metrics.sparsity import (
@@ -46,9 +50,16 @@ from spd.metrics.spec import (
     collect,
     quantity_of,
 )
+from spd.metrics.usage import MEAN_ALIVE, UsageMetric, l0_above
 
 GeneralMetric = (
-    ColumnMatchMetric | PatternErrorsMetric | CausesMetric | SparsityMetric | LadderMetric
+    ColumnMatchMetric
+    | PatternErrorsMetric
+    | UpstreamPatternMetric
+    | CausesMetric
+    | SparsityMetric
+    | UsageMetric
+    | LadderMetric
 )
 """The metrics of any decomposition; experiments add their own."""
 Metrics = Annotated[Mapping[str, Annotated[GeneralMetric, BY_TYPE]], NAME_IS_TYPE]
@@ -67,6 +78,7 @@ __all__ = [
     "L0_THRESHOLD",
     "Ladder",
     "LadderMetric",
+    "MEAN_ALIVE",
     "Metric",
     "MetricSpec",
     "Metrics",
@@ -78,6 +90,8 @@ __all__ = [
     "SOURCES",
     "SiteUsage",
     "SparsityMetric",
+    "UpstreamPatternMetric",
+    "UsageMetric",
     "assignment",
     "climb",
     "collect",
@@ -86,6 +100,7 @@ __all__ = [
     "deepest",
     "dense_errors",
     "identity_errors",
+    "l0_above",
     "pattern_errors",
     "probe_importances",
     "quantity_of",
@@ -93,4 +108,7 @@ __all__ = [
     "share_recovered",
     "site_usage",
     "some_rows",
+    "upstream_dense_errors",
+    "upstream_errors",
+    "upstream_identity_errors",
 ]

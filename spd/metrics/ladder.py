@@ -8,7 +8,7 @@ stronger adversary, not another quantity, so that every figure has its number of
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ from torch import Tensor
 from spd.adversary import Attack, Found, Scope, attack
 from spd.component_model import ComponentModel
 from spd.losses import StepContext, mean_over_rows, recon_errors
-from spd.masks import MASK_KINDS, masks_of
+from spd.masks import MASK_KINDS, Thresholds, further_masks, masks_of
 from spd.metrics.sparsity import L0_THRESHOLD
 from spd.metrics.spec import Conclusion, Metric, MetricSpec, Quantity
 from spd.noise import seeded, uniform
@@ -156,8 +156,14 @@ def climb(
     steps: Sequence[int],
     n_restarts: int = 1,
     seed: int = 0,
+    random: bool = False,
+    thresholds: Sequence[float] = (),
 ) -> Ladder:
-    """Every rung on this batch, the adversary after each of `steps`, the largest error until there."""
+    """Every rung on this batch, the adversary after each of `steps`, the largest error until there.
+
+    With `random` masks that ignore the importances are among them, and rounded ones at each of the
+    `thresholds`.
+    """
     seen = _Measured(model, problem, batch)
     noise = seeded(batch.device, "ladder", seed)
     rungs: dict[str, float] = {}
@@ -170,6 +176,17 @@ def climb(
         rungs[kind] = seen.errors(masks_of(kind, seen.g, draw)).mean().item()
         if seen.predicted:
             cross_entropy[kind] = seen.predicted.pop().sum().item()
+    own = seeded(batch.device, "ladder", "random", seed)  # so that the other draws stay as they are
+    further = further_masks(
+        seen.g,
+        lambda like: uniform(like.shape, own, like.dtype),
+        random=random,
+        thresholds=thresholds,
+    )
+    for name, masks in further:
+        rungs[name] = seen.errors(masks).mean().item()
+        if seen.predicted:
+            cross_entropy[name] = seen.predicted.pop().sum().item()
     attacks: dict[Scope, Found] = {}
     for scope in SCOPES:
         how = Attack(scope, n_steps=max(steps), n_restarts=n_restarts, seed=seed)
@@ -212,15 +229,21 @@ _MASKS = {
     "stochastic": "masks g + (1 − g) r, r random",
     "importance_masked": "masks g",
     "rounded": "masks 1 where g > 0.5, else 0",
+    "random": "masks r, random whatever g is",
     "ablated": "all subcomponents off",
 }
+LONGEST = 320
+"""steps of ascent that a configuration may ask for at the end of a run, beside those that it has anyway"""
 _ADVERSARIAL = {
     rung(
         n, scope
     ): f"masks g + (1 − g) r, r from {n} step{'s' if n > 1 else ''} of an adversary, {SOURCES[scope]}"
     for scope in SCOPES
-    for n in STEPS_AT_END
+    for n in (*STEPS_AT_END, LONGEST)
 }
+
+
+AscentSteps = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class LadderMetric(MetricSpec):
@@ -247,10 +270,11 @@ class LadderMetric(MetricSpec):
             headline=False,
         ),
         **{
-            f"ladder_share/{rung(STEPS_AT_END[-1], scope)}": Quantity(
-                label=f"adversary over ablation, {STEPS_AT_END[-1]} steps, {words}", format=".3f"
+            f"ladder_share/{rung(n, scope)}": Quantity(
+                label=f"adversary over ablation, {n} steps, {words}", format=".3f"
             )
             for scope, words in IN_SHORT.items()
+            for n in (STEPS_AT_END[-1], LONGEST)
         },
         "ladder_recovered": Quantity(
             label="CE recovered",
@@ -270,12 +294,18 @@ class LadderMetric(MetricSpec):
     type: Literal["ladder"] = "ladder"
     n_rows: int | None = Field(default=None, ge=1)
     """of the first held-out batch, a seeded choice; None: 256 vectors, or 4 sequences"""
+    steps_at_end: tuple[AscentSteps, ...] = Field(default=STEPS_AT_END, min_length=1, max_length=20)
+    """after which the adversary is shown at the end of a run"""
+    random: bool = False
+    """also masks r that ignore the importances: `ladder/random`"""
+    thresholds: Thresholds = ()
+    """also masks that are 1 where g > τ, else 0, for each of these τ: `ladder/rounded_above_τ`"""
 
     def build(self, model: ComponentModel, problem: Problem) -> Metric:
-        return _Climbing(model, problem, self.n_rows, STEPS)
+        return _Climbing(model, problem, self, STEPS)
 
     def build_at_end(self, model: ComponentModel, problem: Problem) -> Metric:
-        return _Climbing(model, problem, self.n_rows, STEPS_AT_END)
+        return _Climbing(model, problem, self, self.steps_at_end)
 
     def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
         shares = {
@@ -308,10 +338,12 @@ class _Climbing:
     """Looks at the first batch that it sees."""
 
     def __init__(
-        self, model: ComponentModel, problem: Problem, n_rows: int | None, steps: Sequence[int]
+        self, model: ComponentModel, problem: Problem, spec: LadderMetric, steps: Sequence[int]
     ) -> None:
-        self.climb: Callable[[Batch], Ladder] = partial(climb, model, problem, steps=steps)
-        self.n_rows = n_rows
+        self.climb: Callable[[Batch], Ladder] = partial(
+            climb, model, problem, steps=steps, random=spec.random, thresholds=spec.thresholds
+        )
+        self.n_rows = spec.n_rows
         self.found: dict[str, float] | None = None
 
     def update(self, ctx: StepContext) -> None:

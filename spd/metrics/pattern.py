@@ -17,6 +17,9 @@ from spd.metrics.spec import Conclusion, Metric, MetricSpec, Quantity
 from spd.problem import Dense, Identity, Pattern, Problem
 
 PATTERN_TOLERANCE = 0.1
+UPSTREAM_TOLERANCES = (0.1, 0.2)
+LARGE = 500
+"""probes above which the published criterion takes pairs greedily instead of the best assignment"""
 
 
 def assignment(g: Float[Tensor, "probes C"]) -> Tensor:
@@ -74,6 +77,49 @@ def pattern_errors(
             site = model.sites[path]
             parts = site.subcomponents
             return dense_errors(g, pattern, weight=site.target_weight, V=parts.V, U=parts.U)
+
+
+def upstream_identity_errors(g: Float[Tensor, "probes C"], tolerance: float) -> int:
+    """Columns permuted so that the diagonal sum is largest; off it entries above the tolerance, and on it
+    entries below 1 − tolerance. Every probe owes a diagonal entry, also where there is no column for it.
+    """
+    rows, columns = _greedy(g) if len(g) > LARGE else partners(g)
+    diagonal = torch.zeros_like(g, dtype=torch.bool)
+    diagonal[torch.as_tensor(rows), torch.as_tensor(columns)] = True
+    extra = (~diagonal & (g > tolerance)).sum()
+    right = (diagonal & (g >= 1 - tolerance)).sum()
+    return int(extra) + len(g) - int(right)
+
+
+def _greedy(g: Float[Tensor, "probes C"]) -> tuple[np.ndarray, np.ndarray]:
+    """The largest entry first, then the largest of what is left without its row and column."""
+    values = g.detach().double().numpy(force=True).copy()
+    rows, columns = [], []
+    for _ in range(min(values.shape)):
+        row, column = np.unravel_index(values.argmax(), values.shape)
+        rows.append(row)
+        columns.append(column)
+        values[row], values[:, column] = -np.inf, -np.inf
+    return np.array(rows), np.array(columns)
+
+
+def upstream_dense_errors(g: Float[Tensor, "probes C"], k: int, tolerance: float) -> int:
+    """Columns by total mass: each of the first k owes one entry of at least 1 − tolerance, and in the
+    others every entry above the tolerance is an error. Nothing is asked of the weights.
+    """
+    ordered = g[:, g.sum(dim=0).argsort(descending=True, stable=True)]
+    first, others = ordered[:, :k], ordered[:, k:]
+    weak = k - int((first >= 1 - tolerance).any(dim=0).sum())
+    return weak + int((others > tolerance).sum())
+
+
+def upstream_errors(pattern: Pattern, g: Float[Tensor, "probes C"], tolerance: float) -> int:
+    """Errors of one site by the criterion of the method's authors; 0 is solved by it."""
+    match pattern:
+        case Identity():
+            return upstream_identity_errors(g, tolerance)
+        case Dense(k):
+            return upstream_dense_errors(g, k, tolerance)
 
 
 @torch.no_grad()
@@ -158,3 +204,57 @@ class _PatternErrors:
         total = sum(errors.values())
         values = {f"errors/{path}": float(n) for path, n in errors.items()}
         return {**values, "errors/total": float(total), "matches": float(total == 0)}
+
+
+class UpstreamPatternMetric(MetricSpec):
+    """Errors against the known pattern as the method's authors count them, at the tolerances 0.1 and 0.2.
+
+    For comparison with published figures: nothing is asked of the weights, so that a matrix whose
+    subcomponents write nothing can have no error. `CausesMetric` is the criterion here.
+    """
+
+    quantities = {
+        "upstream_errors_0.1": Quantity(
+            label="errors, published criterion, 0.1",
+            meaning="deviations of importances on the probes from the known pattern, as the authors count",
+            headline=False,
+        ),
+        "upstream_errors_0.2": Quantity(
+            label="errors, published criterion, 0.2",
+            meaning="the same with a tolerance of 0.2",
+            headline=False,
+        ),
+    }
+
+    type: Literal["upstream_pattern"] = "upstream_pattern"
+
+    def build(self, model: ComponentModel, problem: Problem) -> Metric:
+        if problem.probes is None or not problem.solution.keys() & model.sites.keys():
+            raise UserError(
+                "metrics.upstream_pattern: these sites have no known solution; remove the metric"
+            )
+        return _UpstreamErrors(model, problem.probes, problem.solution)
+
+
+class _UpstreamErrors:
+    def __init__(
+        self, model: ComponentModel, probes: Tensor, solution: Mapping[str, Pattern]
+    ) -> None:
+        self.model, self.probes, self.solution = model, probes, solution
+
+    def update(self, ctx: StepContext) -> None:
+        pass
+
+    def compute(self) -> dict[str, float]:
+        importances = probe_importances(self.model, self.probes)
+        values = {}
+        for tolerance in UPSTREAM_TOLERANCES:
+            name = f"upstream_errors_{tolerance}"
+            errors = {
+                path: upstream_errors(self.solution[path], g, tolerance)
+                for path, g in importances.items()
+                if path in self.solution
+            }
+            values |= {f"{name}/{path}": float(n) for path, n in errors.items()}
+            values[f"{name}/total"] = float(sum(errors.values()))
+        return values

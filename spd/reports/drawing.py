@@ -156,16 +156,26 @@ def histogram_figure(
 
 
 def activity_figure(
-    means: Mapping[str, Float[Tensor, " _C"]], alive: Mapping[str, Tensor], n_inputs: int
+    means: Mapping[str, Float[Tensor, " _C"]],
+    alive: Mapping[str, Tensor],
+    n_inputs: int,
+    least_mean: float | None = None,
 ) -> DescribedFigure:
-    """Mean importance of every subcomponent on held-out data, sorted, log axis, per site."""
-    threshold = ALIVE_THRESHOLD / n_inputs
-    floor = threshold / 3
+    """Mean importance of every subcomponent on held-out data, sorted, log axis, per site.
+
+    `least_mean` is that of what is alive, if it is so by its mean.
+    """
+    threshold = ALIVE_THRESHOLD / n_inputs if least_mean is None else least_mean
+    floor = threshold / (3 if least_mean is None else 100)
+    meant = (
+        f"above {ALIVE_THRESHOLD} on at least one input. Below the dashed line a mean is too small for that"
+        if least_mean is None
+        else f"a mean above {least_mean}, the dashed line"
+    )
     text = FigureText(
         "Mean activity of the subcomponents",
         f"The mean causal importance of each subcomponent over {n_inputs:,} held-out inputs, most"
-        f" active first. Filled: alive, above {ALIVE_THRESHOLD} on at least one input. Below the"
-        " dashed line a mean is too small for that; values off the scale lie on the lower edge. A"
+        f" active first. Filled: alive, {meant}; values off the scale lie on the lower edge. A"
         " decomposition that has settled shows a cliff between the two kinds.",
         "Mean causal importances. "
         + ", ".join(f"{path}: {int(a.sum())} of {len(a)} alive" for path, a in alive.items())

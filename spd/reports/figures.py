@@ -25,6 +25,7 @@ from spd.engine.prepare import Prepared, eval_contexts
 from spd.losses import StepContext
 from spd.metrics import (
     ALIVE_THRESHOLD,
+    MEAN_ALIVE,
     Accumulator,
     collect,
     pattern_errors,
@@ -139,18 +140,21 @@ class _Matrices:
 
 
 class MeanActivity(BaseConfig):
-    """Mean importance of every subcomponent on held-out data, sorted."""
+    """Mean importance of every subcomponent on held-out data, sorted, on a logarithmic axis."""
 
     type: Literal["mean_activity"] = "mean_activity"
+    alive: Literal["largest", "mean"] = "largest"
+    """what is shown as alive: above 0.1 on an input, or with a mean above 1e-6"""
 
     def build(self, model: ComponentModel, problem: Problem) -> FigureMaker:
-        return _Activity(model)
+        return _Activity(model, by_mean=self.alive == "mean")
 
 
 class _Activity:
     """Sum and maximum of every subcomponent's importance, clipped to [0, 1], over held-out data."""
 
-    def __init__(self, model: ComponentModel) -> None:
+    def __init__(self, model: ComponentModel, *, by_mean: bool = False) -> None:
+        self.by_mean = by_mean
         zeros = {
             path: torch.zeros(site.C, dtype=torch.float64, device=site.subcomponents.V.device)
             for path, site in model.sites.items()
@@ -168,6 +172,11 @@ class _Activity:
 
     def compute(self) -> dict[str, Figure]:
         means = {path: total / max(self.n_inputs, 1) for path, total in self.totals.items()}
+        if self.by_mean:
+            alive = {path: mean > MEAN_ALIVE for path, mean in means.items()}
+            return {
+                "mean_activity": activity_figure(means, alive, max(self.n_inputs, 1), MEAN_ALIVE)
+            }
         alive = {path: largest > ALIVE_THRESHOLD for path, largest in self.largest.items()}
         return {"mean_activity": activity_figure(means, alive, max(self.n_inputs, 1))}
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 
 from spd.adversary import STEP_SIZE, Scope
+from spd.masks import rounded_name
 from spd.metrics import SCOPES, SOURCES, deepest, rung
 from spd.reports.drawing import DescribedFigure
 from spd.reports.panels import BLUE, GREY, ORANGE, PALETTE, panel_grid
@@ -28,6 +29,7 @@ MASKS = {
     "stochastic": ("g + (1 − g) r", "none: r drawn at random, once"),
     "importance_masked": ("g", "none"),
     "rounded": ("1 where g > 0.5, else 0", "none"),
+    "random": ("r, whatever g is", "none: r drawn at random, once"),
     "ablated": ("all subcomponents off", "none"),
 }
 """name of a rung → its masks, and how r is chosen"""
@@ -79,6 +81,9 @@ def described(name: str) -> tuple[str, str]:
         if name == f"adversarial_{n}_{scope}":
             steps = f"{n} step{'' if n == '1' else 's'} of {STEP_SIZE}"
             return "g + (1 − g) r", f"{steps}, one start, {SOURCES[scope]}"
+    threshold = name.removeprefix(rounded_name(0.0)[:-1])
+    if threshold != name:
+        return f"1 where g > {threshold}, else 0", "none"
     return MASKS.get(name, (name, ""))
 
 
