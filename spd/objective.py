@@ -168,6 +168,15 @@ class Objective(nn.Module):
             for path in self.model.sites
         ]
 
+    def source_shapes(self, batch: Batch) -> dict[str, torch.Size]:
+        """Their shapes for such a batch, by the key in the state."""
+        return {
+            state_key(term, source_name(path)): shape
+            for term, spec in self.losses.items()
+            if spec.ascent is not None
+            for path, shape in self._source_shapes(term, spec, batch).items()
+        }
+
     def probes(self, state: State, slots: Tensor | None = None) -> dict[str, Tensor]:
         """Zeros of the shape of the sources that the rows of a batch have, to take gradients by.
 

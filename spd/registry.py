@@ -52,26 +52,31 @@ class Experiment(NamedTuple):
         return self.module, str(package / self.config)
 
 
-def _tms(name: str, minutes: int, *, fast: bool = False) -> Experiment:
+def _tms(name: str, minutes: int, *, fast: bool = False, vpd: bool = False) -> Experiment:
+    expected = "sensitive to the seed" if fast else "solved on most seeds"
     return Experiment(
         name,
         "spd.experiments.tms.tms_decomposition",
         f"experiments/tms/{name}_config.yaml",
         minutes,
-        "sensitive to the seed" if fast else "solved on most seeds",
-        gpu_minutes=None if fast else 5,
-        default=not fast,
+        _NOT_MEASURED if vpd else expected,
+        gpu_minutes=None if fast or vpd else 5,
+        default=not (fast or vpd),
     )
 
 
-def _resid_mlp(n_layers: int, minutes: int, expected: str, *, gpu_minutes: int) -> Experiment:
+def _resid_mlp(
+    n_layers: int, minutes: int, expected: str, *, gpu_minutes: int | None = None, vpd: bool = False
+) -> Experiment:
+    name = f"resid_mlp{n_layers}_vpd" if vpd else f"resid_mlp{n_layers}"
     return Experiment(
-        f"resid_mlp{n_layers}",
+        name,
         "spd.experiments.resid_mlp.resid_mlp_decomposition",
-        f"experiments/resid_mlp/resid_mlp{n_layers}_config.yaml",
+        f"experiments/resid_mlp/{name}_config.yaml",
         minutes,
         expected,
         gpu_minutes=gpu_minutes,
+        default=not vpd,
     )
 
 
@@ -87,6 +92,7 @@ def _lm(name: str, minutes: int, expected: str, *, default: bool = False) -> Exp
     )
 
 
+_NOT_MEASURED = "not measured yet"
 _NOT_HELD = (
     "no known solution; masks that an adversary chooses for each token cost more than ablation"
 )
@@ -103,9 +109,18 @@ EXPERIMENTS: dict[str, Experiment] = {
         _resid_mlp(1, 15, "solved on most seeds", gpu_minutes=3),
         _resid_mlp(2, 150, "sensitive to the seed", gpu_minutes=11),
         _resid_mlp(3, 2500, "sensitive to the seed", gpu_minutes=60),
+        _tms("tms_5-2_vpd", 10, vpd=True),
+        _tms("tms_5-2-id_vpd", 15, vpd=True),
+        _tms("tms_40-10_vpd", 90, vpd=True),
+        _tms("tms_40-10-id_vpd", 150, vpd=True),
+        _resid_mlp(1, 60, _NOT_MEASURED, vpd=True),
+        _resid_mlp(2, 300, _NOT_MEASURED, vpd=True),
+        _resid_mlp(3, 500, _NOT_MEASURED, vpd=True),
         _lm("ss_emb", 600, "not measured; needs the Hugging Face hub", default=True),
         _lm("pydoc_emb", 6, _NOT_HELD),
         _lm("pydoc_mlp", 8, _NOT_HELD),
+        _lm("pydoc_vpd", 30, _NOT_MEASURED),
+        _lm("pile_67m_vpd", 500_000, "not measured; needs GPUs, a target and the Hugging Face hub"),
     )
 }
 

@@ -102,6 +102,18 @@ def decomposition(raw: Raw) -> Any:
     return [recorder.rows, dict(model.subcomponent_parameters()), kept]
 
 
+def masked(source: str) -> Callable[[Raw], Any]:
+    """Of a source of masks: what is learnt from it."""
+
+    def observe(raw: Raw) -> Any:
+        term = {"coeff": 1.0, "source": {"type": source, **raw}}
+        settings = {"losses": {"masked_recon": term}, "steps": 6, "lr": 1e-2, "log_every": 2}
+        run = {"sites": dict(MLP_SITES), "execution": {"compile": False}, "save_every": 6}
+        return decomposition({**run, **settings})
+
+    return observe
+
+
 def schedule(raw: Raw) -> Any:
     config = parse(ScheduleConfig, raw, "test")
     return [schedule_factor(config, step, 10) for step in range(10)]

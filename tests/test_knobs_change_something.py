@@ -17,6 +17,7 @@ from tests.knob_effects import (
     inherited,
     labels,
     language_model,
+    masked,
     one_parameter,
     plain,
     reference,
@@ -101,6 +102,38 @@ TABLE: dict[str, tuple[Callable[[Raw], Any], Raw, dict[str, Raw]]] = {
         lambda raw: decomposition({**RUN, "losses": {"stochastic_recon": raw}}),
         {"coeff": 1.0},
         {"n_samples": {"n_samples": 2}},
+    ),
+    "_Masked": (
+        lambda raw: decomposition({**RUN, "losses": {"stochastic_recon": raw}}),
+        {"coeff": 1.0},
+        {"delta": {"delta": True}},
+    ),
+    "MaskedRecon": (
+        lambda raw: decomposition({**RUN, "losses": {"masked_recon": {"coeff": 1.0, **raw}}}),
+        {"source": {"type": "uniform"}},
+        {"source": {"source": {"type": "pgd"}}, "delta": {"delta": False}},
+    ),
+    "Uniform": (masked("uniform"), {}, {"routing": {"routing": "uniform_k"}}),
+    "FreshPGD": (
+        masked("pgd"),
+        {"n_steps": 2},
+        {
+            **{"scope": {"scope": "bc"}, "n_steps": {"n_steps": 3}},
+            "step_size": {"step_size": 0.2},
+        },
+    ),
+    "AdamAscent": (
+        masked("persistent"),
+        {"scope": "bc"},
+        {
+            **{"scope": {"scope": "c"}, "n_warmup": {"n_warmup": 1}, "lr": {"lr": 0.1}},
+            **{"lr_ramp": {"lr_ramp": 0.9}, "betas": {"betas": [0.1, 0.9]}, "eps": {"eps": 0.1}},
+        },
+    ),
+    "Merged": (
+        masked("merged"),
+        {"scope": "bc"},
+        {"adv_fraction": {"adv_fraction": 0.9}, "routing": {"routing": None}},
     ),
     "ImportanceMinimality": (
         lambda raw: decomposition({**RUN, "losses": {"importance_minimality": raw}}),

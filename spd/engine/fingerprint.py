@@ -80,7 +80,7 @@ def _numbers(objective: Objective, batch: Tensor) -> dict[str, float]:
     model.load_subcomponents(values)
     draws = objective.draw_noise(batch, stream="train", seed=0, step=0)
     noise = {key: _fixed(key, draw.shape).abs().frac() for key, draw in draws.items()}
-    state = objective.initial_state()
+    state = objective.begun(objective.initial_state(), batch, seed=0)
     total, terms, _ = objective(batch, torch.tensor(0.25), noise, state=state)
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     numbers = {name: float(value) for name, value in terms.items() if name.startswith("loss/")}
@@ -124,6 +124,20 @@ def _problems() -> dict[str, tuple[Problem, dict[str, Any]]]:
                 "lower_leak": "gradient",
             },
         ),
+        "adversaries": (
+            _problem(_TwoLayers(), _fixed("inputs", (6, 4))),
+            {
+                "sites": linear,
+                "losses": {
+                    "merged": _masked({"type": "merged", "scope": "bc"}),
+                    "pgd": _masked({"type": "pgd", "n_steps": 2}),
+                    "routed": _masked({"type": "uniform", "routing": "uniform_k"}),
+                    "remainder": {"type": "stochastic_recon", "coeff": 0.5, "delta": True},
+                },
+                "importance": _mlp(),
+                "lower_leak": "gradient",
+            },
+        ),
         "embedding": (
             _problem(_Embedding(), tokens, recon="kl"),
             {
@@ -159,6 +173,10 @@ def _forever(batch: Tensor) -> Iterator[Tensor]:
 
 def _mlp() -> dict[str, Any]:
     return {"type": "mlp", "n_hidden": 3}
+
+
+def _masked(source: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "masked_recon", "coeff": 0.5, "source": source}
 
 
 def _fixed(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -19,6 +19,14 @@ def check_step(prepared: Prepared, batch_size: int) -> None:
     n_parameters = sum(p.numel() for p in objective.model.subcomponent_parameters().values())
     what = f"sites: {n_parameters} parameters of subcomponents and importance functions need"
     require_memory(TRAINED * n_parameters, what, first.device)
+    n_kept = 0
+    for key, shape in objective.source_shapes(first).items():
+        more = batch_size / len(first) if key in objective.kept_by_example else 1.0
+        n_kept += int(
+            5 * math.prod(shape) * more
+        )  # two moments, a probe and its gradient beside it
+    what = f"batch_size: {batch_size}: the sources of adversaries need"
+    require_memory(NUMBER * n_kept, what, first.device)
     noise = objective.noise(first, stream="eval", seed=config.seed, step=0)
     sizes = [math.prod(shape) for shape in noise.shapes.values()]
     if not sizes:

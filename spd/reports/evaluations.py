@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spd.engine.alarm import alarms_of
 from spd.metrics import HeldOutLosses, MetricSpec
 from spd.quantities import Quantity, quantity_of
 from spd.reports.results import Evaluation, Result, ResultRow, Starts, last_evaluation
@@ -22,6 +23,7 @@ def result_of(
         steps=config.steps,
         seconds=round(seconds, 1),
         starts=() if starts is None else starts.starts,
+        warnings=alarms_of(history, config.steps),
         **dict(evaluation),
     )
 

@@ -125,11 +125,14 @@ class Result(Evaluation):
     seconds: float
     starts: tuple[Start, ...] = ()
     """where the run was chosen among several"""
+    warnings: tuple[str, ...] = ()
+    """what was noticed while it was trained"""
 
     def as_json(self) -> dict[str, Any]:
         """For result.json; what says nothing about a figure is left out of `quantities`."""
         first = ("experiment", "seed", "steps", "seconds", "solved")
-        whole = self.model_dump(mode="python", exclude=None if self.starts else {"starts"})
+        silent = {name for name in ("starts", "warnings") if not getattr(self, name)}
+        whole = self.model_dump(mode="python", exclude=silent)
         whole["quantities"] = {
             name: quantity.model_dump(exclude_defaults=True)
             for name, quantity in self.quantities.items()
@@ -203,7 +206,8 @@ def format_result(result: Result) -> str:
         lines.append(f"  {row.metric:34} {result.own(row):>18} {result.published(row):>18}")
     lines.append(f"  {verdict(result)}")
     short = cut_short(result.experiment, result.steps)
-    further = [choice_of(result.starts), short]
+    warnings = [f"warning: {warning}" for warning in result.warnings]
+    further = [choice_of(result.starts), short, *warnings]
     return "\n".join([*lines, *(f"  {line}" for line in further if line)])
 
 

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from tqdm.auto import tqdm
 
 from spd.component_model import ComponentModel
+from spd.engine.alarm import GradientAlarm, alarms_of
 from spd.engine.prepare import Prepared, eval_contexts, prepare
 from spd.engine.starts import as_chosen, with_choice
 from spd.metrics import SiteUsage, site_usage
@@ -77,11 +78,15 @@ class Console:
 
     def started(self, step: int, steps: int) -> None:
         self.bar = tqdm(total=steps, initial=step, unit="step", mininterval=0.5)
+        self.alarm = GradientAlarm(steps)
 
     def stepped(self, step: int, values: Mapping[str, float]) -> None:
         l0 = sum(value for key, value in values.items() if key.startswith("l0/"))
         self.bar.set_postfix(loss=f"{values['loss/total']:.2e}", L0=f"{l0:.2f}", refresh=False)
         self.bar.update(step + 1 - self.bar.n)
+        alarm = self.alarm.heard(step, values)
+        if alarm is not None:
+            self.bar.write(f"Warning: {alarm}")
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         shown = [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in values.items()]
@@ -192,6 +197,8 @@ class Result:
             for path, site in self.usage.items()
             if site.problem
         ]
+        steps = self.prepared.config.steps
+        warnings += [f"Warning: {alarm}." for alarm in alarms_of(self.history, steps)]
         choice = choice_of(self.starts)
         return [
             f"{last['step']:.0f} steps; losses on held-out data: {', '.join(losses)}.",

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from spd.config import RunError
+from spd.engine.alarm import GradientAlarm
 from spd.run_files import FIGURES, METRICS_FILE, TIMINGS_FILE, cut_lines, read_metrics
 from spd.runs.wandb_run import WandbRun
 
@@ -54,6 +55,9 @@ class RunTracker:
         path = self.directory / METRICS_FILE
         self.digest = hashlib.sha256(path.read_bytes() if path.exists() else b"")
         self.metrics = path.open("ab")
+        self.alarm = GradientAlarm(steps)
+        for line in read_metrics(self.directory):  # of which it has spoken already
+            self.alarm.heard(int(line["step"]), line)
         self.timings = (self.directory / TIMINGS_FILE).open("a", encoding="utf-8")
         self.bar = tqdm(
             total=steps,
@@ -81,6 +85,9 @@ class RunTracker:
     def stepped(self, step: int, values: Mapping[str, float]) -> None:
         self._write(step, values)
         self._progress(step, values)
+        alarm = self.alarm.heard(step, values)
+        if alarm is not None:
+            logger.warning(alarm)
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         self._write(step, values)

@@ -17,7 +17,9 @@ from spd.optimize import Interrupted, Member, Silent, run_side_by_side, run_step
 from spd.problem import Problem
 from tests.adversarial_run import MERGED, PERSISTENT, config, prepared, result_of
 from tests.engine.test_distributed import said, torchrun
-from tests.toy import MLP
+from tests.little_lm import RandomBatches, little_model
+from tests.test_sources import taken_step
+from tests.toy import MLP, decompose, make_objective
 
 KEY = "masked_recon.r.first"
 
@@ -180,6 +182,7 @@ def test_a_batch_of_another_size_is_one_message():
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize("n_members", [1, 2])
 def test_compiled_it_is_what_it_is_eagerly(tmp_path: Path, n_members: int):
     found = []
@@ -192,3 +195,45 @@ def test_compiled_it_is_what_it_is_eagerly(tmp_path: Path, n_members: int):
         found.append([result_of(r, f) for r, f in zip(runs, folders, strict=True)])
     for own, expected in zip(*found, strict=True):
         assert_near(own, expected)
+
+
+# --- language models ---------------------------------------------------------------------------------
+
+LM_SITES = {"model.layers.*.mlp.*_proj": 6, "model.layers.*.self_attn.q_proj": 5}
+
+
+def language_model_steps(source: dict[str, Any], *, together: bool) -> dict[str, Tensor]:
+    """Gradients and state after two steps on a little Llama."""
+    objective = make_objective(
+        decompose(little_model("llama"), LM_SITES),
+        {"masked_recon": {"coeff": 0.5, "source": source}, "faithfulness": {"coeff": 1.0}},
+        "kl",
+    )
+    batches, state = RandomBatches(0), {}
+    for step in range(2):
+        batch = next(batches)
+        state = dict(objective.begun(state, batch, seed=0))
+        noise = objective.draw_noise(batch, stream="train", seed=0, step=step)
+        inputs = (batch, torch.tensor(0.5), noise)
+        _, state = taken_step(objective, inputs, state, together=together)
+    grads = {n: p.grad for n, p in objective.model.subcomponent_parameters().items()}
+    return {**state, **{n: grad for n, grad in grads.items() if grad is not None}}
+
+
+@pytest.mark.parametrize("scope", ["c", "bsc"])
+def test_a_language_model_whose_passes_share_layers(scope: str):
+    source = {**MERGED, "scope": scope, "lr_ramp": 0.0}
+    expected = language_model_steps(source, together=True)
+    own = language_model_steps(source, together=False)
+    assert own.keys() == expected.keys() and len(own) > 60
+    for name, value in expected.items():
+        torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_an_adversary_of_a_step_in_a_language_model():
+    source = {"type": "pgd", "n_steps": 2}
+    expected = language_model_steps(source, together=True)
+    own = language_model_steps(source, together=False)
+    assert own.keys() == expected.keys() and len(own) > 30
+    for name, value in expected.items():
+        torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-5, msg=name)
