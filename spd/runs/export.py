@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, Site
+from spd.components import is_transposed
 from spd.config import UserError, nearest
 from spd.engine.experts import stacked
 from spd.run_files import TARGET, give_usual_mode, new_directory, write_safetensors
@@ -102,7 +103,7 @@ def _weight(path: str, site: Site, m: Tensor | float | None) -> Tensor:
                 " one for each subcomponent, is needed"
             )
         matrix = given_out.to(V.dtype) + (V * (factors - 1)) @ U
-    if isinstance(site.original, nn.Linear):
+    if is_transposed(site.original):
         return matrix.mT.to(own.dtype).contiguous()
     if given_out is not own:  # an embedding that gives out a multiple of its rows
         factor = (given_out.float() * own.float()).sum() / own.float().square().sum()
