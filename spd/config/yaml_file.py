@@ -1,6 +1,7 @@
 """YAML as plain values, read with the numbers and truth values of YAML 1.2 and within limits.
 
-Knows no configuration. A document of a stranger's may be built to exhaust whoever reads it (nested, cyclic,
+Knows no configuration, but that the key `null` of a document's own mapping is a word: a setting is
+called so. A document of a stranger's may be built to exhaust whoever reads it (nested, cyclic,
 aliases of aliases): what is beyond the limits is refused while it is read, before it becomes values.
 """
 
@@ -122,6 +123,9 @@ class _Loader(Composer, _Events, SafeConstructor, Resolver):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
+        for key, _ in node.value if self.depth == 1 else ():
+            if key.tag.endswith(":null") and key.value == "null":
+                key.tag = "tag:yaml.org,2002:str"  # a setting of that name, not the key None
         lines: dict[Any, int] = {}
         for key, _ in node.value:
             name, line = (key.tag, str(key.value)), key.start_mark.line + 1
