@@ -1,5 +1,6 @@
 """`null: true`: the same pipeline on a target that was never trained, beside which a report shows a run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from spd.experiments.resid_mlp.resid_mlp_decomposition import build as build_res
 from spd.experiments.targets import CONFIG_FILE
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.experiments.tms.train_tms import load_tms_target
+from spd.reports.report import write_report
 from spd.runs.run import load_run, start
 from tests.run_fixtures import EXPERIMENTS, make_resid_mlp_target
 from tests.runs.little_run import little_config
@@ -79,21 +81,25 @@ def test_a_null_run_loads_and_says_what_it_is(tmp_path: Path):
 
 
 def test_a_report_shows_the_null_run_beside_or_named(tmp_path: Path):
-    metrics = "metrics={sparsity: {}}"
-    null = start(
-        little_config(tmp_path, "null=true", metrics), build, directory=tmp_path / "a-null-seed0"
+    own = start(
+        little_config(tmp_path, "metrics={sparsity: {}}"), build, directory=tmp_path / "a-seed0"
     )
-    beside = start(little_config(tmp_path, metrics), build, directory=tmp_path / "a-seed0")
-    page = (beside / "report.html").read_text(encoding="utf-8")
-    assert 'id="null"' in page and 'href="../a-null-seed0/report.html"' in page
-    named = little_config(tmp_path, metrics, f"null_run={null}")
-    page = (start(named, build, directory=tmp_path / "b") / "report.html").read_text("utf-8")
-    assert 'id="null"' in page and "null run</th>" in page
-    lost = little_config(tmp_path, metrics, f"null_run={tmp_path / 'nothing'}")
-    page = (start(lost, build, directory=tmp_path / "c") / "report.html").read_text("utf-8")
-    assert "cannot be shown: it has not finished, or is not there" in page
-    alone = start(little_config(tmp_path, metrics), build, directory=tmp_path / "d")
-    assert 'id="null"' not in (alone / "report.html").read_text(encoding="utf-8")
+
+    def page(config: str = "") -> str:
+        given = (own / CONFIG_FILE).read_text(encoding="utf-8")
+        (own / CONFIG_FILE).write_text(given.replace("null_run: null", config or "null_run: null"))
+        text = write_report(own).read_text(encoding="utf-8")
+        (own / CONFIG_FILE).write_text(given)
+        return text
+
+    assert 'id="null"' not in page()
+    shutil.copytree(own, tmp_path / "a-null-seed0")
+    assert 'href="../a-null-seed0/report.html"' in page()
+    assert "cannot be shown: it has not finished" in page(f"null_run: {tmp_path / 'nothing'}")
+    (tmp_path / "a-null-seed0").rename(tmp_path / "elsewhere")
+    named = page(f"null_run: {tmp_path / 'elsewhere'}")
+    assert '<th scope="col">null run</th>' in named and "L0 linear1</th>" in named
+    assert 'id="null"' not in page()
 
 
 # --- anchors -----------------------------------------------------------------------------------------
