@@ -1,7 +1,6 @@
 """YAML as plain values, read with the numbers and truth values of YAML 1.2 and within limits.
 
-Knows no configuration, but that the key `null` of a document's own mapping is a word: a setting is
-called so. A document of a stranger's may be built to exhaust whoever reads it (nested, cyclic,
+Knows no configuration. A document of a stranger's may be built to exhaust whoever reads it (nested, cyclic,
 aliases of aliases): what is beyond the limits is refused while it is read, before it becomes values.
 """
 

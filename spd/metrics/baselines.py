@@ -90,15 +90,23 @@ def strongest(
     like: Bool[Tensor, "*rows _D"],
     kept: Bool[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "*rows C"]:
-    """1 for the largest effects, as many over all rows as are on in `like`; 0 where there is none."""
+    """1 for the largest effects, as many over all rows as are on in `like`; 0 where there is none.
+
+    Rows that are not `kept` have no say in how many, and have on what exceeds the least of the others.
+    """
     flat, on = effects.flatten(end_dim=-2), like.flatten(end_dim=-2)
+    counts = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
     if kept is not None and len(kept) == len(on):
-        flat, on = flat[kept], on[kept]
-    n = min(int(on.sum()), flat.numel())
+        counts = kept
+    n = min(int(on[counts].sum()), flat[counts].numel())
     if n == 0:
         return torch.zeros_like(effects)
-    least = flat.flatten().topk(n).values[-1]
-    return ((effects >= least) & (effects > 0)).to(effects.dtype)
+    largest = flat[counts].flatten().topk(n)  # exactly so many, whatever is equal
+    chosen = torch.zeros_like(flat[counts]).flatten()
+    chosen[largest.indices] = 1.0
+    mask = (flat > largest.values[-1]).to(flat.dtype)
+    mask[counts] = chosen.reshape(-1, flat.shape[-1])
+    return (mask * (flat > 0)).reshape(effects.shape)
 
 
 def with_parts(model: ComponentModel, make: Callable[[Tensor, bool], Parts]) -> ComponentModel:
