@@ -23,7 +23,11 @@ ANALYSIS = "analysis/adversary/ladder.json"
 SHOWN = (1, 5, 20, 80)
 """steps at which the search is shown on its way"""
 N_ROWS, N_SEQUENCES = 1024, 8
-WORDS = {"importance_masked": "importances", "rounded": f"rounded at {ROUNDING_THRESHOLD}"}
+WORDS = {
+    "importance_masked": "importances",
+    "permuted": "importances of other rows",
+    "rounded": f"rounded at {ROUNDING_THRESHOLD}",
+}
 
 
 def ladder(

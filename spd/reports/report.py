@@ -18,6 +18,7 @@ from spd.reports.evaluations import evaluation_of
 from spd.reports.figures import Drawable, draw, loss_curves, save_figures
 from spd.reports.images import CURVES, image, images, numbers_of
 from spd.reports.ladder import LADDER, is_of_ladder, ladder_of
+from spd.reports.null import null_of
 from spd.reports.origin import (
     commands_of,
     provenance_of,
@@ -120,7 +121,7 @@ def report_contents(
             reason=str(meta.get("reason") or ""),
         ),
         "cut_short": cut_short(experiment, config.get("steps")),
-        "expected": known.expected if known else None,
+        "expected": known.expected if known and not config.get("null") else None,
         "merits": merits(result, config.get("sites", {})),
         "any_published": any(row.published is not None for row in result.rows),
         "site_table": site_table(result, config.get("sites", {})),
@@ -142,6 +143,8 @@ def report_contents(
         "commands": commands_of(meta, run_dir, outside=bool(config.get("module"))),
         "finished": meta.get("status") == "finished",
         "siblings": siblings_of(meta, run_dir),
+        "is_null": bool(config.get("null")),
+        "null": null_of(config, run_dir, result),
         "choice": "" if starts is None else choice_of(starts.starts),
         "starts_page": STARTS_PAGE,
     }

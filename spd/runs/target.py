@@ -136,8 +136,9 @@ def _check_arguments(
 
 def _with_target(config: ExperimentConfig, place: str | Path) -> ExperimentConfig:
     """With a target that is there already: what says how to make it is left out."""
-    made = {"target_seed": None} if "target_seed" in type(config).model_fields else {}
-    return config.model_copy(update={"target": str(place), **made})
+    made = {"target_seed": None, "null": False}
+    known = {key: value for key, value in made.items() if key in type(config).model_fields}
+    return config.model_copy(update={"target": str(place), **known})
 
 
 def _with_dtype(config: ExperimentConfig, dtype: str | torch.dtype | None) -> ExperimentConfig:

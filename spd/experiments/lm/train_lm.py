@@ -95,6 +95,16 @@ class LMTrainConfig(BaseConfig):
 
 def train(config: LMTrainConfig, device: torch.device) -> TrainedTarget:
     """A trained model, its tokenizer, and how well it predicts the held-out documents."""
+    return _made(config, device, fit=True)
+
+
+def untrained(config: LMTrainConfig, device: torch.device) -> TrainedTarget:
+    """The same before its training."""
+    target = _made(config, device, fit=False)
+    return target._replace(record={**target.record, "untrained": True})
+
+
+def _made(config: LMTrainConfig, device: torch.device, *, fit: bool) -> TrainedTarget:
     start = time.perf_counter()
     text = load_text(config.data)
     assert isinstance(text.train, datasets.Dataset), "validated: the text is not streamed"
@@ -113,7 +123,10 @@ def train(config: LMTrainConfig, device: torch.device) -> TrainedTarget:
         stream="target train",
         device=device,
     )
-    _fit(model, batches, config)
+    if fit:
+        _fit(model, batches, config)
+    else:
+        model.eval()
     record = {
         "seconds": round(time.perf_counter() - start, 1),
         "device": str(device),
@@ -251,7 +264,9 @@ def _chunks(sequences: np.ndarray) -> Iterator[np.ndarray]:
         yield sequences[first : first + SEQUENCES_AT_ONCE]
 
 
-LM_TARGET = TargetKind(name="lm", config_class=LMTrainConfig, train=train, summary=summary)
+LM_TARGET = TargetKind(
+    name="lm", config_class=LMTrainConfig, train=train, summary=summary, untrained=untrained
+)
 
 
 if __name__ == "__main__":
