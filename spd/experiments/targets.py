@@ -36,7 +36,7 @@ from spd.config import (
     to_yaml,
 )
 from spd.experiments.target_training import TargetTrainConfig, seed_table
-from spd.run_files import forbidden, write_safetensors
+from spd.run_files import forbidden, read_json, write_safetensors
 from spd.runs.console import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -293,12 +293,22 @@ def target_cli(kind: TargetKind, arguments: list[str] | None = None) -> int:
         device = resolve_device(options.device)
         directory, trained = cached_target(options.config.stem, config, kind, device=device)
         check_target(directory, kind)
+        record = read_json(directory / RECORD_FILE)
+        summary, seconds = _said_of(kind, record, directory / RECORD_FILE)
     except (UserError, RunError) as error:
         return report_error(error)
     except KeyboardInterrupt:
         print("interrupted; nothing was saved", file=sys.stderr)
         return Exit.INTERRUPTED
-    record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
-    print(kind.summary(record))
-    print(f"{'trained' if trained else 'trained earlier'} in {record['seconds']} s: {directory}")
+    print(summary)
+    print(f"{'trained' if trained else 'trained earlier'} in {seconds} s: {directory}")
     return 0
+
+
+def _said_of(kind: TargetKind, record: Any, path: Path) -> tuple[str, float]:
+    """A training in words, and its seconds, by the record that lies in the cache."""
+    try:
+        return kind.summary(record), record["seconds"]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not the record of a training: {reason}") from None

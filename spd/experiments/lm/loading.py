@@ -14,6 +14,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from spd.config import UserError
 from spd.experiments.lm.data.batches import HELD_OUT_FILE
+from spd.experiments.lm.folder import check_folder
 from spd.experiments.lm.hub import hub_commit, unreachable
 from spd.experiments.lm.model import TokenModel, check_output
 from spd.experiments.lm.train_lm import LM_TARGET, is_trained_here
@@ -196,6 +197,10 @@ def import_class(path: str) -> Any:
         raise UserError(f"model_class: {path!r} cannot be imported: {error}") from None
     if not (isinstance(found, type) and callable(getattr(found, "from_pretrained", None))):
         raise UserError(f"model_class: {path!r} is no class with from_pretrained")
+    own = found.__module__.partition(".")[0] == "transformers"
+    if own and not issubclass(found, PreTrainedModel | _BaseAutoModelClass):
+        # what else is loaded there, as AutoProcessor, would ask whether to run code that lies beside it
+        raise UserError(f"model_class: {path!r} is no model of transformers")
     return found
 
 
@@ -251,6 +256,8 @@ def _load_model(model_class: Any, origin: Origin, wanted: Wanted, device_map: An
             " (copy_target_mb); put it back there, or name its new place:"
             " spd-run --resume RUN_DIR --target DIR, load_run(…, target=…)"
         )
+    if Path(place).is_dir():
+        check_folder(Path(place))
     dtype: torch.dtype = getattr(torch, wanted.dtype)
     arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
     reports = issubclass(model_class, PreTrainedModel | _BaseAutoModelClass)

@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spd.config import BaseConfig, UserError, read_yaml
 from spd.config.limits import MAX_WIDTH, Layers, Seed, Steps, Width
+from spd.config.memory import NUMBER, TRAINED, require_memory
 from spd.experiments.lm.data.text import TextConfig, load_text
 from spd.experiments.lm.data.tokens import (
     PackedBatches,
@@ -91,6 +92,25 @@ class LMTrainConfig(BaseConfig):
         if self.data.exclude_tokens:
             raise ValueError("data.exclude_tokens: a target is trained on every token")
         return self
+
+
+def n_parameters(config: LMTrainConfig) -> int:
+    """Of the model that is to be trained."""
+    size, d = config.model, config.model.d_model
+    attention = 2 * d * d + 2 * d * (d // size.n_heads) * size.n_kv_heads
+    layer = attention + 3 * d * size.d_mlp + 2 * d
+    embeddings = config.vocab_size * d * (1 if size.tied_embeddings else 2)
+    return embeddings + size.n_layers * layer + d
+
+
+def check_size(config: LMTrainConfig, device: torch.device) -> None:
+    """`UserError` where the model, or what a step keeps for its gradients, would not fit into memory."""
+    n, size = n_parameters(config), config.model
+    require_memory(TRAINED * n, f"model: a Llama of {n} parameters needs", device)
+    length = config.data.context_length
+    each = config.vocab_size + size.n_layers * (3 * size.d_mlp + 4 * size.d_model)
+    what = f"batch_size: a step on {config.batch_size} sequences of {length} tokens needs"
+    require_memory(NUMBER * config.batch_size * length * each, what, device)
 
 
 def train(config: LMTrainConfig, device: torch.device) -> TrainedTarget:
@@ -265,7 +285,12 @@ def _chunks(sequences: np.ndarray) -> Iterator[np.ndarray]:
 
 
 LM_TARGET = TargetKind(
-    name="lm", config_class=LMTrainConfig, train=train, summary=summary, untrained=untrained
+    name="lm",
+    config_class=LMTrainConfig,
+    train=train,
+    summary=summary,
+    untrained=untrained,
+    check=check_size,
 )
 
 
