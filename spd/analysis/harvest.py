@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from spd.analysis.contexts import Contexts, SampledContexts
@@ -39,7 +39,7 @@ class Pmi(NamedTuple):
 def association(
     together: Float[Tensor, "tokens C"],
     tokens: Float[Tensor, " tokens"],
-    firings: Float[Tensor, " C"],
+    firings: Num[Tensor, " C"],
     n: float,
 ) -> Pmi:
     """From counts: of firings on each token, of tokens, of firings, and of positions."""
