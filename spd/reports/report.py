@@ -13,6 +13,7 @@ from spd.engine import checkpoint
 from spd.engine.prepare import Prepared, evaluate, progress_at
 from spd.metrics import MetricSpec
 from spd.registry import EXPERIMENTS
+from spd.reports.analyses import analyses_of
 from spd.reports.curves import live_curves
 from spd.reports.evaluations import evaluation_of
 from spd.reports.figures import Drawable, draw, loss_curves, save_figures
@@ -134,6 +135,7 @@ def report_contents(
         ),
         **_curves(run_dir, history, last_step),
         **_ladder(run_dir, result, history),
+        "analyses": analyses_of(run_dir),
         "target": target_record(run_dir / TARGET / "training.json"),
         "target_config": text_of(run_dir / TARGET / CONFIG_FILE),
         "config_text": config_text,
