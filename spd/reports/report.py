@@ -142,6 +142,7 @@ def report_contents(
         "provenance": provenance_of(meta, run_dir),
         "tracker": web_link(meta.get("tracker")),
         "dirty": bool(meta.get("dirty")),
+        "imported": (meta.get("imported") or {}).get("from"),
         "commands": commands_of(meta, run_dir, outside=bool(config.get("module"))),
         "finished": meta.get("status") == "finished",
         "siblings": siblings_of(meta, run_dir),
@@ -314,8 +315,8 @@ def _coefficient(loss: Mapping[str, Any]) -> str:
 def _curves(
     run_dir: Path, history: Sequence[Mapping[str, float]], last_step: int
 ) -> dict[str, Any]:
-    """The curves, drawn and for the page's script; nothing where nothing was logged."""
-    if not history:
+    """The curves, drawn and for the page's script; nothing where less than two steps were logged."""
+    if len({line["step"] for line in history}) < 2:
         return {"curves": None}
     figure = loss_curves(history)
     live = live_curves(figure)
