@@ -1,7 +1,7 @@
-"""How many seeds of a recipe come out right: the record of a study of `spd-evals`, and its part of the page.
+"""How many seeds of a recipe come out right: records of studies of `spd-evals`, and their part of the page.
 
-A study has too many runs for a record of each. Its record, docs/results/rates/<name>.json, keeps the command,
-the commit and one line of figures for every run, also for those that failed.
+A study has too many runs for a record of each. Its own, docs/results/rates/<name>.json, keeps the command,
+the commit and one line of figures for every run.
 """
 
 import json
@@ -41,8 +41,8 @@ NOT_SHOWN = ("max_parallel", "local", "cpu", "wait", "partition", "account", "qo
 HEAD = """\
 ## How many seeds come out right
 
-One line for each study of `spd-evals`, whose seeds were named before it ran; none was left out or run again.
-In brackets stands Wilson's 95 % interval. `python scripts/results.py rates STUDY` makes such a record. Of
+One line for each study of `spd-evals`, whose seeds were named before it ran; none was left out or run
+again. In brackets stands Wilson's 95 % interval. `python scripts/results.py rates STUDY` makes such a record. Of
 starts the seed is that of the run, whose starts have seeds of their own.
 """
 
