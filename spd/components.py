@@ -22,39 +22,82 @@ def input_output_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
     if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
         with torch.no_grad():
             return module(torch.arange(module.num_embeddings, device=weight.device))
-    return weight.mT if isinstance(module, nn.Linear) else weight
+    return weight.mT if is_transposed(module) else weight
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight of a decomposable module is `[d_out, d_in]`."""
+    return not isinstance(module, nn.Embedding) and not _is_conv1d(module)
+
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""of a weight that can be decomposed"""
 
 
 def decomposable(module: nn.Module) -> bool:
-    """Whether a module is a Linear, an Embedding or GPT-2's Conv1D, or a subclass that acts as one.
+    """Whether a module is a Linear, an Embedding or GPT-2's Conv1D, or acts as one.
 
     A subclass that computes something else (a quantised one, a router, positions counted from a mask) is
-    not; one with a `forward` of its own is tried out.
+    not; one with a `forward` of its own is tried out, as is any module with a matrix for its `weight`.
     """
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward or _acts_as_linear(module)
+        plain = type(module).forward is nn.Linear.forward and module.weight.dtype in DTYPES
+        return plain or _acts_as_linear(module)
     if isinstance(module, nn.Embedding):
         return type(module).forward is nn.Embedding.forward or _acts_as_embedding(module)
-    return _is_conv1d(module)
+    return _is_conv1d(module) or _acts_as_linear(module)
 
 
 @torch.no_grad()
-def _acts_as_linear(module: nn.Linear) -> bool:
-    """Whether module(x) − module(0) = x W, on two inputs drawn at random."""
-    weight = module.weight
-    if not weight.is_floating_point() or weight.is_meta or weight.ndim != 2:
+def _acts_as_linear(module: nn.Module) -> bool:
+    """Whether module(x) − module(0) = x W for a weight Wᵀ, on two inputs drawn at random."""
+    weight = module.weight if hasattr(module, "weight") else None
+    if not isinstance(weight, Tensor) or weight.dtype not in DTYPES or any(module.children()):
         return False
-    drawn = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    x = drawn.to(weight)
+    if isinstance(weight, nn.UninitializedParameter) or weight.is_meta or weight.ndim != 2:
+        return False
+    x = _drawn(weight, weight.shape[1])
     try:
-        found, expected = module(x) - module(torch.zeros_like(x)), x @ weight.mT
+        return _alike(module(x) - module(torch.zeros_like(x)), x @ weight.mT)
     except Exception:  # whatever it wants to be called with, it is no linear map
         return False
+
+
+def _drawn(weight: Tensor, d_in: int) -> Tensor:
+    """Two inputs, drawn at random."""
+    return torch.randn(2, d_in, generator=torch.Generator().manual_seed(0)).to(weight)
+
+
+def _alike(found: object, expected: Tensor) -> bool:
+    """Equal but for rounding."""
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return False
     scale = expected.float().abs().max().clamp(min=1e-12)
     off = (found.float() - expected.float()).abs().max() / scale
-    return off.item() < 8 * torch.finfo(weight.dtype).eps ** 0.75
+    return off.item() < 8 * torch.finfo(expected.dtype).eps ** 0.75
+
+
+@torch.no_grad()
+def _check_gives(path: str, module: nn.Module) -> None:
+    """`UserError` unless a module gives what its matrix and its bias say, however it is called.
+
+    A hook of all modules, a class whose `forward` or `__call__` was changed, or a shift besides the bias
+    would be lost in masked passes.
+    """
+    W = input_output_weight(module)
+    if isinstance(module, nn.Embedding):
+        ids = torch.arange(min(module.num_embeddings, 16), device=W.device)
+        found, expected, formula = module(ids), W[ids], "the rows of its weight"
+    else:
+        x, bias = _drawn(W, W.shape[0]), getattr(module, "bias", None)
+        found, expected = module(x), x @ W if bias is None else x @ W + bias
+        formula = "x W + b, with its weight and bias,"
+    if not _alike(found, expected):
+        raise UserError(
+            f"sites: {path!r}, a {_full_name(module)}, gives something else than {formula} where it is"
+            " called: a hook of all modules, or a changed class, would not act on its subcomponents;"
+            " remove it before decomposing"
+        )
 
 
 @torch.no_grad()
@@ -140,23 +183,34 @@ def check_nothing_is_attached(path: str, module: nn.Module) -> None:
             f"sites: {path!r} has {', '.join(attached)}, which would not act on its subcomponents; remove"
             " it before decomposing (hooks added afterwards act in every pass)"
         )
+    _check_gives(path, module)
+
+
+def _full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _why_not(module: nn.Module) -> str:
     """What a module that cannot be decomposed is, by its full class path, and what to do."""
-    kind = type(module)
-    name = f"a {kind.__module__}.{kind.__qualname__}"
+    name = f"a {_full_name(module)}"
     weight = getattr(module, "weight", None)
     if hasattr(module, "base_layer") and not isinstance(module, nn.Linear | nn.Embedding):
         return f"{name}, an adapter around a matrix (merge the adapter first: merge_and_unload() in peft)"
-    if isinstance(weight, Tensor) and not weight.is_floating_point():
-        return f"{name} with a weight of {weight.dtype} (load the model without quantisation)"
+    if isinstance(weight, Tensor) and weight.dtype not in DTYPES:
+        what = (
+            "real numbers are needed"
+            if weight.is_complex()
+            else "load the model without quantisation"
+        )
+        return f"{name} with a weight of {weight.dtype} ({what})"
     if isinstance(module, nn.modules.conv._ConvNd):
         return (
             f"{name} (convolutions cannot be decomposed; write one as a Linear on unfolded patches)"
         )
     if isinstance(module, nn.Linear):
         return f"{name}, which computes something else than x W + b"
+    if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+        return f"{name}, which computes something else than x W + b with a weight of [d_out, d_in]"
     if isinstance(module, nn.Embedding):
         return f"{name}, whose forward takes something else than the ids of its rows"
     return f"{name} (only Linear, Embedding and Conv1D can be decomposed)"
@@ -178,6 +232,11 @@ def check_weight(path: str, module: nn.Module) -> None:
         )
     if not weight.isfinite().all():
         raise UserError(f"sites: the weight of {path!r} has entries that are not finite")
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        with (
+            torch.no_grad()
+        ):  # a row that is read is shortened in place: all of them, before V and U are made
+            module(torch.arange(module.num_embeddings, device=weight.device))
 
 
 def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, int]:
@@ -194,6 +253,11 @@ def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, i
         if (experts := expert_matrices(module)) is not None
         for name in experts.names
     ]
+    if decomposable(target):
+        raise UserError(
+            f"sites: the target is itself a {_full_name(target)}, which has no name in it; give"
+            " nn.Sequential(target), in which it is '0'"
+        )
     if not patterns:
         raise UserError(f"sites: at least one is needed; decomposable here: {', '.join(usable)}")
     matched: dict[str, str] = {}

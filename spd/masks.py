@@ -186,6 +186,14 @@ class Pass:
         """how often torch had changed the last of them in place when it was read"""
         self.copied: Set[str] = frozenset()
         """sites that read a copy, since the target overwrites what it feeds to them"""
+        self.weights: dict[str, Tensor] | None = None
+        """what the target's own code reads of the weights of sites, if that is watched"""
+
+    def weight_of(self, place: Place, weight: Tensor) -> Tensor:
+        """What code that reads the weight of a site, rather than call it, is given."""
+        if self.weights is None or not weight.is_floating_point():
+            return weight
+        return self.weights.setdefault(self.key(place), weight.detach().requires_grad_())
 
     def key(self, place: Place) -> str:
         """Under which name this pass knows a site."""

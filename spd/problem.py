@@ -151,6 +151,7 @@ class Batches:
                         f"{self.name}: a batch is {describe(item)}; a Tensor, names with Tensors, or (x, y)"
                         " with one of these, is needed"
                     )
+                batch = _plain(batch)
                 if batch.numel() == 0:
                     raise UserError(f"{self.name}: batch {n} is {describe(batch)}: it is empty")
                 yield batch
@@ -175,6 +176,28 @@ class Batches:
                 " each Tensor is that of the examples"
             )
         return NamedTensors(item)
+
+
+def _are_pairs(ties: Any) -> bool:
+    return isinstance(ties, list | tuple) and all(
+        isinstance(tie, list | tuple)
+        and len(tie) == 2
+        and all(isinstance(path, str) for path in tie)
+        for tie in ties
+    )
+
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "target": (lambda x: isinstance(x, nn.Module), "an instance of a torch.nn.Module"),
+    "independent_rows": (lambda x: isinstance(x, bool), "True or False"),
+    "position_weights": (lambda x: x is None or callable(x), "a function of a batch"),
+    "tied_sites": (_are_pairs, "a tuple of pairs of names, (('source', 'tied'),),"),
+    "probes": (lambda x: x is None or isinstance(x, Tensor), "a Tensor"),
+    "solution": (lambda x: isinstance(x, Mapping), "a mapping of sites to patterns"),
+    "target_dir": (lambda x: x is None or isinstance(x, Path), "a pathlib.Path"),
+    "device": (lambda x: isinstance(x, torch.device), "a torch.device"),
+}
+"""what the fields of a problem may be, and in words"""
 
 
 @dataclass(frozen=True)
@@ -210,6 +233,18 @@ class Problem:
     those of `eval_batches` serve that come after the `n_eval_batches` of the verdict"""
 
     def __post_init__(self) -> None:
+        for name, (right, needed) in KINDS.items():
+            given = getattr(self, name)
+            if not right(given):
+                found = f"{given.__name__}, a class" if isinstance(given, type) else describe(given)
+                raise UserError(f"{name}: {found}; {needed} is needed")
+        for path, pattern in self.solution.items():
+            if not isinstance(pattern, Pattern):
+                raise UserError(
+                    f"solution: that of {path!r} is {describe(pattern)}; an Identity or a Dense is needed"
+                )
+        if self.solution and self.probes is None:
+            raise UserError("probes: there are none, but the solution is that on probes; give both")
         allowed = get_args(ReconKind)
         if self.recon not in allowed:
             hint = nearest(str(self.recon).lower(), allowed)
@@ -232,6 +267,17 @@ def copy_folder(source: Path, folder: Path) -> None:
             (folder / path.relative_to(source)).mkdir()
         else:
             shutil.copyfile(path, folder / path.relative_to(source))
+
+
+def _plain(batch: Batch) -> Batch:
+    """Without a graph that it came with, and as autograd can keep it."""
+    if isinstance(batch, NamedTensors):
+        return NamedTensors({name: _plain_tensor(t) for name, t in batch.tensors.items()})
+    return _plain_tensor(batch)
+
+
+def _plain_tensor(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def describe(given: Any) -> str:

@@ -14,8 +14,13 @@ REPO_DIR = PACKAGE_DIR.parent
 
 TRUSTED = "SPD_TRUSTED"
 """folders, as in PATH, below which code may be imported because a run names it; see spd.runs.trust"""
-OF_THE_SHELL_ALONE = re.compile(rf"{TRUSTED}|PATH|PYTHON[A-Z].*|(LD|DYLD)_.*")
-"""settings that decide which code runs: a `.env` cannot set them"""
+OF_THE_SHELL_ALONE = re.compile(
+    rf"{TRUSTED}|PATH|PYTHON[A-Z].*|(LD|DYLD|GIT|XDG|TORCH[A-Z]*|TRITON)_.*|HOME|SHELL|ENV|BASH_ENV"
+    r"|CC|CXX|C[A-Z_]*PATH|LIBRARY_PATH|CUDA_(HOME|PATH)|NVCC.*|MPL.*|.*TRUST_REMOTE_CODE|_.*|.*EXECUTABLE"
+)
+"""settings that decide which code runs, as where git and a compiler are found and what they read: a `.env`
+cannot set them
+"""
 
 PATIENCE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 """has torch's threads spin for a moment while they wait, and then sleep: those of two processes wait less

@@ -156,6 +156,16 @@ def test_a_field_of_the_class_itself_comes_before_the_group():
     assert full_key(Drawing, "scale") == "scale" and full_key(Style, "colour") == "colour"
 
 
+def test_null_is_the_name_of_a_setting_at_the_top_and_nothing_elsewhere():
+    """YAML itself takes the key `null` for None."""
+    assert parse_yaml("null: true\na: {null: 1}") == {"null": True, "a": {None: 1}}
+    assert parse_yaml(dump_yaml({"null": True})) == {"null": True}
+    assert apply_overrides({"a": 1}, ["null=true"]) == {"a": 1, "null": True}
+    assert parse_yaml("null") is None
+    with pytest.raises(ValueError, match="line 2: the key 'null' stands twice"):
+        parse_yaml("null: true\n'null': false")
+
+
 def test_null_takes_an_entry_out():
     raw = {"losses": {"a": {"coeff": 1.0}, "b": {"coeff": 1.0}}, "metrics": {"m.1": {}}, "x": {}}
     assert apply_overrides(raw, ["losses.a=null", 'metrics."m.1"=null', "x.y=null"]) == {

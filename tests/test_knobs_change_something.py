@@ -296,7 +296,7 @@ LAUNCHED = (
 ELSEWHERE = {
     "SPDConfig": ("runs/test_cli.py", "engine/test_gpu.py", "runs/test_starts.py"),
     "LaunchOptions": (*LAUNCHED, "launch/test_launch.py"),
-    "EvalsOptions": LAUNCHED,
+    "EvalsOptions": (*LAUNCHED, "evals/test_controls.py"),
     "SweepOptions": (*LAUNCHED, "sweeps/test_wandb_sweep.py"),
     "Execution": (
         "engine/test_gpu.py",
@@ -304,14 +304,19 @@ ELSEWHERE = {
         "engine/test_precision_and_memory.py",
         "runs/test_starts.py",
     ),
-    "ExperimentConfig": ("runs/test_cli.py", "runs/test_wandb.py", "runs/test_run_seeds.py"),
+    "ExperimentConfig": (
+        *("runs/test_cli.py", "runs/test_wandb.py", "runs/test_run_seeds.py"),
+        "experiments/test_null_targets.py",
+    ),
     "TMSConfig": (
+        "experiments/test_null_targets.py",
         "experiments/test_target_seeds.py",
         "experiments/test_tms_decomposition.py",
         "run_fixtures.py",
         "runs/test_cli.py",
     ),
     "ResidMLPConfig": (
+        "experiments/test_null_targets.py",
         "experiments/test_target_seeds.py",
         "experiments/test_held_out_streams.py",
         "experiments/test_resid_mlp_plots.py",
@@ -324,7 +329,11 @@ ELSEWHERE = {
     "MetricSpec": ("test_metrics.py", "test_registry.py", "reports/test_report.py"),
     "Conclusion": ("test_metrics.py", "reports/test_report.py", "runs/test_wandb.py"),
     "TextConfig": ("experiments/lm/test_lm_text.py", "experiments/lm/test_lm_decomposition.py"),
-    "LMConfig": ("experiments/lm/test_lm_decomposition.py", "experiments/lm/test_lm_loading.py"),
+    "LMConfig": (
+        "experiments/lm/test_lm_decomposition.py",
+        "experiments/lm/test_lm_loading.py",
+        "experiments/lm/test_lm_null.py",
+    ),
     "LlamaSize": ("experiments/lm/test_train_lm.py",),
     "LMTrainConfig": ("experiments/lm/test_train_lm.py",),
     "Definition": ("sweeps/test_sweep_definition.py", "sweeps/test_wandb_sweep.py"),

@@ -95,6 +95,7 @@ def test_every_rung_of_a_single_weight(g: float):
         "stochastic": sum(drawn) / 3,
         "importance_masked": power * (g - 1) ** 2,
         "rounded": 0.0 if g > 0.5 else power,
+        "permuted": power * (g - 1) ** 2,
         "ablated": power,
     }
     for scope, shape in (("batch", (1, 2)), ("row", (3, 2))):
@@ -196,6 +197,7 @@ def test_cross_entropy_recovered_of_every_rung():
     model = prepared.objective.model
     found = climb(model, prepared.problem, batch, steps=(1, 2))
     assert found.recovered.keys() == found.rungs.keys() - {"ablated"}
+    assert found.baselines == {}, "where they are not asked for"
     whole = model.causal_importances(model.target_forward(batch).site_inputs).lower["mid"]
     g = whole.clamp(0, 1)
     zero = seen_under(model, batch, {"mid": torch.zeros_like(g)})[1].mean()

@@ -87,7 +87,7 @@ def test_half_life_goes_with_exponential_alone():
 
 @pytest.mark.parametrize("warmup_frac", [-0.1, 1.0])
 def test_a_warm_up_must_leave_something_of_the_run(warmup_frac: float):
-    with pytest.raises(ValidationError, match="warmup_frac"):
+    with pytest.raises(UserError, match="ScheduleConfig: warmup_frac"):
         ScheduleConfig(warmup_frac=warmup_frac)
 
 

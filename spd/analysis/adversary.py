@@ -23,7 +23,11 @@ ANALYSIS = "analysis/adversary/ladder.json"
 SHOWN = (1, 5, 20, 80)
 """steps at which the search is shown on its way"""
 N_ROWS, N_SEQUENCES = 1024, 8
-WORDS = {"importance_masked": "importances", "rounded": f"rounded at {ROUNDING_THRESHOLD}"}
+WORDS = {
+    "importance_masked": "importances",
+    "permuted": "importances of other rows",
+    "rounded": f"rounded at {ROUNDING_THRESHOLD}",
+}
 
 
 def ladder(
@@ -63,6 +67,10 @@ def described(name: str) -> str:
     return WORDS.get(name, name)
 
 
+MOST = {"steps": 100_000, "restarts": 1_000}
+"""what may be asked for: more would not end"""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """How wrong masks between g and 1 can make a finished run, beside other masks; held-out data."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -71,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--restarts", type=int, default=3, metavar="N", help="(default 3)")
     add_ways_in(parser)
     args = parser.parse_args(argv)
-    for name in ("steps", "restarts"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: at least 1 is needed")
+    for name, most in MOST.items():
+        if not 1 <= getattr(args, name) <= most:
+            parser.error(f"--{name} {getattr(args, name)}: from 1 to {most:,} are allowed")
     with console_log(), user_errors():
         run = load_run(args.run_dir, trust=args.trust, verify=not args.unverified)
         found = ladder(run.prepared, n_steps=args.steps, n_restarts=args.restarts)

@@ -1,4 +1,4 @@
-"""What each subcomponent does on text: sums over one pass, in memory that does not grow with the text."""
+"""What each subcomponent does on data: sums over one pass, in memory that does not grow with the data."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,10 +15,13 @@ TABLE_ENTRIES = 2**26
 """of importance per token and subcomponent: 256 MB"""
 PAIR_ENTRIES = 2**26
 """of joint counts of pairs of subcomponents: 256 MB"""
+SUMS = ("total", "highest", "n_active", "n_positive")
+PARTS = ("contexts", "tokens", "pairs")
+"""what the state of `SubcomponentStatistics` is made of"""
 
 
 class TokenImportances:
-    """Σ g of every subcomponent over the occurrences of every token.
+    """Σ of a value of every subcomponent, such as g, over the occurrences of every token.
 
     Of the tokens, the first `capacity` to appear have a row of their own; what comes later is in
     `others`, so that shares of the total stay exact.
@@ -30,30 +33,59 @@ class TokenImportances:
         """the tokens with a row of their own, in the order of the rows"""
         self.row_of: dict[int, int] = {}
         self.sums = torch.zeros(0, C)
-        self.counts = torch.zeros(0, dtype=torch.long)
+        self.counts = torch.zeros(0, dtype=torch.float64)
+        """occurrences of each, or their weight"""
         self.others = torch.zeros(C)
 
     def update(self, tokens: Int[Tensor, " rows"], g: Float[Tensor, "rows C"]) -> None:
         unique, inverse = tokens.unique(return_inverse=True)
-        sums = torch.zeros(len(unique), g.shape[1], device=g.device).index_add_(0, inverse, g).cpu()
-        counts = inverse.bincount(minlength=len(unique)).cpu()
-        seen = unique.tolist()
+        sums = torch.zeros(len(unique), g.shape[1], device=g.device).index_add_(0, inverse, g)
+        self._add(unique, sums, inverse.bincount(minlength=len(unique)))
+
+    def update_weighted(
+        self,
+        tokens: Int[Tensor, "rows m"],
+        weights: Float[Tensor, "rows m"],
+        g: Float[Tensor, "rows C"],
+    ) -> None:
+        """Where a row has several tokens, each with a weight, such as its probability."""
+        unique, inverse = tokens.unique(return_inverse=True)
+        rows = torch.arange(len(tokens), device=g.device)[:, None].expand_as(tokens)
+        places = torch.stack([inverse.flatten(), rows.flatten()])
+        size = (len(unique), len(tokens))
+        matrix = torch.sparse_coo_tensor(places, weights.flatten(), size, check_invariants=False)
+        counts = torch.zeros(len(unique), dtype=torch.float64, device=g.device)
+        counts.index_add_(0, inverse.flatten(), weights.flatten().double())
+        self._add(unique, torch.sparse.mm(matrix, g), counts)
+
+    def _add(self, unique: Tensor, sums: Tensor, counts: Tensor) -> None:
+        seen, sums, counts = unique.tolist(), sums.cpu(), counts.cpu()
         for token in seen:
             if token not in self.row_of and len(self.ids) < self.capacity:
                 self.row_of[token] = len(self.ids)
                 self.ids.append(token)
         n_new = len(self.ids) - len(self.sums)
         self.sums = torch.cat([self.sums, torch.zeros(n_new, sums.shape[1])])
-        self.counts = torch.cat([self.counts, torch.zeros(n_new, dtype=torch.long)])
+        self.counts = torch.cat([self.counts, torch.zeros(n_new, dtype=torch.float64)])
         rows = torch.tensor([self.row_of.get(token, -1) for token in seen])
         own = rows >= 0
         self.sums[rows[own]] += sums[own]
         self.counts[rows[own]] += counts[own]
         self.others += sums[~own].sum(dim=0)
 
+    def state(self) -> dict[str, Tensor]:
+        """What it goes on from."""
+        ids = torch.tensor(self.ids, dtype=torch.long)
+        return {"ids": ids, "sums": self.sums, "counts": self.counts, "others": self.others}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.ids = state["ids"].tolist()
+        self.row_of = {token: row for row, token in enumerate(self.ids)}
+        self.sums, self.counts, self.others = state["sums"], state["counts"], state["others"]
+
     def means(self, min_count: int) -> Float[Tensor, "tokens C"]:
         """Mean importance on each token; 0 for tokens seen less than `min_count` times."""
-        means = self.sums / self.counts.clamp(min=1)[:, None]
+        means = self.sums / self.counts.clamp(min=1).float()[:, None]
         return means * (self.counts >= min_count)[:, None]
 
     def shares(self) -> Float[Tensor, "tokens C"]:
@@ -88,6 +120,13 @@ class JointCounts:
                 return start, block[c - start]
             start += len(block)
         raise IndexError(c)
+
+    def state(self) -> dict[str, Tensor]:
+        """What it goes on from."""
+        return {str(place): block for place, block in enumerate(self.blocks)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.blocks = [state[str(place)] for place in range(len(self.sizes))]
 
 
 class Statistics(NamedTuple):
@@ -136,30 +175,33 @@ class SubcomponentStatistics:
 
     def update(
         self,
-        tokens: Int[Tensor, "batch position"],
+        tokens: Tensor,
         upper: Mapping[str, Float[Tensor, "batch position _C"]],
         acts: Mapping[str, Float[Tensor, "batch position _C"]],
         kept: Bool[Tensor, "batch position"] | None = None,
     ) -> None:
         """`upper` are the upper-leaky importances: above 1 they still have an order.
 
-        What is not `kept` counts nowhere, and is the middle of no context.
+        What is not `kept` counts nowhere, and is the middle of no context. Of toys `tokens` are inputs,
+        `[batch, 1, width]`, which have contexts and no table of their own.
         """
         raw = torch.cat([upper[path] for path in self.sites], dim=-1).float()
         if kept is None:
-            kept = torch.ones_like(tokens, dtype=torch.bool)
+            kept = torch.ones(raw.shape[:-1], dtype=torch.bool, device=raw.device)
         raw = raw * kept[..., None]
         g = raw.clamp(0.0, 1.0)
         active = g > ALIVE_THRESHOLD
-        positive = torch.cat([acts[path] > 0 for path in self.sites], dim=-1) & active
+        activation = torch.cat([acts[path] for path in self.sites], dim=-1).float()
+        positive = (activation > 0) & active
         rows = g[kept]
         self.n_positions += len(rows)
         self.total += rows.sum(dim=0, dtype=torch.float64).cpu()
         self.highest = self.highest.maximum(rows.amax(dim=0).cpu())
         self.n_active += active[kept].sum(dim=0).cpu()
         self.n_positive += positive[kept].sum(dim=0).cpu()
-        self.contexts.update(tokens, raw)
-        self.tokens.update(tokens[kept], rows)
+        self.contexts.update(tokens, raw, activation)
+        if not tokens.is_floating_point():
+            self.tokens.update(tokens[kept], rows)
         self.pairs.update(active[kept].float())
 
     def compute(self) -> Statistics:
@@ -176,3 +218,26 @@ class SubcomponentStatistics:
             tokens=self.tokens,
             pairs=self.pairs,
         )
+
+    def state(self) -> dict[str, Tensor]:
+        """What it goes on from."""
+        sums = {name: getattr(self, name) for name in SUMS}
+        parts = {name: getattr(self, name).state() for name in PARTS}
+        nested = {f"{name}.{key}": t for name, own in parts.items() for key, t in own.items()}
+        return {**sums, **nested, "n_positions": torch.tensor(self.n_positions)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name in SUMS:
+            setattr(self, name, state[name])
+        for name in PARTS:
+            getattr(self, name).load_state(part_of(state, name))
+        self.n_positions = int(state["n_positions"])
+
+
+def part_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What a state holds below a name."""
+    return {
+        key.removeprefix(f"{name}."): tensor
+        for key, tensor in state.items()
+        if key.startswith(f"{name}.")
+    }

@@ -295,6 +295,8 @@ class ComponentModel(nn.Module):
             self.running.current = before
 
     def _check_current(self) -> None:
+        if self.target.training:  # it has been told so by itself
+            self.target.eval()
         if self.running.over:
             raise UserError(
                 "this model's target has been decomposed again since, so that its subcomponents are no part"

@@ -55,7 +55,14 @@ class Site(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.original.weight  # pyright: ignore[reportReturnType]
+        weight: Tensor = self.original.weight  # pyright: ignore[reportAssignmentType]
+        current = self.running.current
+        return weight if current is None else current.weight_of(self.place, weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the original computes."""
+        return self.original.weight.dtype  # pyright: ignore[reportReturnType]
 
     @property
     def bias(self) -> Tensor | None:
@@ -134,11 +141,13 @@ class Site(nn.Module):
     def masked(self, x: Tensor, mask: SiteMask) -> Tensor:
         """What the site gives out where it is replaced, in the type in which the target computes."""
         read = x
-        own, given = self.subcomponents.V.dtype, self.weight.dtype
+        own, given = self.subcomponents.V.dtype, self.dtype
         mixed = given != own and not torch.is_autocast_enabled(x.device.type)
         if mixed and not self.subcomponents.reads_ids:
             read = x.to(own)
         h = self.subcomponents.acts(read)
+        if mask.components is not None and not torch.compiler.is_compiling():
+            self._check_rows(h.shape, mask.components.shape)
         out = self.subcomponents.write(h, mask.components)
         if mask.delta is not None:
             remainder = self._original_without_bias(read) - self.subcomponents.write(h, None)
@@ -150,6 +159,16 @@ class Site(nn.Module):
         if mask.routed is None:
             return out
         return torch.where(mask.routed[..., None], out, self.original(x))
+
+    def _check_rows(self, read: torch.Size, masked: torch.Size) -> None:
+        """`UserError` where a mask is for another number of rows than the site reads."""
+        pairs = zip(reversed(read), reversed(masked), strict=False)
+        if any(n != m and 1 not in (n, m) for n, m in pairs):
+            raise UserError(
+                f"masks: {self.place.path!r} reads {tuple(read[:-1])} rows in a masked pass, for masks of"
+                f" {tuple(masked[:-1])}; if the target chooses these rows by what it computes, it cannot"
+                " be a site"
+            )
 
     def _original_without_bias(self, x: Tensor) -> Tensor:
         if self.subcomponents.reads_ids:

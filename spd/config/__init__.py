@@ -7,13 +7,11 @@ its place and what is allowed. Numbers and truth values are those of YAML 1.2 (`
 import difflib
 import itertools
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -25,62 +23,21 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from spd.config.errors import (
+    Exit,
+    RunError,
+    Unreachable,
+    UserError,
+    cut,
+    printable,
+    report_error,
+    shown,
+)
 from spd.config.yaml_file import MAX_BYTES, MAX_DEPTH, dump_yaml, parse_yaml
 
+__all__ = ["Exit", "RunError", "Unreachable", "UserError", "printable", "report_error", "shown"]
+
 Config = TypeVar("Config", bound="BaseConfig")
-
-
-class Exit(IntEnum):
-    """The exit statuses of all commands."""
-
-    DONE = 0
-    FAILED = 1
-    MISTAKE = 2
-    """of the user, in a configuration or on a command line"""
-    UNREACHABLE = 3
-    """data or a model cannot be had from here"""
-    INTERRUPTED = 130
-    """by Ctrl-C: 128 and the number of the signal, as of any other signal"""
-    TERMINATED = 143
-
-
-class UserError(ValueError):
-    """A mistake in what the user gave: shown as one message, without a traceback."""
-
-    status = Exit.MISTAKE
-
-
-class Unreachable(UserError):  # noqa: N818 - it is a condition of the surroundings
-    """Data or a model that cannot be had from here, as without a network or a key."""
-
-    status = Exit.UNREACHABLE
-
-
-class RunError(RuntimeError):
-    """Work that was done in vain, for a reason that one message tells."""
-
-    status = Exit.FAILED
-
-
-def report_error(error: UserError | RunError) -> Exit:
-    """Print the message of an error on stderr; the exit status that belongs to it."""
-    print(f"error: {printable(str(error))}", file=sys.stderr)
-    return error.status
-
-
-def printable(text: str) -> str:
-    """The same, with what no terminal shows (and would obey) written as Python writes it in a string."""
-    kept = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    return "".join(kept)
-
-
-def shown(value: object) -> str:
-    """The `repr` of a value, for a message: one that is long is cut."""
-    return _cut(repr(value), 200)
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 NAMED_SPECS = ("losses", "metrics", "figures")
@@ -104,6 +61,18 @@ class BaseConfig(BaseModel):
 
     open_group: ClassVar[str | None] = None
     """A field that is a group of settings whose keys an override may name without it."""
+
+    if not TYPE_CHECKING:  # which knows the fields
+
+        def __init__(self, /, **given: Any) -> None:
+            """`UserError` in the words of `parse` where something given cannot be."""
+            try:
+                super().__init__(**given)
+            except ValidationError as error:
+                raise _user_error(type(self), error, type(self).__name__) from None
+
+        # to pydantic it is its own, which `model_validate` does without
+        __init__.__pydantic_base_init__ = True
 
     @model_validator(mode="before")
     @classmethod
@@ -203,17 +172,21 @@ def parse(cls: type[Config], raw: Mapping[str, Any], source: str) -> Config:
     try:
         return cls.model_validate(raw)
     except ValidationError as error:
-        found = error.errors()
-        lines = [_describe(cls, details) for details in found[:MAX_LISTED]]
-        if len(found) > MAX_LISTED:
-            lines.append(f"and {len(found) - MAX_LISTED} more")
-        raise UserError(f"{source}: " + "\n  ".join(lines)) from None
+        raise _user_error(cls, error, source) from None
+
+
+def _user_error(cls: type[BaseConfig], error: ValidationError, source: str) -> UserError:
+    found = error.errors()
+    lines = [_describe(cls, details) for details in found[:MAX_LISTED]]
+    if len(found) > MAX_LISTED:
+        lines.append(f"and {len(found) - MAX_LISTED} more")
+    return UserError(f"{source}: " + "\n  ".join(lines))
 
 
 def load_config(cls: type[Config], path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read, override and validate one configuration file."""
     overrides = list(overrides)
-    source = f"{path} with {_cut(' '.join(overrides), 400)}" if overrides else str(path)
+    source = f"{path} with {cut(' '.join(overrides), 400)}" if overrides else str(path)
     return parse(cls, apply_overrides(read_yaml(path), _in_full(cls, overrides)), source)
 
 
@@ -336,7 +309,7 @@ def _no_numbers(annotation: Any, value: Any) -> Iterator[tuple[list[str], Any]]:
 
 def _describe(cls: type[BaseConfig], details: Any) -> str:
     """One validation problem in words: place, value, what is allowed."""
-    loc = [_cut(str(part), 100) for part in details["loc"] if part not in UNSPOKEN]
+    loc = [cut(str(part), 100) for part in details["loc"] if part not in UNSPOKEN]
     named_once = [part for i, part in enumerate(loc) if i == 0 or part != loc[i - 1]]
     place = ".".join(named_once) or "the configuration"
     match details["type"]:
@@ -351,11 +324,15 @@ def _describe(cls: type[BaseConfig], details: Any) -> str:
             return f"{place}: a value is required"
         case "union_tag_invalid":
             known = details["ctx"]["expected_tags"]
-            tag = _cut(str(details["ctx"]["tag"]), 100)
+            tag = cut(str(details["ctx"]["tag"]), 100)
             hint = nearest(tag, [name.strip().strip("'") for name in known.split(",")])
             return f"{place}: unknown name {tag!r}{hint} (allowed: {known})"
+        case "literal_error" if isinstance(details["input"], str):
+            known = details["ctx"]["expected"]
+            hint = nearest(details["input"], re.findall(r"'([^']*)'", known))
+            return f"{place}: unknown name {shown(details['input'])}{hint} (allowed: {known})"
         case "value_error":
-            return f"{place}: {_cut(str(details['ctx']['error']), 1000)}"
+            return f"{place}: {cut(str(details['ctx']['error']), 1000)}"
         case problem if problem == NO_NUMBER:
             where, found = details["ctx"]["where"], details["ctx"]["found"]
             place = ".".join([*named_once, where])

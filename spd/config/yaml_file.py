@@ -125,6 +125,9 @@ class _Loader(Composer, _Events, SafeConstructor, Resolver):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
+        for key, _ in node.value if self.depth == 1 else ():
+            if key.tag.endswith(":null") and key.value == "null":
+                key.tag = "tag:yaml.org,2002:str"  # a setting of that name, not the key None
         lines: dict[Any, int] = {}
         for key, _ in node.value:
             name, line = (key.tag, str(key.value)), key.start_mark.line + 1

@@ -62,7 +62,10 @@ def _next_batch(batches: Iterator[Batch], step: int, steps: int) -> Batch:
     try:
         return as_batch(next(batches))
     except StopIteration:
-        raise RunError(f"the training data ended before step {step} of {steps}") from None
+        raise RunError(
+            f"train_batches: the data ended before step {step} of {steps}; an iterator ends for good,"
+            " a list or a DataLoader begins again"
+        ) from None
 
 
 def shared(state: State, by_example: Set[str] = frozenset()) -> State:

@@ -2,12 +2,11 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from spd.component_model import ComponentModel
 from spd.config import UserError
@@ -16,12 +15,12 @@ from spd.engine.ensemble import check_one_target
 from spd.engine.experts import check_experts, join_, take_experts_apart_
 from spd.engine.layers import checkpoint_layers_, layers_of
 from spd.engine.step import may_compile, passes_of
+from spd.engine.target_check import check_effects, check_known, check_module, check_output
 from spd.engine.zero_rows import ZeroRows
 from spd.losses import State, StepContext
-from spd.masks import RoutedInput, SiteMask
 from spd.metrics import HeldOutLosses, Metric, collect
 from spd.objective import Objective
-from spd.problem import Batch, NamedTensors, Problem, as_batch, describe, run_target
+from spd.problem import Batch, NamedTensors, Problem, as_batch
 from spd.spd_config import SPDConfig
 
 logger = logging.getLogger(__name__)
@@ -50,6 +49,7 @@ def prepare(problem: Problem, config: SPDConfig, *, quiet: bool = False) -> Prep
         raise UserError(
             "torch.inference_mode is on here, in which nothing can be trained; decompose outside of it"
         )
+    check_module(problem.target)
     take_experts_apart_(problem.target, config.sites)
     model = ComponentModel(
         problem.target,
@@ -72,7 +72,8 @@ def prepare(problem: Problem, config: SPDConfig, *, quiet: bool = False) -> Prep
             f"n_eval_batches: {config.n_eval_batches} are wanted, but the held-out data ended after"
             f" {len(eval_batches)}"
         )
-    _check_output(problem.target, eval_batches[0])
+    check_output(problem, eval_batches[0])
+    check_known(problem, model)
     check_experts(model, eval_batches[0])
     model.check_importance(eval_batches[0])
     if execution.compile is True and not may_compile(execution, model):
@@ -85,7 +86,7 @@ def prepare(problem: Problem, config: SPDConfig, *, quiet: bool = False) -> Prep
             f" {str(execution.activation_checkpointing).lower()})"
         )
     if not quiet:
-        warn_of_no_effect(model, eval_batches[0])
+        check_effects(model, eval_batches[0])
     zero_rows = ZeroRows(model, problem, eval_batches)
     prepared = Prepared(problem, config, objective, eval_batches, zero_rows)
     build_metrics(prepared, at_end=True)
@@ -100,96 +101,6 @@ def _held_out(problem: Problem, n: int) -> list[Batch]:
         what = f"n_eval_batches: {n} batches of held-out data need"
         require_memory(n * batch.numel() * NUMBER, what, batch.device)
     return [*first, *islice(batches, n - len(first))]
-
-
-@torch.no_grad()
-def _check_output(target: nn.Module, batch: Batch) -> None:
-    """`UserError` unless the target gives one Tensor of numbers for a batch, and the same one again."""
-    if batch.numel() == 0:
-        raise UserError(f"eval_batches: the first is {describe(batch)}: it is empty")
-    try:
-        output = run_target(target, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a target raises for a batch that is not the one it needs
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"target: {type(target).__name__} fails on the first batch of eval_batches,"
-            f" {describe(batch)}: {type(error).__name__}: {reason}; a batch is the argument of its forward,"
-            " or a dict of them by name where it needs several"
-        ) from error
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        raise UserError(
-            f"target: {type(target).__name__} returns {_kind(output)}; one Tensor of numbers is needed,"
-            " so give a module whose forward picks it out of what yours returns"
-        )
-    if not torch.allclose(output, run_target(target, batch), rtol=1e-3, atol=1e-5, equal_nan=True):
-        raise UserError(
-            f"target: {type(target).__name__} gives two different outputs for one batch, in evaluation"
-            " mode too; remove what is random in it, such as dropout in its forward, before decomposing"
-        )
-
-
-def warn_of_no_effect(model: ComponentModel, batch: Batch) -> None:
-    """Say which sites leave the output as it is even if they give out nothing but their bias."""
-    if batch.is_meta:
-        return
-    inputs = model.target_forward(batch).site_inputs  # refuses a site that is not called once
-    idle = {path for path, x in inputs.items() if isinstance(x, RoutedInput) and not len(x.rows)}
-    if idle:
-        logger.warning(
-            "%d matrices of experts are not used on the first batch of held-out data, since no token is"
-            " routed to them: %s",
-            len(idle),
-            ", ".join(sorted(idle)[:4]) + (", …" if len(idle) > 4 else ""),
-        )
-    if layers_of(model.target) and not any(isinstance(x, RoutedInput) for x in inputs.values()):
-        batch = batch[:1]  # a row of tokens shows it, in a fraction of the memory
-    for path in _without_slope(model, batch):
-        if path in idle:
-            continue
-        nothing = torch.zeros(model.sites[path].C, device=batch.device)
-        with torch.no_grad():
-            whole, ablated = model(batch, {}), model(batch, {path: SiteMask(nothing)})
-        if torch.equal(whole, ablated):
-            logger.warning(
-                "site %r has no effect on the output: ablating it changes nothing on the first batch of"
-                " held-out data",
-                path,
-            )
-
-
-def _without_slope(model: ComponentModel, batch: Batch) -> list[str]:
-    """The sites on whose masks a random projection of the output does not depend, to first order."""
-    scale = {
-        path: torch.ones(site.C, device=batch.device, requires_grad=True)
-        for path, site in model.sites.items()
-    }
-    with torch.enable_grad():
-        output = model(batch, {path: SiteMask(m) for path, m in scale.items()})
-        drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-        seen = output.isfinite()
-        projected = (output.where(seen, 0.0) * drawn.to(output.device)).sum()
-        slopes = torch.autograd.grad(projected, list(scale.values()), allow_unused=True)
-    return [
-        path
-        for path, slope in zip(scale, slopes, strict=True)
-        if slope is None or not slope.count_nonzero()
-    ]
-
-
-def _kind(output: object) -> str:
-    match output:
-        case None:
-            return "None"
-        case Tensor():
-            return f"a Tensor of {output.dtype}"
-        case Mapping():
-            return f"a {type(output).__name__} with the keys {', '.join(map(str, output))}"
-        case tuple() | list():
-            return f"a {type(output).__name__} of {len(output)}"
-        case _:
-            return f"a {type(output).__name__}"
 
 
 def check_side_by_side(runs: Sequence[Prepared]) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spd.config import UserError, read_yaml
+from spd.evals.controls import is_control
 from spd.evals.summary import Rate, in_words
 from spd.launch.study import STUDY_FILE, find_study, study_jobs
 from spd.metrics.causes import BY_SOLUTION, beyond
-from spd.reports.results import Result, read_result
+from spd.reports.results import read_result
 from spd.run_files import CONFIG_FILE, RESULT_FILE, STARTS
 from spd.runs.console import console_log, user_errors
 
@@ -104,23 +105,21 @@ def with_losses(runs: Sequence[Judged], within: float) -> list[tuple[bool, bool]
 
 
 def judged(directory: Path) -> Judged | None:
-    """Both verdicts of a finished run, from its files; None where it was not judged by a solution."""
+    """Both verdicts of a finished run, from its files; None of a control, and without a known solution."""
     result = read_result(directory / RESULT_FILE)
     values = {row.key: row.value for row in result.rows}
-    by_solution = any(key.partition("/")[0] in BY_SOLUTION for key in values)
+    config = read_yaml(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
+    by_solution = not is_control(config) and any(
+        key.partition("/")[0] in BY_SOLUTION for key in values
+    )
     if result.solved is None or not by_solution:
         return None
     without = {k: v for k, v in values.items() if k.partition("/")[0] not in BY_SOLUTION}
     name = f"{directory.parent.name}/{directory.name}"
-    group = _group(directory, result)
+    group = (
+        f"{result.experiment}, {result.steps} steps, target seed {config.get('target_seed') or 0}"
+    )
     return Judged(name, group, result.solved, tuple(beyond(without)), values.get(LOSS))
-
-
-def _group(directory: Path, result: Result) -> str:
-    """What runs have in common that differ in their seed alone."""
-    config = read_yaml(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
-    target = config.get("target_seed") or 0
-    return f"{result.experiment}, {result.steps} steps, target seed {target}"
 
 
 def runs_in(place: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator
 
 from spd.config import Exit, UserError, parse
+from spd.evals.controls import controls_of
 from spd.launch.arguments import (
     Arguments,
     Command,
@@ -73,6 +74,11 @@ class EvalsOptions(LaunchOptions):
     target_seeds: Annotated[tuple[int, ...], BeforeValidator(_seed_list)] = Field(
         default=(), description="of toy targets: how many, or which; every seed runs on each"
     )
+    nulls: bool = Field(
+        default=False,
+        description="each experiment also on a target as it is initialised and, of toys, with an identity"
+        " matrix inserted and with pairs of features always on together",
+    )
     wait: bool = Field(default=False, description="on SLURM: wait for the jobs, then collect")
     collect: str | None = Field(
         default=None, description="the table of an earlier study, by its ID"
@@ -117,7 +123,16 @@ def _run(arguments: Arguments) -> int:
     earlier = [name for name in ("collect", "resume", "cancel") if getattr(options, name)]
     if not earlier:
         return _new(arguments.positional, options)
-    new = ("experiments", "seeds", "target_seeds", "ensemble", "retries", "nodes", "processes")
+    new = (
+        "experiments",
+        "seeds",
+        "target_seeds",
+        "nulls",
+        "ensemble",
+        "retries",
+        "nodes",
+        "processes",
+    )
     if len(earlier) > 1 or arguments.positional or given.keys() & set(new):
         raise UserError(f"--{earlier[0]} takes the study as it is: no {', '.join(new)}, overrides")
     study = find_study(KIND, getattr(options, earlier[0]))
@@ -145,6 +160,7 @@ def _new(overrides: Sequence[str], options: EvalsOptions) -> int:
             "experiments": [get_experiment(name).name for name in options.experiments],
             "seeds": options.seeds,
             "target_seeds": options.target_seeds,
+            "nulls": options.nulls,
             "nodes": options.nodes,
             "processes": options.processes,
             "overrides": list(overrides),
@@ -231,6 +247,8 @@ def check_overrides(overrides: Sequence[str], options: EvalsOptions) -> None:
         config = checked_config(name, [*overrides, f"seed={max(options.seeds)}"])
         if options.target_seeds and "target_seed" not in type(config).model_fields:
             raise UserError(f"--target-seeds: {name} trains no target of its own")
+        for changes in controls_of(name, config).values() if options.nulls else ():
+            checked_config(name, [*overrides, *changes])
         batch_size = getattr(config, "batch_size", n_processes)
         if batch_size % n_processes:
             raise UserError(
@@ -240,16 +258,35 @@ def check_overrides(overrides: Sequence[str], options: EvalsOptions) -> None:
 
 
 def eval_jobs(directory: Path, overrides: Sequence[str], options: EvalsOptions) -> list[Job]:
-    """One per experiment, target and seed, or for all seeds; they run the study's own copy of the code."""
+    """One per experiment, target and seed, or for all seeds; they run the study's own copy of the code.
+
+    Controls come first, so that the report of a run finds its null run.
+    """
     jobs = []
     for name in options.experiments:
+        controls = _controls(name, overrides, options)
         together = side_by_side(name, options)
         groups = [options.seeds] if together else [(seed,) for seed in options.seeds]
-        for target_seed in options.target_seeds or (None,):
-            jobs += [
-                _job(directory, name, seeds, target_seed, overrides, options) for seeds in groups
-            ]
+        for suffix, changes in (*controls.items(), ("", ())):
+            for target_seed in options.target_seeds or (None,):
+                jobs += [
+                    _job(
+                        *(directory, name, seeds, target_seed, [*overrides, *changes], options),
+                        suffix=suffix,
+                    )
+                    for seeds in groups
+                ]
     return jobs
+
+
+def _controls(
+    name: str, overrides: Sequence[str], options: EvalsOptions
+) -> dict[str, Sequence[str]]:
+    if not options.nulls:
+        return {}
+    from spd.runs.cli import checked_config
+
+    return controls_of(name, checked_config(name, overrides))
 
 
 def side_by_side(name: str, options: EvalsOptions) -> bool:
@@ -272,14 +309,17 @@ def _job(
     target_seed: int | None,
     overrides: Sequence[str],
     options: EvalsOptions,
+    *,
+    suffix: str = "",
 ) -> Job:
     experiment, code = get_experiment(name), directory / "code"
     several = len(seeds) > 1
     named = experiment.name
     target = "" if target_seed is None else f"-target{target_seed}"
-    job_name = f"{named}{target}-seeds" if several else f"{named}{target}-seed{seeds[0]}"
+    of = f"{named}{suffix}{target}"
+    job_name = f"{of}-seeds" if several else f"{of}-seed{seeds[0]}"
     minutes = len(seeds) * expected_minutes(name, overrides, gpu=uses_gpus(options))
-    base = output_root().absolute() / named / f"{directory.name}{target}"
+    base = output_root().absolute() / named / f"{directory.name}{target}{suffix}"
     run_dir = base if several else seed_directory(base, seeds[0])
     command = joined_python(
         options,

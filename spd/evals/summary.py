@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spd.evals.controls import CONTROLS
 from spd.launch.job import Job, Status
 from spd.launch.watch import duration
 from spd.reports.dots import Dot, Panel, dots
@@ -27,6 +28,7 @@ from spd.run_files import (
 )
 
 PAGE, DATA = "summary.html", "summary.json"
+MEANINGS = {control.suffix: control.meaning for control in CONTROLS}
 ERRORS = "errors/total"
 """the key of what the known pattern is matched by"""
 
@@ -93,6 +95,8 @@ class Row(NamedTuple):
     """the known pattern; None: none is known"""
     misses: list[str]
     """in what it is not as expected"""
+    control: str = ""
+    """what it is run on in place of the experiment itself"""
 
     @property
     def headlines(self) -> list[Figure]:
@@ -125,7 +129,8 @@ class Row(NamedTuple):
             return "skipped"
         states = [seed.state for seed in self.seeds]
         counts = [f"{states.count(s)} {s}" for s in dict.fromkeys(states) if s != "finished"]
-        return "; ".join(counts + ["missed"] * bool(self.misses)) or "as expected"
+        fine = "control" if self.control else "as expected"
+        return "; ".join(counts + ["missed"] * bool(self.misses)) or fine
 
     @property
     def details(self) -> list[str]:
@@ -152,12 +157,15 @@ def write_summary(
 ) -> Summary:
     """Write `summary.html` and `summary.json` into the study."""
     rows = [
-        summarise(name, [seed for job in group for seed in _seeds(directory, job, statuses)])
-        for name, group in _by_experiment(jobs, record).items()
+        summarise(
+            *(name + suffix, [seed for job in group for seed in _seeds(directory, job, statuses)]),
+            control=MEANINGS.get(suffix, ""),
+        )
+        for (name, suffix), group in _by_experiment(jobs, record).items()
     ]
     states = [status.state for status in statuses.values()]
     unfinished = any(state not in ("finished", "failed", "skipped") for state in states)
-    good = not any(row.misses for row in rows)
+    good = not any(row.misses for row in rows if not row.control)
     good = good and all(state in ("finished", "skipped") for state in states)
     contents = {
         "study": directory.name,
@@ -208,13 +216,17 @@ def _picture(directory: Path, row: Row) -> Picture | None:
     return Picture(text, b64encode(png).decode(), width, numbers.name)
 
 
-def summarise(name: str, seeds: list[Seed]) -> Row:
-    """The figures of one experiment over its finished seeds, and in what they are not as expected."""
+def summarise(name: str, seeds: list[Seed], control: str = "") -> Row:
+    """The figures of one experiment over its finished seeds, and in what they are not as expected.
+
+    Of a control nothing is expected here.
+    """
     results = [seed.result for seed in seeds if seed.result is not None]
     figures = figures_over(results)
     solved = rate_of([result.solved for result in results])
     matching = rate_of([matches_pattern(result) for result in results])
-    return Row(name, figures, seeds, solved, matching, _misses(results, figures))
+    misses = [] if control else _misses(results, figures)
+    return Row(name, figures, seeds, solved, matching, misses, control)
 
 
 def format_rows(rows: Sequence[Row]) -> str:
@@ -233,6 +245,7 @@ def format_rows(rows: Sequence[Row]) -> str:
         for line in table
     ]
     details = [f"{row.experiment}: {detail}" for row in rows for detail in row.details]
+    details += [f"{row.experiment}: {row.control}" for row in rows if row.control]
     return "\n".join([*lines, *details])
 
 
@@ -250,11 +263,20 @@ def _misses(results: Sequence[Result], figures: Sequence[Figure]) -> list[str]:
     return misses
 
 
-def _by_experiment(jobs: Sequence[Job], record: Mapping[str, Any]) -> dict[str, list[Job]]:
-    return {
-        name: [job for job in jobs if re.match(rf"{re.escape(name)}(-target\d+)?-seed", job.name)]
+def _by_experiment(
+    jobs: Sequence[Job], record: Mapping[str, Any]
+) -> dict[tuple[str, str], list[Job]]:
+    """(experiment, suffix of a control or nothing) → its jobs."""
+    groups = {
+        (name, suffix): [
+            job
+            for job in jobs
+            if re.match(rf"{re.escape(name + suffix)}(-target\d+)?-seed", job.name)
+        ]
         for name in record["experiments"]
+        for suffix in ("", *MEANINGS)
     }
+    return {key: group for key, group in groups.items() if group or not key[1]}
 
 
 def _seeds(directory: Path, job: Job, statuses: Mapping[str, Status]) -> Iterator[Seed]:
@@ -294,6 +316,7 @@ def _plain(row: Row) -> dict[str, Any]:
         "pattern": _plain_rate(row.matching),
         "n_finished": len(row.finished),
         "verdict": row.verdict,
+        "control": row.control,
         "as_expected": row.verdict == "as expected",
     }
 

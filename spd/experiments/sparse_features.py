@@ -116,7 +116,7 @@ class InheritedFeatures(BaseConfig):
 def _features(values: dict[str, Any]) -> SparseFeatureConfig:
     """`ValueError` with the reason alone if they do not go together."""
     try:
-        return SparseFeatureConfig(**values)
+        return SparseFeatureConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 

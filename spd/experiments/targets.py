@@ -36,7 +36,7 @@ from spd.config import (
     to_yaml,
 )
 from spd.experiments.target_training import TargetTrainConfig, seed_table
-from spd.run_files import forbidden, write_safetensors
+from spd.run_files import forbidden, read_json, write_safetensors
 from spd.runs.console import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ class TargetKind(NamedTuple):
     """Says in words what a training's record holds."""
     check: Callable[[Any, torch.device], None] = lambda config, device: None
     """Raises what is wrong with a training before anything of it is done or written."""
+    untrained: Callable[[Any, torch.device], TrainedTarget] | None = None
+    """The target as its training begins, from the first seed of a `config_class`."""
 
 
 def resolve_target(
@@ -82,6 +84,7 @@ def resolve_target(
     folders: Iterable[Path] = (),
     check: Callable[[Any], object] = lambda config: None,
     seed: int | None = None,
+    null: bool = False,
 ) -> Path:
     """The local directory of the target that a decomposition names.
 
@@ -89,7 +92,8 @@ def resolve_target(
     reference, or a training YAML, which is trained on first use. Relative paths are looked for in
     the working directory, then in `folders`. `check` sees a training's configuration before any
     time is spent on it, and raises what is wrong with the decomposition. With a `seed` it is another
-    target of the same training (`with_seed`); `UserError` if it is trained already.
+    target of the same training (`with_seed`); `UserError` if it is trained already. A `null` one is as that
+    training begins: its weights are as they are drawn at random.
     """
     start = time.perf_counter()
     if target.startswith(WANDB_PREFIX):
@@ -105,9 +109,16 @@ def resolve_target(
         else:
             config = with_seed(load_config(kind.config_class, path), seed)
             check(config)
+            if null:
+                return _null_target(path.stem, config, kind, device)
             directory, trained = cached_target(path.stem, config, kind, device=device)
             what = f"trained from {path}:" if trained else f"trained earlier from {path}:"
     check_target(directory, kind)
+    if null:
+        own = directory / CONFIG_FILE
+        config = parse(kind.config_class, read_yaml(own), str(own))
+        check(config)
+        return _null_target(directory.name, config, kind, device)
     logger.info("target: %s %s (%.1f s)", what, directory, time.perf_counter() - start)
     return directory
 
@@ -122,6 +133,15 @@ def with_seed(config: BaseConfig, seed: int | None) -> BaseConfig:
     assert isinstance(config, TargetTrainConfig), "the training of a toy target"
     own = {"seed": config.seed + seed * config.n_seeds, "data_seed": config.data_seed + seed}
     return config.model_copy(update=own)
+
+
+def _null_target(stem: str, config: BaseConfig, kind: TargetKind, device: torch.device) -> Path:
+    """The directory of the target that this training begins with."""
+    assert kind.untrained is not None, f"a {kind.name} target that cannot be untrained"
+    kind = kind._replace(train=kind.untrained)
+    directory, _ = cached_target(f"{stem}-null", config, kind, device=device)
+    logger.info("target: %s, as it is initialised", directory)
+    return directory
 
 
 def _check_no_seed(seed: int | None, target: Path | str) -> None:
@@ -273,12 +293,22 @@ def target_cli(kind: TargetKind, arguments: list[str] | None = None) -> int:
         device = resolve_device(options.device)
         directory, trained = cached_target(options.config.stem, config, kind, device=device)
         check_target(directory, kind)
+        record = read_json(directory / RECORD_FILE)
+        summary, seconds = _said_of(kind, record, directory / RECORD_FILE)
     except (UserError, RunError) as error:
         return report_error(error)
     except KeyboardInterrupt:
         print("interrupted; nothing was saved", file=sys.stderr)
         return Exit.INTERRUPTED
-    record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
-    print(kind.summary(record))
-    print(f"{'trained' if trained else 'trained earlier'} in {record['seconds']} s: {directory}")
+    print(summary)
+    print(f"{'trained' if trained else 'trained earlier'} in {seconds} s: {directory}")
     return 0
+
+
+def _said_of(kind: TargetKind, record: Any, path: Path) -> tuple[str, float]:
+    """A training in words, and its seconds, by the record that lies in the cache."""
+    try:
+        return kind.summary(record), record["seconds"]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not the record of a training: {reason}") from None

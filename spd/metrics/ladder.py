@@ -7,6 +7,7 @@ stronger adversary, not another quantity, so that every figure has its number of
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -18,7 +19,9 @@ from torch import Tensor
 from spd.adversary import Attack, Found, Scope, attack
 from spd.component_model import ComponentModel
 from spd.losses import StepContext, mean_over_rows, recon_errors
-from spd.masks import MASK_KINDS, Thresholds, further_masks, masks_of
+from spd.masks import MASK_KINDS, ROUNDING_THRESHOLD, Thresholds, further_masks, masks_of
+from spd.metrics.baselines import NAMES as BASELINES
+from spd.metrics.baselines import against, baseline
 from spd.metrics.sparsity import L0_THRESHOLD
 from spd.metrics.spec import Conclusion, Metric, MetricSpec, Quantity
 from spd.noise import seeded, uniform
@@ -30,6 +33,8 @@ SOURCES: Mapping[Scope, str] = {
     "row": "one source for each row or position",
 }
 IN_SHORT: Mapping[Scope, str] = {"batch": "one source", "row": "one each"}
+PERMUTED = "permuted"
+"""a control: the importances of other inputs, which must do far worse than those of the input itself"""
 STEPS, STEPS_AT_END = (1, 5, 20), (1, 5, 20, 80)
 """of ascent after which the adversary is shown, at every evaluation and at the end of a run"""
 N_ROWS, N_SEQUENCES = 256, 4
@@ -60,6 +65,8 @@ class Ladder(NamedTuple):
     C: int
     """of all sites"""
     n_rows: int
+    baselines: dict[str, dict[str, float]] = {}
+    """name of a baseline → its rungs; empty where they were not asked for"""
 
     def figures(self) -> dict[str, float]:
         """Every figure by the name under which it is logged."""
@@ -68,6 +75,8 @@ class Ladder(NamedTuple):
         for name in (rung(n, s) for s in SCOPES if (n := deepest(found, s)) and whole > 0):
             found[f"ladder_share/{name}"] = self.rungs[name] / whole
         found |= {f"ladder_recovered/{name}": share for name, share in self.recovered.items()}
+        for name, rungs in self.baselines.items():
+            found |= {f"ladder_{name}/{key}": value for key, value in rungs.items()}
         return found | {
             "ladder_l0": self.l0,
             "ladder_C": float(self.C),
@@ -97,6 +106,19 @@ def some_rows(batch: Batch, n_rows: int | None = None) -> Batch:
     return batch[indices[order[:n_rows].sort().values].tolist()]
 
 
+def permuted(
+    g: Mapping[str, Float[Tensor, "*rows _C"]], seed: int
+) -> dict[str, Float[Tensor, "*rows _C"]]:
+    """The importances of another row or position: a seeded permutation, the same for all sites."""
+    found = {}
+    for path, own in g.items():
+        rows = own.flatten(end_dim=-2)
+        generator = seeded(torch.device("cpu"), "ladder", "permuted", seed)
+        order = torch.randperm(len(rows), generator=generator)
+        found[path] = rows[order.to(own.device)].reshape(own.shape)
+    return found
+
+
 def by_example(
     errors: Float[Tensor, "examples *positions"], g: Mapping[str, Float[Tensor, "*rows _C"]]
 ) -> Float[Tensor, " n"]:
@@ -115,13 +137,19 @@ class _Measured:
     def __init__(self, model: ComponentModel, problem: Problem, batch: Batch) -> None:
         self.model, self.problem, self.batch = model, problem, batch
         target = model.target_forward(batch)
-        self.output = target.output
+        self.output, self.site_inputs = target
         lower = model.causal_importances(target.site_inputs).lower
         self.g = {path: own.clamp(0, 1) for path, own in lower.items()}
         weights = problem.position_weights
         self.weights = None if weights is None else weights(batch)
         self.predicted: list[Tensor] = []
         """cross-entropy of every pass so far, of each example"""
+
+    def instead(self, model: ComponentModel, g: dict[str, Tensor]) -> "_Measured":
+        """The same rows of the same target with other subcomponents."""
+        other = copy(self)
+        other.model, other.g, other.predicted = model, g, []
+        return other
 
     def l0(self) -> float:
         counts = [(own > L0_THRESHOLD).float().sum(dim=-1) for own in self.g.values()]
@@ -158,11 +186,12 @@ def climb(
     seed: int = 0,
     random: bool = False,
     thresholds: Sequence[float] = (),
+    baselines: bool = False,
 ) -> Ladder:
     """Every rung on this batch, the adversary after each of `steps`, the largest error until there.
 
     With `random` masks that ignore the importances are among them, and rounded ones at each of the
-    `thresholds`.
+    `thresholds`; with `baselines` also those of singular vectors and of neurons, as many on at a time.
     """
     seen = _Measured(model, problem, batch)
     noise = seeded(batch.device, "ladder", seed)
@@ -172,25 +201,26 @@ def climb(
     def draw(like: Tensor) -> Tensor:
         return uniform(like.shape, noise, like.dtype)
 
-    for kind in MASK_KINDS:
-        rungs[kind] = seen.errors(masks_of(kind, seen.g, draw)).mean().item()
+    masks = {kind: masks_of(kind, seen.g, draw) for kind in MASK_KINDS}
+    for kind, own in {**masks, PERMUTED: permuted(seen.g, seed)}.items():
+        rungs[kind] = seen.errors(own).mean().item()
         if seen.predicted:
             cross_entropy[kind] = seen.predicted.pop().sum().item()
-    own = seeded(batch.device, "ladder", "random", seed)  # so that the other draws stay as they are
+    own_noise = seeded(batch.device, "ladder", "random", seed)  # the other draws stay as they are
     further = further_masks(
         seen.g,
-        lambda like: uniform(like.shape, own, like.dtype),
+        lambda like: uniform(like.shape, own_noise, like.dtype),
         random=random,
         thresholds=thresholds,
     )
-    for name, masks in further:
-        rungs[name] = seen.errors(masks).mean().item()
+    for name, own in further:
+        rungs[name] = seen.errors(own).mean().item()
         if seen.predicted:
             cross_entropy[name] = seen.predicted.pop().sum().item()
+    search = partial(Attack, n_steps=max(steps), n_restarts=n_restarts, seed=seed)
     attacks: dict[Scope, Found] = {}
     for scope in SCOPES:
-        how = Attack(scope, n_steps=max(steps), n_restarts=n_restarts, seed=seed)
-        attacks[scope] = found = attack(seen.errors, seen.g, how)
+        attacks[scope] = found = attack(seen.errors, seen.g, search(scope))
         for n in steps:
             rungs[rung(n, scope)] = found.by_step[n]
             if seen.predicted:
@@ -198,6 +228,9 @@ def climb(
         seen.predicted.clear()
     ablated = rungs.pop("ablated")
     target = seen.cross_entropy(seen.output)
+    beside = {
+        name: _of_baseline(name, seen, steps, search, seed) for name in BASELINES if baselines
+    }
     return Ladder(
         {**rungs, "ablated": ablated},
         {} if target is None else _recovered(cross_entropy, target.sum().item()),
@@ -205,7 +238,37 @@ def climb(
         seen.l0(),
         sum(site.C for site in model.sites.values()),
         seen.output[..., 0].numel(),
+        beside,
     )
+
+
+def _of_baseline(
+    name: str,
+    seen: _Measured,
+    steps: Sequence[int],
+    search: Callable[[Scope], Attack],
+    seed: int,
+) -> dict[str, float]:
+    """Its rungs under the masks and adversaries of the decomposition."""
+    kept = None if seen.weights is None else seen.weights.flatten() > 0
+    on_from = L0_THRESHOLD
+    found = baseline(name, seen.model, seen.site_inputs, seen.g, on_from=on_from, kept=kept)
+    own, rounded = seen.instead(found.model, found.g), seen.instead(found.model, found.g_rounded)
+    noise = seeded(seen.output.device, "ladder", name, seed)
+
+    def draw(like: Tensor) -> Tensor:
+        return uniform(like.shape, noise, like.dtype)
+
+    rungs = {
+        "stochastic": own.errors(masks_of("stochastic", own.g, draw)).mean().item(),
+        "importance_masked": own.errors(own.g).mean().item(),
+        "rounded": rounded.errors(rounded.g).mean().item(),
+    }
+    for scope in SCOPES:
+        by_step = attack(own.errors, own.g, search(scope)).by_step
+        rungs |= {rung(n, scope): by_step[n] for n in steps}
+        own.predicted.clear()
+    return rungs
 
 
 def _at_calls(values: Sequence[Float[Tensor, " batch"]], calls: Int[Tensor, " n"]) -> float:
@@ -228,8 +291,9 @@ _MASKS = {
     "unmasked": "all subcomponents on",
     "stochastic": "masks g + (1 − g) r, r random",
     "importance_masked": "masks g",
-    "rounded": "masks 1 where g > 0.5, else 0",
+    "rounded": f"masks 1 where g > {ROUNDING_THRESHOLD}, else 0",
     "random": "masks r, random whatever g is",
+    PERMUTED: "masks g of another row or position, drawn at random",
     "ablated": "all subcomponents off",
 }
 LONGEST = 320
@@ -249,12 +313,13 @@ AscentSteps = Annotated[int, Field(ge=1, le=100_000)]
 class LadderMetric(MetricSpec):
     """D under every kind of masks, adversarial ones among them, on the first held-out batch.
 
-    `ladder/…`: `unmasked`, `stochastic`, `importance_masked`, `rounded`, `ablated`, and
+    `ladder/…`: `unmasked`, `stochastic`, `importance_masked`, `rounded`, `permuted`, `ablated`, and
     `adversarial_N_batch` and `adversarial_N_row` after N steps of 0.1 from one seeded start, with one
     source for the batch and one for each row or position: the largest error until there. Of a language
     model, `ladder_recovered/…` is the share of the cross-entropy that ablating costs which is avoided.
     `ladder_share/…` is the error after the most steps over that of ablating. `ladder_l0` of `ladder_C`
-    subcomponents are on, on these `ladder_rows` rows.
+    subcomponents are on, on these `ladder_rows` rows. At the end of a run of a language model,
+    `ladder_svd/…` and `ladder_neurons/…` are the same of two baselines with as many on (`baselines`).
     """
 
     quantities = {
@@ -281,6 +346,10 @@ class LadderMetric(MetricSpec):
             meaning="the share of the cross-entropy that ablating everything costs which is avoided",
             headline=False,
         ),
+        **{
+            f"ladder_{name}": Quantity(label=f"D of {words}", headline=False)
+            for name, words in BASELINES.items()
+        },
         "ladder_l0": Quantity(
             label="L0 of all matrices",
             meaning=f"subcomponents with an importance above {L0_THRESHOLD}, mean over the ladder's rows",
@@ -302,10 +371,18 @@ class LadderMetric(MetricSpec):
     """also masks that are 1 where g > τ, else 0, for each of these τ: `ladder/rounded_above_τ`"""
 
     def build(self, model: ComponentModel, problem: Problem) -> Metric:
-        return _Climbing(model, problem, self, STEPS)
+        return _Climbing(self.n_rows, self._climb(model, problem, STEPS))
 
     def build_at_end(self, model: ComponentModel, problem: Problem) -> Metric:
-        return _Climbing(model, problem, self, self.steps_at_end)
+        beside = isinstance(problem, Predicts)
+        how = self._climb(model, problem, self.steps_at_end, baselines=beside)
+        return _Climbing(self.n_rows, how)
+
+    def _climb(
+        self, model: ComponentModel, problem: Problem, steps: Sequence[int], **further: bool
+    ) -> Callable[[Batch], Ladder]:
+        how = partial(climb, model, problem, steps=steps, **further)
+        return partial(how, random=self.random, thresholds=self.thresholds)
 
     def conclusion(self, values: Mapping[str, float]) -> Conclusion | None:
         shares = {
@@ -316,12 +393,14 @@ class LadderMetric(MetricSpec):
         if set(shares) != set(SCOPES):
             return None
         n, of_batch = shares["batch"]
+        compared = against(values)
         on = f"L0 {values['ladder_l0']:.4g} of {values['ladder_C']:.0f}"
         return Conclusion(
             headline=f"masks from {n} steps of an adversary cost {of_batch:.1%} of ablating everything,"
             f" at {on}",
             detail=f"{SOURCES['batch']}; with {SOURCES['row']} {shares['row'][1]:.1%}; on"
-            f" {values['ladder_rows']:,.0f} held-out rows or positions",
+            f" {values['ladder_rows']:,.0f} held-out rows or positions"
+            + (f". {compared}" if compared else ""),
         )
 
 
@@ -337,13 +416,8 @@ def deepest(values: Mapping[str, Any], scope: Scope) -> int | None:
 class _Climbing:
     """Looks at the first batch that it sees."""
 
-    def __init__(
-        self, model: ComponentModel, problem: Problem, spec: LadderMetric, steps: Sequence[int]
-    ) -> None:
-        self.climb: Callable[[Batch], Ladder] = partial(
-            climb, model, problem, steps=steps, random=spec.random, thresholds=spec.thresholds
-        )
-        self.n_rows = spec.n_rows
+    def __init__(self, n_rows: int | None, climb_on: Callable[[Batch], Ladder]) -> None:
+        self.climb, self.n_rows = climb_on, n_rows
         self.found: dict[str, float] | None = None
 
     def update(self, ctx: StepContext) -> None:

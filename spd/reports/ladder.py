@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from spd.adversary import STEP_SIZE, Scope
 from spd.masks import rounded_name
 from spd.metrics import SCOPES, SOURCES, deepest, rung
+from spd.metrics.baselines import NAMES as BASELINES
 from spd.reports.drawing import DescribedFigure
 from spd.reports.panels import BLUE, GREY, ORANGE, PALETTE, panel_grid
 from spd.reports.png import FigureText
@@ -30,6 +31,7 @@ MASKS = {
     "importance_masked": ("g", "none"),
     "rounded": ("1 where g > 0.5, else 0", "none"),
     "random": ("r, whatever g is", "none: r drawn at random, once"),
+    "permuted": ("g of another row or position", "none: a control, drawn at random"),
     "ablated": ("all subcomponents off", "none"),
 }
 """name of a rung → its masks, and how r is chosen"""
@@ -58,14 +60,20 @@ def ladder_of(
         return None
     known = any(key.startswith(RECOVERED) for key in values)
     names = [key.removeprefix(PREFIX) for key in values if key.startswith(PREFIX)]
+    beside = [name for name in BASELINES if any(k.startswith(f"ladder_{name}/") for k in values)]
     return Ladder(
-        ["masks", "adversary and its budget", "D", "of ablating all", *["CE recovered"] * known],
+        [
+            *("masks", "adversary and its budget", "D", "of ablating all"),
+            *["CE recovered"] * known,
+            *(f"D of {BASELINES[other]}" for other in beside),
+        ],
         [
             [
                 *described(name),
                 format_value(values[f"{PREFIX}{name}"], None, ".3g"),
                 _share(values[f"{PREFIX}{name}"], whole),
                 *[_percent(values.get(f"{RECOVERED}{name}"))] * known,
+                *(format_value(values.get(f"ladder_{b}/{name}"), None, ".3g") for b in beside),
             ]
             for name in names
         ],

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from spd.config import UserError
 from spd.reports.reading import object_of, paces_in
 from spd.run_files import CONFIG_FILE, REPORT_FILE, TARGET, TIMINGS_FILE
@@ -14,16 +16,45 @@ SIDE_BY_SIDE = "side_by_side"
 """the key of meta.json for the page and the names of runs that were trained together"""
 
 
+class _Seed(BaseModel):
+    """One of the networks that were trained."""
+
+    model_config = ConfigDict(strict=True)
+
+    seed: int
+    n_represented: int
+    final_loss: float | None = None
+    outputs_at_probe: list[float | None] = []
+
+
+class _Training(BaseModel):
+    """What a target's training.json holds, as far as the page shows it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    seeds: list[_Seed] | None = None
+    chosen_seed: int | None = None
+    n_features: int | None = None
+
+
 def target_record(record_file: Path) -> dict[str, Any]:
     """How the target was chosen; every seed with the least of its outputs at the probe."""
     record = object_of(record_file)
     try:
-        for row in record.get("seeds", []):
-            outputs = row.get("outputs_at_probe", [])
-            row["least"] = min(outputs) if outputs and None not in outputs else None
-    except (AttributeError, TypeError) as error:
-        raise UserError(f"{record_file}: not the record of a training: {error}") from None
-    return record
+        found = _Training.model_validate(record)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = ".".join(map(str, wrong["loc"]))
+        raise UserError(
+            f"{record_file}: not the record of a training: {place}: {wrong['msg']}"
+        ) from None
+    if found.seeds is None:
+        return record
+    rows = [own.model_dump() for own in found.seeds]
+    for row in rows:
+        outputs = row["outputs_at_probe"]
+        row["least"] = min(outputs) if outputs and None not in outputs else None
+    return {**record, "seeds": rows}
 
 
 def provenance_of(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:

@@ -13,11 +13,13 @@ from spd.engine import checkpoint
 from spd.engine.prepare import Prepared, evaluate, progress_at
 from spd.metrics import MetricSpec
 from spd.registry import EXPERIMENTS
+from spd.reports.analyses import analyses_of
 from spd.reports.curves import live_curves
 from spd.reports.evaluations import evaluation_of
 from spd.reports.figures import Drawable, draw, loss_curves, save_figures
 from spd.reports.images import CURVES, image, images, numbers_of
 from spd.reports.ladder import LADDER, is_of_ladder, ladder_of
+from spd.reports.null import null_of
 from spd.reports.origin import (
     commands_of,
     provenance_of,
@@ -120,7 +122,7 @@ def report_contents(
             reason=str(meta.get("reason") or ""),
         ),
         "cut_short": cut_short(experiment, config.get("steps")),
-        "expected": known.expected if known else None,
+        "expected": known.expected if known and not config.get("null") else None,
         "merits": merits(result, config.get("sites", {})),
         "any_published": any(row.published is not None for row in result.rows),
         "site_table": site_table(result, config.get("sites", {})),
@@ -133,15 +135,19 @@ def report_contents(
         ),
         **_curves(run_dir, history, last_step),
         **_ladder(run_dir, result, history),
+        "analyses": analyses_of(run_dir),
         "target": target_record(run_dir / TARGET / "training.json"),
         "target_config": text_of(run_dir / TARGET / CONFIG_FILE),
         "config_text": config_text,
         "provenance": provenance_of(meta, run_dir),
         "tracker": web_link(meta.get("tracker")),
         "dirty": bool(meta.get("dirty")),
+        "imported": (meta.get("imported") or {}).get("from"),
         "commands": commands_of(meta, run_dir, outside=bool(config.get("module"))),
         "finished": meta.get("status") == "finished",
         "siblings": siblings_of(meta, run_dir),
+        "is_null": bool(config.get("null")),
+        "null": null_of(config, run_dir, result),
         "choice": "" if starts is None else choice_of(starts.starts),
         "starts_page": STARTS_PAGE,
     }
@@ -309,8 +315,8 @@ def _coefficient(loss: Mapping[str, Any]) -> str:
 def _curves(
     run_dir: Path, history: Sequence[Mapping[str, float]], last_step: int
 ) -> dict[str, Any]:
-    """The curves, drawn and for the page's script; nothing where nothing was logged."""
-    if not history:
+    """The curves, drawn and for the page's script; nothing where less than two steps were logged."""
+    if len({line["step"] for line in history}) < 2:
         return {"curves": None}
     figure = loss_curves(history)
     live = live_curves(figure)

@@ -15,12 +15,13 @@ from spd.config import UserError
 from spd.engine import checkpoint
 from spd.engine.prepare import Prepared, evaluate, prepare
 from spd.noise import own_generators
-from spd.reports.figures import draw, loss_curves, save_figures
+from spd.reports.figures import draw, save_figures
 from spd.reports.report import report_on
 from spd.reports.results import result_of
 from spd.run_files import (
     CHECKPOINTS,
     FIGURES,
+    LOG_FILE,
     META_FILE,
     METRICS_FILE,
     RESULT_FILE,
@@ -81,22 +82,16 @@ def adopt(
             raise UserError(f"the parameters do not fit the configuration: {error}") from None
         with new_directory(directory) as partial:
             write_beginning(partial, run, build, {IMPORTED: found.origin})
-            history = _write_rest(partial, config, run.prepared, found.step)
-        with file_log(directory / "log.txt", earlier):
+            _write_rest(partial, config, run.prepared, found.step)
+        with file_log(directory / LOG_FILE, earlier):
             logger.info("run directory: %s", directory)
-            drawn = {
-                "loss_curves": loss_curves(history),
-                **draw(run.prepared, config.figures),
-            }
-            save_figures(directory / FIGURES, found.step, drawn)
+            save_figures(directory / FIGURES, found.step, draw(run.prepared, config.figures))
             report_on(directory, run.prepared)
     return directory
 
 
-def _write_rest(
-    folder: Path, config: ExperimentConfig, prepared: Prepared, step: int
-) -> list[dict[str, float]]:
-    """Checkpoint, evaluation and result of a run that has come to its end; its line of metrics.jsonl."""
+def _write_rest(folder: Path, config: ExperimentConfig, prepared: Prepared, step: int) -> None:
+    """Checkpoint, evaluation and result of a run that has come to its end."""
     meta = read_meta(folder)
     nothing_yet = {"bytes": 0, "sha256": sha256().hexdigest()}
     checkpoint.save(
@@ -119,4 +114,3 @@ def _write_rest(
     write_json(folder / RESULT_FILE, result_of(config, history, 0.0).as_json())
     meta["digests"] |= final_digests(folder)
     write_json(folder / META_FILE, {**meta, "status": "finished"})
-    return history

@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +28,8 @@ from spd.settings import PACKAGE_DIR
 
 logger = logging.getLogger(__name__)
 
+MOST_KEPT = 8
+"""runs that lie loaded in memory at a time"""
 
 TRUST = (
     "import the code that a run's own files name, and follow links that lead out of it; without it only"
@@ -262,14 +264,30 @@ def report(argv: Sequence[str] | None = None) -> None:
         device = str(resolve_device(args.device))
         references = _those_with_a_state(args.runs)
         options = {"trust": args.trust, "verify": not args.unverified}
-        opened = [_opened(reference, device, **options) for reference in references]
-        for run in opened:  # all are loaded before anything is written
+        for run in _all_opened(references, lambda name: _opened(name, device, **options)):
             if isinstance(run, Path):
                 page = write_report(run, from_files=True)
             else:
                 look_at_checkpoint(run.directory, run.prepared, run.step, run.config.figures)
                 page = report_on(run.directory, run.prepared, args.batches)
             print(f"report: {page}")
+
+
+def _all_opened(
+    references: Sequence[str], open_run: Callable[[str], Run | Path]
+) -> Iterator[Run | Path]:
+    """All runs are loaded before anything is done with the first; of many, only the first are kept so long.
+
+    What else was loaded is loaded again when its turn comes: a thousand runs need the memory of a few.
+    """
+    kept = {}
+    for reference in dict.fromkeys(references):
+        run = open_run(reference)
+        if len(kept) < MOST_KEPT:
+            kept[reference] = run
+        del run
+    for reference in references:
+        yield kept.pop(reference) if reference in kept else open_run(reference)
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:

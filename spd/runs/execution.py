@@ -65,6 +65,9 @@ class ExperimentConfig(SPDConfig):
     module: str | None = None
     """of an experiment outside the package: the Python file beside the YAML, or the importable module, that
     holds its configuration class and `build`"""
+    null_run: str | None = None
+    """a finished run of the same configuration with `null: true`, whose figures the report shows beside
+    this run's; None: the run `X-null-seed0` beside `X-seed0`, where there is one"""
     target: str | None = None
     """a trained directory, `wandb:entity/project/run`, a training YAML; None: `build` makes it"""
     seeds: Annotated[tuple[Seed, ...], Field(max_length=MAX_SEEDS)] = ()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, Site
+from spd.components import is_transposed
 from spd.config import UserError, nearest
 from spd.engine.experts import stacked
 from spd.run_files import TARGET, give_usual_mode, new_directory, write_safetensors
@@ -41,7 +42,8 @@ def export(
 
     what: "target" is the target, bit for bit. "sum" has V U in place of every decomposed W. "edited" has
     W + V diag(m − 1) U: each subcomponent c of a site counts m_c times (0: it is taken out), and whatever
-    the subcomponents leave over of W stays. `edits` gives m: site → number or `[C]`.
+    the subcomponents leave over of W stays. `edits` gives m: site → number or `[C]`; or `[C, d_out]`, what
+    the subcomponents write in place of U.
     """
     if what not in get_args(What):
         raise UserError(
@@ -96,13 +98,14 @@ def _weight(path: str, site: Site, m: Tensor | float | None) -> Tensor:
         matrix = V @ U
     else:
         factors = torch.as_tensor(m, dtype=V.dtype, device=V.device)
-        if factors.ndim > 1 or (factors.ndim == 1 and len(factors) != site.C):
+        if factors.shape not in ((), (site.C,), U.shape):
             raise UserError(
                 f"edits: that of {path!r} has the shape {tuple(factors.shape)}; a number or ({site.C},),"
-                " one for each subcomponent, is needed"
+                f" one for each subcomponent, is needed, or {tuple(U.shape)}, what they write instead"
             )
-        matrix = given_out.to(V.dtype) + (V * (factors - 1)) @ U
-    if isinstance(site.original, nn.Linear):
+        difference = factors - U if factors.ndim == 2 else (factors[..., None] - 1) * U
+        matrix = given_out.to(V.dtype) + V @ difference
+    if is_transposed(site.original):
         return matrix.mT.to(own.dtype).contiguous()
     if given_out is not own:  # an embedding that gives out a multiple of its rows
         factor = (given_out.float() * own.float()).sum() / own.float().square().sum()

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from tqdm.auto import tqdm
 
 from spd.component_model import ComponentModel
+from spd.config import UserError
 from spd.engine.alarm import GradientAlarm, alarms_of
 from spd.engine.prepare import Prepared, eval_contexts, prepare
 from spd.engine.starts import as_chosen, with_choice
@@ -38,6 +39,9 @@ def decompose(
 
     `UserError` if problem and configuration do not fit each other, before anything is trained.
     """
+    for what, given, kind in (("problem", problem, Problem), ("config", config, SPDConfig)):
+        if not isinstance(given, kind):
+            raise UserError(f"{what}: a {type(given).__name__}; a spd.{kind.__name__} is needed")
     with own_generators("decompose", config.seed):
         prepared = prepare(problem, config)
         shown = observer or (Silent() if quiet else Console())

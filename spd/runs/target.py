@@ -14,6 +14,7 @@ from spd.component_model import ComponentModel, Site
 from spd.config import UserError, parse
 from spd.engine.prepare import Prepared, prepare
 from spd.engine.starts import as_chosen
+from spd.noise import seeded
 from spd.problem import Problem
 from spd.run_files import META_FILE, TARGET, read_meta
 from spd.runs.console import resolve_device
@@ -56,12 +57,12 @@ def reopen(
     _check_arguments(given, config, takes)
     config = _with_dtype(config, given.dtype)
     own, target = directory / TARGET, given.target
-    made_from = _with_target(config, own) if own.is_dir() else config
+    made_from = with_target(config, own) if own.is_dir() else config
     options = {} if given.device_map is None else {"device_map": given.device_map}
     if target is not None and "target" in takes:
         options["target"] = target
     elif target is not None and not isinstance(target, nn.Module):
-        made_from = _with_target(config, target)
+        made_from = with_target(config, target)
     problem = build(made_from, _device(given), **options)
     if isinstance(target, nn.Module) and "target" not in takes:
         problem = replace(problem, target=target.to(problem.device))
@@ -96,6 +97,43 @@ def digest(model: ComponentModel, dtype: torch.dtype = torch.bfloat16) -> str:
         found.update(f"{path} {tuple(weight.shape)}".encode())
         found.update(weight.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+SKETCHED = (4, 8)
+"""random combinations of the rows and of the columns of a matrix of which a sketch is made"""
+ROUNDING = 0.01
+"""a relative difference of matrices that another machine or half precision makes; another target is 1 away"""
+
+
+@torch.no_grad()
+def sketches(model: ComponentModel) -> dict[str, list[float]]:
+    """A few numbers of every decomposed matrix W of the target, by which another one's distance is estimated.
+
+    The entries of R W S / ‖W‖ for R `[4, d_in]` and S `[d_out, 8]` of random signs, with ‖W‖ at the end: the
+    mean square of the difference of two such sketches is that of the matrices.
+    """
+    found = {}
+    for path, site in model.sites.items():
+        W = site.target_weight.detach().double().cpu()
+        n_rows, n_columns = SKETCHED
+        signs = [
+            torch.randint(2, shape, generator=seeded(W.device, "sketch", path, i)).double() * 2 - 1
+            for i, shape in enumerate([(n_rows, W.shape[0]), (W.shape[1], n_columns)])
+        ]
+        norm = W.norm().clamp(min=1e-30)
+        found[path] = [*(signs[0] @ W @ signs[1] / norm).flatten().tolist(), norm.item()]
+    return found
+
+
+def distance(own: Mapping[str, list[float]], other: Mapping[str, list[float]]) -> float:
+    """The largest relative difference ‖W − W′‖ / ‖W‖ of a site by two targets' sketches, to a third or so."""
+    largest = 0.0
+    for path, (*numbers, norm) in own.items():
+        *others, other_norm = other[path]
+        pairs = zip(numbers, others, strict=True)
+        squares = [(a - b * other_norm / norm) ** 2 for a, b in pairs]
+        largest = max(largest, (sum(squares) / len(squares)) ** 0.5)
+    return largest
 
 
 def _check_arguments(
@@ -134,10 +172,11 @@ def _check_arguments(
         )
 
 
-def _with_target(config: ExperimentConfig, place: str | Path) -> ExperimentConfig:
+def with_target(config: ExperimentConfig, place: str | Path) -> ExperimentConfig:
     """With a target that is there already: what says how to make it is left out."""
-    made = {"target_seed": None} if "target_seed" in type(config).model_fields else {}
-    return config.model_copy(update={"target": str(place), **made})
+    made = {"target_seed": None, "null": False}
+    known = {key: value for key, value in made.items() if key in type(config).model_fields}
+    return config.model_copy(update={"target": str(place), **known})
 
 
 def _with_dtype(config: ExperimentConfig, dtype: str | torch.dtype | None) -> ExperimentConfig:

@@ -19,7 +19,11 @@ from spd.experiments.resid_mlp.model import label_coefficients
 from spd.runs.cli import checked_config, report
 from spd.runs.run import load_run, resume
 from spd.runs.trust import parts_of_run
+from tests.lm_stand_ins import little_llama, make_tokenizer, save_model, stories
 from tests.published import (
+    COEFFS,
+    drawn,
+    gates,
     importance_of,
     resid_mlp_modules,
     tms_modules,
@@ -107,15 +111,16 @@ def test_a_residual_mlp(tmp_path: Path):
 def test_what_runs_are_good_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Report, figures, agreement; and going on is refused in one line."""
     write_tms(tmp_path / "theirs")
-    options = ["n_eval_batches=1", "metrics.causes=null", "metrics.ladder=null"]
+    options = ["n_eval_batches=1", "metrics={sparsity: {}}", "figures={mean_activity: {}}"]
     with pytest.raises(SystemExit) as ended:
         main([str(tmp_path / "theirs"), *options, "--run_dir", str(tmp_path / "ours")])
     assert ended.value.code == 0
     assert "imported_tms_5-2-id, seed 3, 40 steps" in capsys.readouterr().out
     ours = tmp_path / "ours"
-    assert {path.name for path in (ours / "figures").iterdir()} >= {"tms_vectors", "loss_curves"}
-    assert "imported_tms_5-2-id" in (ours / "report.html").read_text(encoding="utf-8")
+    assert [path.name for path in (ours / "figures").iterdir()] == ["mean_activity"]
     report([str(ours)])
+    page = (ours / "report.html").read_text(encoding="utf-8")
+    assert "Trained by the published implementation and imported from" in page
     shutil.copytree(ours, tmp_path / "again")
     shutil.rmtree(tmp_path / "theirs")  # needed no more
     agreement([str(ours), str(tmp_path / "again")])
@@ -221,6 +226,44 @@ def test_a_published_configuration_names_the_command(
     assert "a configuration of the published implementation" in line and "spd-import DIR" in line
     with pytest.raises(UserError, match="spd-import DIR"):
         checked_config(str(path))
+
+
+def test_a_language_model(tmp_path: Path):
+    """Named as on the hub, here by a directory; the text of the run is named anew."""
+    model = little_llama()
+    save_model(tmp_path / "model", model, make_tokenizer(lowercase=False))
+    text = tmp_path / "stories.txt"
+    text.write_text("<end>".join(stories(20, seed=1)), encoding="utf-8")
+    theirs, C, path = tmp_path / "theirs", 6, "model.embed_tokens"
+    theirs.mkdir()
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state["components.model-embed_tokens.A"] = drawn(200, C, seed=0)
+    state["components.model-embed_tokens.B"] = drawn(C, 16, seed=1)
+    gate = gates(C, 0, seed=2)
+    state |= {f"gates.model-embed_tokens.{name}": tensor for name, tensor in gate.items()}
+    torch.save(state, theirs / "model_5.pth")
+    config = {
+        **{**COEFFS, "stochastic_recon_coeff": None, "embedding_recon_coeff": 1.0, "C": C},
+        **{"is_embed_unembed_recon": True, "target_module_patterns": [path]},
+        **{"n_ci_mlp_neurons": 0, "batch_size": 2, "lr": 1e-4, "lr_warmup_pct": 0.01},
+        "pretrained_model_name_hf": str(tmp_path / "model"),
+    }
+    write_yaml(theirs / "final_config.yaml", config)
+    data = "{source: %s, separator: <end>, eval_frac: 0.3, context_length: 16}" % text
+    ours = import_published(theirs, [*QUICK, f"data={data}", "n_report_batches=1"])
+    run = load_run(ours)
+    losses = run.config.losses
+    assert losses["embedding_recon"].unembed == "lm_head" and "stochastic_recon" not in losses
+    assert run.config.lr_schedule.warmup_frac == 0.01
+    ids = torch.arange(12).reshape(2, 6)
+    h = state["components.model-embed_tokens.A"][ids]
+    z = h * gate["weight"] + gate["bias"]
+    g = torch.where(z > 1, 1.0, torch.where(z > 0, z, 0.01 * z))
+    assert torch.allclose(run.model.importances(ids).lower[path], g, atol=1e-6)
+    masked = (h * g) @ state["components.model-embed_tokens.B"]
+    with torch.no_grad():
+        expected = model(inputs_embeds=masked).logits
+        assert_close(run.model(ids, {path: g}), expected)
 
 
 def test_the_coefficients_of_labels(tmp_path: Path):

@@ -202,6 +202,17 @@ OF_THE_PAGE: dict[str, tuple[Damage, str]] = {
         _write("target/training.json", b'{"seeds": [1]}'),
         "not the record of a training",
     ),
+    "a loss of a seed": (
+        _write(
+            "target/training.json",
+            b'{"seeds": [{"seed": 0, "n_represented": 5, "final_loss": []}]}',
+        ),
+        r"not the record of a training: seeds\.0\.final_loss",
+    ),
+    "a seed without a number": (
+        _write("target/training.json", b'{"seeds": [{"n_represented": 5}]}'),
+        r"not the record of a training: seeds\.0\.seed",
+    ),
 }
 
 

@@ -5,18 +5,20 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from spd.analysis import adversary, causes
 from spd.config import RunError
 from spd.engine import checkpoint
+from spd.experiments.tms import plots
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.problem import copy_folder
 from spd.runs import cli, stopping
-from spd.runs.run import resume, run_seeds, start
+from spd.runs.run import load_run, resume, run_seeds, start
 from spd.runs.tracking import RunTracker
 from tests.run_fixtures import QUICK, TMS_CONFIG, TMS_SCRIPT, listing, log_lines
 from tests.runs.little_run import little_config, original_fixture, status_of
@@ -29,8 +31,14 @@ def record(run: Path) -> dict[str, Any]:
     return json.loads((run / "meta.json").read_text(encoding="utf-8"))
 
 
-def full(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def failing(number: int) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+full = failing(errno.ENOSPC)
 
 
 WRITERS = {
@@ -43,29 +51,37 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+DISKS = [
+    *((writer, errno.ENOSPC) for writer in WRITERS),
+    *(("its state", errno.EROFS), ("the metrics", errno.EROFS)),
+    *(("a checkpoint", errno.EDQUOT), ("the report", errno.EIO)),
+]
+"""of a disk that is full; that has become read-only; that has no room for this user; that is broken"""
+
+
+@pytest.mark.parametrize(("writer", "number"), DISKS)
 def test_a_full_disk_is_one_message_and_the_run_goes_on(
-    tmp_path: Path, original: Path, writer: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, original: Path, writer: str, number: int, capsys: pytest.CaptureFixture[str]
 ):
     """Terminal, log, record and page agree; with room the run ends as one that always had it."""
     target = original.parent / "made-target"
     run = tmp_path / "a-run"
     words = [str(TMS_CONFIG), f"target={target}", *QUICK, "compile=false", "device=cpu"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, full)
+        patch.setattr(WRITERS[writer], failing(number))
         with pytest.raises(SystemExit) as end:
             cli.cli(TMSConfig, build, [*words, "--run_dir", str(run)])
     assert end.value.code == 1
     said = capsys.readouterr().err
     message = said.rpartition("error: ")[2].strip()
     assert said.count("error: ") == 1 and "Traceback" not in said
-    assert f"{run}: No space left on device" in message and f"--resume {run}" in message
+    assert f"{run}: {os.strerror(number)}" in message and f"--resume {run}" in message
     assert (record(run)["status"], record(run)["reason"]) == ("failed", message)
     assert f"failed: {message}\n" in (run / "log.txt").read_text(encoding="utf-8")
     assert not [path for path in run.rglob(".*") if path.name != ".lock"]
     if checkpoint.latest(run / "checkpoints") is not None:
         assert status_of(cli.report, run) == 0
-        assert "No space left on device" in (run / "report.html").read_text(encoding="utf-8")
+        assert os.strerror(number) in (run / "report.html").read_text(encoding="utf-8")
     assert resume(TMSConfig, build, run) == run
     assert record(run)["status"] == "finished" and "reason" not in record(run)
     assert log_lines(run) == log_lines(original)
@@ -96,6 +112,46 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("no disk can be mounted here")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_run_on_a_disk_that_is_only_read(
+    small_disk: Path, original: Path, capsys: pytest.CaptureFixture[str]
+):
+    """It can be looked into; what would write is one message, and changes no file."""
+
+    def remount(how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
+
+    remount("size=20m")
+    run = Path(shutil.copytree(original, small_disk / "a-run"))
+    before = listing(run)
+    config = [str(TMS_CONFIG), f"target={original.parent / 'made-target'}", *QUICK, "device=cpu"]
+    new = [*config, "compile=false", "--run_dir", str(small_disk / "new")]
+
+    def experiment(words: list[str]) -> None:
+        cli.cli(TMSConfig, build, words)
+
+    remount("ro")
+    try:
+        assert load_run(run).step == 6
+        assert status_of(causes.main, run) == 1  # of six steps: not solved
+        assert "error: " not in capsys.readouterr().err
+        writing: dict[Callable[..., object], list[str]] = {
+            cli.report: [str(run)],
+            plots.main: [str(run)],
+            adversary.main: [str(run), "--steps", "1", "--restarts", "1"],
+            experiment: ["--resume", str(run)],
+        }
+        for command, words in [*writing.items(), (experiment, new)]:
+            assert status_of(command, *words) in (1, 2)
+            err = capsys.readouterr().err
+            assert err.count("error: ") == 1 and "Traceback" not in err, err
+            assert "Read-only file system" in err.rpartition("error: ")[2]
+        assert listing(run) == before and not (small_disk / "new").exists()
+    finally:
+        remount("rw")
+    assert status_of(experiment, "--resume", str(run)) == 0
+    assert status_of(experiment, *new) == 0
 
 
 @pytest.mark.slow

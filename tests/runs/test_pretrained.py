@@ -1,7 +1,11 @@
 """A decomposition saved alone, and laid over its target again."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from spd.importance import (
 )
 from spd.runs.pretrained import Decomposition
 from spd.runs.run import load_run, start
-from tests.run_fixtures import QUICK, TMS_CONFIG, make_tms_target
+from tests.run_fixtures import QUICK, TMS_CONFIG, listing, make_tms_target
 from tests.toy import MLP, MLP_SITES, TiedMLP, TokenModel
 
 
@@ -101,12 +105,114 @@ def test_of_a_run_over_a_target_made_as_the_run_made_it(
     batch = torch.rand(4, 5)
     assert_same(Decomposition.of(run).model, run.model, batch)
     assert_same(Decomposition.from_pretrained(directory).model, run.model, batch)
-    shutil.rmtree(tmp_path / "out")  # the run is not needed any more, its target is
+    shutil.rmtree(tmp_path / "out")  # neither the run nor its target is needed any more
+    shutil.rmtree(target)
     loaded = Decomposition.from_pretrained(str(tmp_path / "saved"))
     assert_same(loaded.model, run.model, torch.rand(4, 5))
-    shutil.rmtree(target)
-    with pytest.raises(UserError, match=str(target)):
-        Decomposition.from_pretrained(tmp_path / "saved")
+    loaded.save_pretrained(tmp_path / "again")
+    assert listing(tmp_path / "again") == listing(tmp_path / "saved")
+
+
+LOADED_ELSEWHERE = """
+import json, sys, torch
+from spd.runs.pretrained import Decomposition
+assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+model = Decomposition.from_pretrained(sys.argv[1]).model
+x = torch.linspace(0, 1, 20).reshape(4, 5)
+g = model.importances(x).lower
+print(json.dumps([model(x, {}).tolist(), model(x, g).tolist(), g["linear1"].tolist()]))
+"""
+
+
+def test_moved_to_a_machine_with_another_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The target was trained here from a YAML; there it is not trained again."""
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
+    training = tmp_path / "quick_target.yaml"
+    text = (TMS_CONFIG.parent / "tms_5-2_target.yaml").read_text(encoding="utf-8")
+    changed = {"steps: 10000": "steps: 300", "lr: 5e-3": "lr: 3e-2", "batch_size: 1024": "batch_size: 256"}
+    for old, new in changed.items():
+        assert old in text
+        text = text.replace(old, new)
+    training.write_text(text, encoding="utf-8")
+    config = load_config(TMSConfig, TMS_CONFIG, [*QUICK, f"target={training}", "steps=2"])
+    run = load_run(start(config, build))
+    Decomposition.of(run).save_pretrained(tmp_path / "saved")
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "saved").rename(tmp_path / "elsewhere/moved")
+    shutil.rmtree(tmp_path / "out")
+    training.unlink()
+    environment = {
+        **os.environ,
+        **{"ATEN_CPU_CAPABILITY": "default", "SPD_OUT_DIR": str(tmp_path / "other")},
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED_ELSEWHERE, str(moved)],
+        **{"cwd": tmp_path / "elsewhere", "env": environment, "capture_output": True, "text": True},
+    )
+    assert done.returncode == 0, done.stderr
+    x = torch.linspace(0, 1, 20).reshape(4, 5)
+    g = run.model.importances(x).lower
+    expected = [run.model(x, {}), run.model(x, g), g["linear1"]]
+    for found, own in zip(json.loads(done.stdout), expected, strict=True):
+        assert torch.allclose(torch.tensor(found), own, atol=1e-6)
+    assert not (tmp_path / "other").exists(), "nothing was made there"
+
+
+def test_a_target_that_differs_by_rounding_is_said_and_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    decomposition, batch = trained()
+    decomposition.save_pretrained(tmp_path)
+    off = 1e-5
+
+    def rounded(by: float) -> nn.Module:
+        target = toy()[0]
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in target.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += by * parameter.norm() * noise / noise.norm()
+        return target
+
+    loaded = Decomposition.from_pretrained(tmp_path, target=rounded(off))
+    (said,) = [r.getMessage() for r in caplog.records if "of their norm" in r.getMessage()]
+    found = float(re.findall(r"about (\S+) of their norm", said)[0])
+    assert off / 2 < found < 2 * off
+    g = decomposition.model.importances(batch).lower
+    for path, own in loaded.model.importances(batch).lower.items():
+        assert torch.allclose(own, g[path], atol=1e-3)
+    with pytest.raises(UserError, match="by about 0.* of their norm; up to 0.01 is rounding"):
+        Decomposition.from_pretrained(tmp_path, target=rounded(0.2))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "sketches": None}))
+    with pytest.raises(UserError, match="others than those that were decomposed$"):
+        Decomposition.from_pretrained(tmp_path, target=rounded(off))
+
+
+def test_the_model_card_has_figures_and_says_how_to_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
+    target = make_tms_target(tmp_path / "target")
+    options = [f"target={target}", "steps=2", "metrics={sparsity: {}, column_match: {site: linear1}}"]
+    run = load_run(start(load_config(TMSConfig, TMS_CONFIG, [*QUICK, *options]), build))
+    Decomposition.of(run).save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved/README.md").read_text(encoding="utf-8")
+    assert "stochastic-parameter-decomposition" in card.split("---")[1]
+    assert "# Decomposition: tms_5-2, seed 0, 2 steps" in card
+    C = run.model.sites["linear1"].C
+    assert f"| `linear1` | 5 | 2 | {C} |" in card and "comes with it" in card
+    value = run.metrics[-1]["eval/mmcs/linear1"]
+    assert f"{value:.3f}" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    scope: dict[str, Any] = {"batch": torch.rand(2, 5)}
+    exec(code.replace("user/name", str(tmp_path / "saved")), scope)
+    assert scope["output"].shape == (2, 5)
+    alone, _ = trained()
+    alone.save_pretrained(tmp_path / "alone")
+    assert "target=module" in (tmp_path / "alone/README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["plain", "tied"])

@@ -11,13 +11,15 @@ from types import ModuleType
 
 import pytest
 
+from spd.analysis import adversary, agreement, causes
 from spd.config import UserError
+from spd.experiments.resid_mlp import plots as resid_mlp_plots
 from spd.experiments.tms import plots
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.registry import command_line
 from spd.runs import cli
 from spd.runs.pretrained import Decomposition
-from spd.runs.provenance import package_files
+from spd.runs.provenance import code_state, package_files
 from spd.runs.run import load_run
 from spd.runs.trust import UntrustedError, check_code
 from spd.runs.wandb_run import WandbRun, download_run
@@ -81,7 +83,11 @@ MODULES = {
 COMMANDS: dict[str, Callable[..., object]] = {
     "spd-report": cli.report,
     "plots": plots.main,
+    "other plots": resid_mlp_plots.main,
     "resume": lambda words: cli.main(["--resume", *words]),
+    "causes": causes.main,
+    "adversary": lambda words: adversary.main([*words, "--steps", "1", "--restarts", "1"]),
+    "agreement": lambda words: agreement.main([words[0], *words]),
 }
 
 
@@ -114,7 +120,8 @@ def test_no_command_imports_it_unless_told_to(
     else:
         assert status == 2 and said.count("error: ") == 1 and "Traceback" not in said
         assert listing(stranger.run) == before
-    assert status_of(COMMANDS[name], stranger.run, "--trust") == 0
+    trusted = status_of(COMMANDS[name], stranger.run, "--trust")
+    assert trusted == (1 if name == "causes" else 0)  # a run of six steps is not solved
     assert stranger.mark.exists()
 
 
@@ -201,6 +208,44 @@ def test_a_dot_env_cannot_vouch_for_code(
     monkeypatch.setenv("SPD_TRUSTED", "/the/shells/own")
     load_env(stranger.run)
     assert os.environ["SPD_TRUSTED"] == "/the/shells/own"
+
+
+OF_THE_SHELL = {
+    "the compiler of a compiled step": ("CXX", "{run}/evil.sh"),
+    "what git reads": ("HOME", "{run}"),
+    "what git reads besides": ("XDG_CONFIG_HOME", "{run}"),
+    "a repository": ("GIT_DIR", "{run}"),
+    "what torch imports": ("TORCH_DEVICE_BACKEND_AUTOLOAD", "1"),
+    "where compiled code lies": ("TORCHINDUCTOR_CACHE_DIR", "{run}"),
+    "headers": ("CPLUS_INCLUDE_PATH", "{run}"),
+    "what matplotlib imports": ("MPLBACKEND", "module://evil"),
+    "code beside data": ("HF_DATASETS_TRUST_REMOTE_CODE", "1"),
+    "the process behind wandb": ("_WANDB_CORE_PATH", "{run}/evil.sh"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), OF_THE_SHELL.values(), ids=OF_THE_SHELL)
+def test_a_dot_env_names_no_code(
+    stranger: Stranger, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+):
+    monkeypatch.delenv(name, raising=False)
+    (stranger.run / ".env").write_text(f"{name}={value.format(run=stranger.run)}\n")
+    load_env(stranger.run)
+    assert name not in os.environ
+
+
+def test_git_reads_no_settings_that_a_dot_env_names(
+    stranger: Stranger, monkeypatch: pytest.MonkeyPatch
+):
+    script = stranger.run / "evil.sh"
+    script.write_text(f"#!/bin/sh\ntouch '{stranger.mark}'\n")
+    script.chmod(0o755)
+    (stranger.run / ".gitconfig").write_text(f'[core]\n\tfsmonitor = "{script}"\n')
+    (stranger.run / ".env").write_text(f"HOME={stranger.run}\nXDG_CONFIG_HOME={stranger.run}\n")
+    monkeypatch.delenv("HOME", raising=False)
+    load_env(stranger.run)
+    code_state()
+    assert not stranger.mark.exists()
 
 
 ODD_ENTRIES = {

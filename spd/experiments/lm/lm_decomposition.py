@@ -3,6 +3,7 @@
 python spd/experiments/lm/lm_decomposition.py spd/experiments/lm/pydoc_mlp_config.yaml [key=value ...]
 """
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -74,6 +75,9 @@ class LMConfig(ExperimentConfig):
     """held-out batches that the report is made of, those of the evaluation first, or what there is"""
     copy_target_mb: int = Field(default=1000, ge=0)
     """a target of at most so many megabytes is copied into the run, which then needs no hub"""
+    null: bool = False
+    """decompose the target as it is initialised, before any training, with everything else as it is;
+    such a target is always copied into the run"""
     metrics: LMMetrics = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @model_validator(mode="after")
@@ -107,6 +111,7 @@ def build(
         dtype=config.dtype,
         tokenizer=config.tokenizer,
         needs_tokenizer=config.data is None or not config.data.tokenized,
+        null=config.null,
     )
     loaded = load_lm(
         wanted, device, folders=(Path(__file__).parent,), instead=target, device_map=device_map
@@ -199,7 +204,7 @@ def _write(
             loaded.tokenizer,
             loaded.origin,
             directory,
-            max_megabytes=config.copy_target_mb,
+            max_megabytes=math.inf if config.null else config.copy_target_mb,
         )
     write_held_out(directory, batches.held_out, settings)
 

@@ -1,5 +1,6 @@
 """A target and its tokenizer from the hub, a directory, W&B or a training; and its copy in a run."""
 
+import copy
 import importlib
 import logging
 import pickle
@@ -13,10 +14,12 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from spd.config import UserError
 from spd.experiments.lm.data.batches import HELD_OUT_FILE
+from spd.experiments.lm.folder import check_folder
 from spd.experiments.lm.hub import hub_commit, unreachable
 from spd.experiments.lm.model import TokenModel, check_output
-from spd.experiments.lm.train_lm import LM_TARGET
+from spd.experiments.lm.train_lm import LM_TARGET, is_trained_here
 from spd.experiments.targets import WANDB_PREFIX, resolve_target, target_directory
+from spd.noise import derive_seed
 from spd.run_files import forbidden, give_usual_mode, read_json, write_json
 from spd.runs.wandb_run import download_run
 
@@ -63,6 +66,8 @@ class Wanted(NamedTuple):
     dtype: Dtype
     tokenizer: str | None
     needs_tokenizer: bool
+    null: bool = False
+    """the model as it is initialised, before any training"""
 
 
 def load_lm(
@@ -86,6 +91,8 @@ def load_lm(
         place = wanted if instead is None else wanted._replace(target=str(instead), revision=None)
         found = origin if instead is None else find_target(place, device, folders)
         inner = _load_model(model_class, found, wanted, device_map)
+        if wanted.null and not _is_null(found):
+            inner = initialised_anew(inner)
     if getattr(getattr(inner, "config", None), "use_cache", False):
         inner.config.use_cache = False  # keys and values kept for generation would only fill memory
     inner = inner.requires_grad_(False).eval()
@@ -122,11 +129,15 @@ def find_target(wanted: Wanted, device: torch.device, folders: tuple[Path, ...])
     on_disk = [place for place in (path, *(f / path for f in folders)) if place.exists()]
     if path.suffix in (".yaml", ".yml"):
         _no_revision(wanted)
-        directory = resolve_target(target, LM_TARGET, device=device, folders=folders)
+        directory = resolve_target(
+            target, LM_TARGET, device=device, folders=folders, null=wanted.null
+        )
         return Origin(str(directory), None, wanted.tokenizer, directory)
     if on_disk and on_disk[0].is_dir():
         _no_revision(wanted)
         directory = target_directory(on_disk[0]).absolute()
+        if wanted.null and is_trained_here(directory):
+            directory = resolve_target(str(directory), LM_TARGET, device=device, null=True)
         logger.info("target: directory %s", directory)
         if (directory / ORIGIN_FILE).is_file():
             return Origin(**_origin(directory), directory=directory)
@@ -139,6 +150,25 @@ def find_target(wanted: Wanted, device: torch.device, folders: tuple[Path, ...])
     commit = hub_commit(target, "model", wanted.revision, "target")
     logger.info("target: %s of the Hugging Face hub, commit %s", target, commit or "as cached")
     return Origin(target, commit or wanted.revision, wanted.tokenizer, None)
+
+
+def initialised_anew(inner: nn.Module) -> nn.Module:
+    """A model of the same class and sizes with the library's own initialisation, from one seed."""
+    if not isinstance(inner, PreTrainedModel):
+        raise UserError(
+            f"null: a {type(inner).__name__} cannot be initialised anew, as models of transformers can"
+        )
+    parameter = next(inner.parameters())
+    fresh: nn.Module
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("null target"))
+        fresh = type(inner)(copy.deepcopy(inner.config))
+    return fresh.to(parameter.device, parameter.dtype)
+
+
+def _is_null(origin: Origin) -> bool:
+    """Whether what was found is a model that was never trained: a training gave it as it begins."""
+    return origin.directory is not None and is_trained_here(origin.directory)
 
 
 def _origin(directory: Path) -> dict[str, Any]:
@@ -167,6 +197,10 @@ def import_class(path: str) -> Any:
         raise UserError(f"model_class: {path!r} cannot be imported: {error}") from None
     if not (isinstance(found, type) and callable(getattr(found, "from_pretrained", None))):
         raise UserError(f"model_class: {path!r} is no class with from_pretrained")
+    own = found.__module__.partition(".")[0] == "transformers"
+    if own and not issubclass(found, PreTrainedModel | _BaseAutoModelClass):
+        # what else is loaded there, as AutoProcessor, would ask whether to run code that lies beside it
+        raise UserError(f"model_class: {path!r} is no model of transformers")
     return found
 
 
@@ -185,7 +219,7 @@ def save_copy(
     origin: Origin,
     directory: Path,
     *,
-    max_megabytes: int,
+    max_megabytes: float,
 ) -> None:
     """Write into `directory` what `load_lm` needs to load this target again.
 
@@ -201,7 +235,7 @@ def save_copy(
             give_usual_mode(weights)
     else:
         logger.info(
-            "target: %.0f MB are not copied into the run (copy_target_mb: %d); it will be loaded from"
+            "target: %.0f MB are not copied into the run (copy_target_mb: %.0f); it will be loaded from"
             " %s",
             *(n_bytes / 2**20, max_megabytes, origin.reference),
         )
@@ -222,6 +256,8 @@ def _load_model(model_class: Any, origin: Origin, wanted: Wanted, device_map: An
             " (copy_target_mb); put it back there, or name its new place:"
             " spd-run --resume RUN_DIR --target DIR, load_run(…, target=…)"
         )
+    if Path(place).is_dir():
+        check_folder(Path(place))
     dtype: torch.dtype = getattr(torch, wanted.dtype)
     arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
     reports = issubclass(model_class, PreTrainedModel | _BaseAutoModelClass)

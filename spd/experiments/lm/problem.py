@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from spd.config import UserError
 from spd.engine.prepare import Prepared
 from spd.experiments.lm.report.page import write_lm_report
+from spd.experiments.lm.report.token_texts import token_text
 from spd.problem import Batch, Problem
 
 
@@ -36,6 +37,10 @@ class LMProblem(Problem):
     def save_target(self, directory: Path) -> None:
         if self.write_target is not None:
             self.write_target(directory)
+
+    def token_text(self, token: int) -> str:
+        """A token as text, with the space that it begins with."""
+        return token_text(self.tokenizer, token)
 
     def cross_entropy(
         self, logits: Float[Tensor, "batch position vocab"], batch: Batch

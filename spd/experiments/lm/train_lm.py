@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spd.config import BaseConfig, UserError, read_yaml
 from spd.config.limits import MAX_WIDTH, Layers, Seed, Steps, Width
+from spd.config.memory import NUMBER, TRAINED, require_memory
 from spd.experiments.lm.data.text import TextConfig, load_text
 from spd.experiments.lm.data.tokens import (
     PackedBatches,
@@ -93,8 +94,37 @@ class LMTrainConfig(BaseConfig):
         return self
 
 
+def n_parameters(config: LMTrainConfig) -> int:
+    """Of the model that is to be trained."""
+    size, d = config.model, config.model.d_model
+    attention = 2 * d * d + 2 * d * (d // size.n_heads) * size.n_kv_heads
+    layer = attention + 3 * d * size.d_mlp + 2 * d
+    embeddings = config.vocab_size * d * (1 if size.tied_embeddings else 2)
+    return embeddings + size.n_layers * layer + d
+
+
+def check_size(config: LMTrainConfig, device: torch.device) -> None:
+    """`UserError` where the model, or what a step keeps for its gradients, would not fit into memory."""
+    n, size = n_parameters(config), config.model
+    require_memory(TRAINED * n, f"model: a Llama of {n} parameters needs", device)
+    length = config.data.context_length
+    each = config.vocab_size + size.n_layers * (3 * size.d_mlp + 4 * size.d_model)
+    what = f"batch_size: a step on {config.batch_size} sequences of {length} tokens needs"
+    require_memory(NUMBER * config.batch_size * length * each, what, device)
+
+
 def train(config: LMTrainConfig, device: torch.device) -> TrainedTarget:
     """A trained model, its tokenizer, and how well it predicts the held-out documents."""
+    return _made(config, device, fit=True)
+
+
+def untrained(config: LMTrainConfig, device: torch.device) -> TrainedTarget:
+    """The same before its training."""
+    target = _made(config, device, fit=False)
+    return target._replace(record={**target.record, "untrained": True})
+
+
+def _made(config: LMTrainConfig, device: torch.device, *, fit: bool) -> TrainedTarget:
     start = time.perf_counter()
     text = load_text(config.data)
     assert isinstance(text.train, datasets.Dataset), "validated: the text is not streamed"
@@ -113,7 +143,10 @@ def train(config: LMTrainConfig, device: torch.device) -> TrainedTarget:
         stream="target train",
         device=device,
     )
-    _fit(model, batches, config)
+    if fit:
+        _fit(model, batches, config)
+    else:
+        model.eval()
     record = {
         "seconds": round(time.perf_counter() - start, 1),
         "device": str(device),
@@ -251,7 +284,14 @@ def _chunks(sequences: np.ndarray) -> Iterator[np.ndarray]:
         yield sequences[first : first + SEQUENCES_AT_ONCE]
 
 
-LM_TARGET = TargetKind(name="lm", config_class=LMTrainConfig, train=train, summary=summary)
+LM_TARGET = TargetKind(
+    name="lm",
+    config_class=LMTrainConfig,
+    train=train,
+    summary=summary,
+    untrained=untrained,
+    check=check_size,
+)
 
 
 if __name__ == "__main__":

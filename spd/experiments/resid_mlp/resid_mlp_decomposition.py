@@ -49,6 +49,8 @@ class ResidMLPConfig(ExperimentConfig):
     target: str = Field()  # pyright: ignore[reportIncompatibleVariableOverride]
     target_seed: int | None = Field(default=None, ge=0)
     """which of the targets that the training YAML gives with other seeds; null: 0, as it stands there"""
+    null: bool = False
+    """decompose the target as it is initialised, before any training, with everything else as it is"""
     data: InheritedFeatures = InheritedFeatures()
     batch_size: int = Field(ge=1)
     eval_batch_size: int = Field(default=1024, ge=1)
@@ -70,6 +72,7 @@ def build(config: ResidMLPConfig, device: torch.device) -> ResidMLPProblem:
         device=device,
         folders=(Path(__file__).parent,),
         seed=config.target_seed,
+        null=config.null,
         check=inputs,
     )
     target, training = load_resid_mlp_target(directory, device)

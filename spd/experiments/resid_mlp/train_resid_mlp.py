@@ -89,7 +89,23 @@ class ResidMLPTrainConfig(TargetTrainConfig):
 def train(config: ResidMLPTrainConfig, device: torch.device) -> TrainedTarget:
     """The best of `config.n_seeds` models; `TargetError` if it is no better than a linear one."""
     start = time.perf_counter()
-    weights = train_seeds(config, device)
+    target = _best(config, train_seeds(config, device), config.seeds, start)
+    refuse_linear(target.record)
+    return target
+
+
+def untrained(config: ResidMLPTrainConfig, device: torch.device) -> TrainedTarget:
+    """The model of the first seed before its training."""
+    start, seeds = time.perf_counter(), config.seeds[:1]
+    target = _best(config, _initial(config, seeds, device), seeds, start)
+    return target._replace(record={**target.record, "untrained": True})
+
+
+def _best(
+    config: ResidMLPTrainConfig, weights: Weights, seeds: list[int], start: float
+) -> TrainedTarget:
+    """The one of several seeds that is kept, and the record of all."""
+    device = weights["W_E"].device
     held_out = _batches(config, "target eval", device)
     losses = eval_losses(resid_mlp_loss(config, device), weights, held_out)
     record = training_record(
@@ -97,25 +113,22 @@ def train(config: ResidMLPTrainConfig, device: torch.device) -> TrainedTarget:
         losses,
         required=REQUIRED_BEND,
         probe=PROBE,
-        seeds=config.seeds,
+        seeds=seeds,
         seconds=time.perf_counter() - start,
     )
-    chosen = config.seeds.index(record["chosen_seed"])
+    chosen = seeds.index(record["chosen_seed"])
     kept = {name: w[chosen].cpu().clone() for name, w in weights.items()}
     on_device = {name: w[chosen] for name, w in weights.items()}
     record |= {
         "criterion": "own bend f(0.75) + f(-0.75) - 2 f(0), relative to the label's",
         **baseline_losses(config, on_device, device)._asdict(),
     }
-    refuse_linear(record)
     return TrainedTarget(kept, record)
 
 
 def train_seeds(config: ResidMLPTrainConfig, device: torch.device) -> Weights:
     """Trained weights of every seed, stacked on axis 0; `W_E` and `W_U` as the config says."""
-    initial = stack_seeds(
-        lambda generator: initial_weights(config.model, generator=generator), config.seeds, device
-    )
+    initial = _initial(config, config.seeds, device)
     fixed = () if config.model.embedding == "trained" else ("W_E", "W_U")
     frozen = {name: initial[name] for name in fixed}
     trained = train_side_by_side(
@@ -126,6 +139,12 @@ def train_seeds(config: ResidMLPTrainConfig, device: torch.device) -> Weights:
         config=config,
     )
     return {**trained, **frozen}
+
+
+def _initial(config: ResidMLPTrainConfig, seeds: list[int], device: torch.device) -> Weights:
+    return stack_seeds(
+        lambda generator: initial_weights(config.model, generator=generator), seeds, device
+    )
 
 
 def resid_mlp_loss(config: ResidMLPTrainConfig, device: torch.device) -> LossFn:
@@ -294,7 +313,11 @@ def _check(config: ResidMLPTrainConfig, device: torch.device) -> None:
 
 
 RESID_MLP_TARGET = TargetKind(
-    name="resid_mlp", config_class=ResidMLPTrainConfig, train=train, check=_check
+    name="resid_mlp",
+    config_class=ResidMLPTrainConfig,
+    train=train,
+    check=_check,
+    untrained=untrained,
 )
 
 

@@ -44,12 +44,25 @@ class TMSModel(nn.Module):
             nn.Linear(n_hidden, n_hidden, bias=False) for _ in range(n_hidden_layers)
         )
         self.linear2 = nn.Linear(n_hidden, n_features, bias=True)
+        self.anchors = nn.ModuleDict()
+        """identity matrices in front of the modules that they are named for"""
 
     def forward(self, x: Float[Tensor, "... n_features"]) -> Float[Tensor, "... n_features"]:
-        hidden = self.linear1(x)
+        hidden = self.linear1(self._in_front_of("linear1", x))
         for layer in self.hidden_layers:
             hidden = layer(hidden)
-        return torch.relu(self.linear2(hidden))
+        return torch.relu(self.linear2(self._in_front_of("linear2", hidden)))
+
+    def insert_identity_(self, name: str) -> None:
+        """Put an identity matrix, a module of its own, in front of `linear1` or `linear2`."""
+        weight = self.get_submodule(name).get_parameter("weight")
+        d = weight.shape[1]
+        identity = nn.Linear(d, d, bias=False, device=weight.device, dtype=weight.dtype)
+        nn.init.eye_(identity.weight)
+        self.anchors[name] = identity.requires_grad_(False)
+
+    def _in_front_of(self, name: str, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return self.anchors[name](x) if name in self.anchors else x
 
 
 def empty_model(config: TMSModelConfig) -> TMSModel:

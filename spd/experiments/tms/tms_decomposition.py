@@ -3,9 +3,9 @@
 python spd/experiments/tms/tms_decomposition.py spd/experiments/tms/tms_5-2_config.yaml [key=value ...]
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from spd.experiments.sparse_features import (
     SparseFeatures,
 )
 from spd.experiments.targets import resolve_target
-from spd.experiments.tms.model import empty_model
+from spd.experiments.tms.model import TMSModel, empty_model
 from spd.experiments.tms.plots import TMSVectors
 from spd.experiments.tms.train_tms import PROBE, TMS_TARGET, TMSTrainConfig, load_tms_target
 from spd.problem import (
@@ -44,12 +44,17 @@ class TMSConfig(ExperimentConfig):
     target: str = Field()  # pyright: ignore[reportIncompatibleVariableOverride]
     target_seed: int | None = Field(default=None, ge=0)
     """which of the targets that the training YAML gives with other seeds; null: 0, as it stands there"""
+    null: bool = False
+    """decompose the target as it is initialised, before any training, with everything else as it is"""
     data: InheritedFeatures = InheritedFeatures()
     batch_size: int = Field(ge=1)
     eval_batch_size: int = Field(default=1024, ge=1)
     tied_sites: tuple[tuple[str, str], ...] | None = None
     """(source, tied): `tied` shares the subcomponents of `source`, transposed; null: as the target's own
     weights are tied, where both are sites; []: none, each matrix is decomposed by itself"""
+    anchor: tuple[Literal["linear1", "linear2"], ...] = ()
+    """modules in front of which an identity matrix is inserted, to be decomposed as the site
+    `anchors.linear1`: a control, as exactly as many subcomponents as it has inputs must come out"""
     figures: TMSFigures = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
@@ -61,10 +66,12 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
         device=device,
         folders=(Path(__file__).parent,),
         seed=config.target_seed,
+        null=config.null,
         check=lambda training: _check_fit(config, training, device),
     )
     target, training = load_tms_target(directory, device)
     data, tied_sites = _check_fit(config, training, device)
+    insert_anchors_(target, config.anchor)
     n_features, n_hidden = training.model.n_features, training.model.n_hidden
 
     def batches(stream: str, batch_size: int) -> SparseFeatures:
@@ -83,6 +90,8 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
     }
     for index in range(training.model.n_hidden_layers):
         solution[f"hidden_layers.{index}"] = Dense(n_hidden)
+    for name, identity in target.anchors.items():
+        solution[f"anchors.{name}"] = Dense(identity.get_parameter("weight").shape[1])
     return Problem(
         target=target,
         train_batches=batches("train", config.batch_size),
@@ -97,6 +106,13 @@ def build(config: TMSConfig, device: torch.device) -> Problem:
     )
 
 
+def insert_anchors_(target: TMSModel, names: Sequence[str]) -> TMSModel:
+    """Put identity matrices in front of these modules: the target computes what it computed."""
+    for name in names:
+        target.insert_identity_(name)
+    return target
+
+
 def _check_fit(
     config: TMSConfig, training: TMSTrainConfig, device: torch.device
 ) -> tuple[SparseFeatureConfig, tuple[tuple[str, str], ...]]:
@@ -104,7 +120,14 @@ def _check_fit(
 
     `UserError` where the decomposition and its target do not go together.
     """
-    sites = resolve_sites(empty_model(training.model), config.sites)
+    anchored = insert_anchors_(empty_model(training.model), config.anchor)
+    sites = resolve_sites(anchored, config.sites)
+    for name in config.anchor:
+        if f"anchors.{name}" not in sites:
+            raise UserError(
+                f'anchor: {name}: the identity matrix in front of it is no site; sites."anchors.{name}"=C'
+                " makes it one"
+            )
     data = config.data.like(training.data, training.model.n_features)
     sizes = {"batch_size": config.batch_size, "eval_batch_size": config.eval_batch_size}
     config.data.check_batches(training.model.n_features, device, **sizes)

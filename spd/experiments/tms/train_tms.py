@@ -63,18 +63,33 @@ class TMSTrainConfig(TargetTrainConfig):
 def train(config: TMSTrainConfig, device: torch.device) -> TrainedTarget:
     """The best of `config.n_seeds` models; `TargetError` if it does not represent every feature."""
     start = time.perf_counter()
-    weights = train_seeds(config, device)
-    model = empty_model(config.model)
+    target = _best(config, train_seeds(config, device), config.seeds, start)
+    refuse_lost_features(target.record)
+    return target
+
+
+def untrained(config: TMSTrainConfig, device: torch.device) -> TrainedTarget:
+    """The model of the first seed before its training."""
+    start, seeds = time.perf_counter(), config.seeds[:1]
+    weights = with_tie(_initial(config, seeds, device))
+    target = _best(config, weights, seeds, start)
+    return target._replace(record={**target.record, "untrained": True})
+
+
+def _best(
+    config: TMSTrainConfig, weights: Weights, seeds: list[int], start: float
+) -> TrainedTarget:
+    """The one of several seeds that is kept, and the record of all."""
+    model, device = empty_model(config.model), weights["linear1.weight"].device
     record = training_record(
         outputs_at_probe(model, weights),
         eval_losses(tms_loss(model), weights, _batches(config, "target eval", device)),
         required=REQUIRED_OUTPUT,
         probe=PROBE,
-        seeds=config.seeds,
+        seeds=seeds,
         seconds=time.perf_counter() - start,
     )
-    refuse_lost_features(record)
-    chosen = config.seeds.index(record["chosen_seed"])
+    chosen = seeds.index(record["chosen_seed"])
     kept = {name: w[chosen].cpu() for name, w in weights.items()}
     contiguous = torch.contiguous_format
     return TrainedTarget(
@@ -85,9 +100,7 @@ def train(config: TMSTrainConfig, device: torch.device) -> TrainedTarget:
 
 def train_seeds(config: TMSTrainConfig, device: torch.device) -> Weights:
     """Trained weights of every seed, stacked on axis 0; hidden layers stay as they were drawn."""
-    initial = stack_seeds(
-        lambda generator: initial_weights(config.model, generator=generator), config.seeds, device
-    )
+    initial = _initial(config, config.seeds, device)
     frozen = {name: w for name, w in initial.items() if name.startswith("hidden_layers.")}
     n_outputs = config.n_seeds * config.batch_size * config.model.n_features
     trained = train_side_by_side(
@@ -99,6 +112,12 @@ def train_seeds(config: TMSTrainConfig, device: torch.device) -> Weights:
         compiled=n_outputs >= COMPILE_FROM,
     )
     return with_tie({**trained, **frozen})
+
+
+def _initial(config: TMSTrainConfig, seeds: list[int], device: torch.device) -> Weights:
+    return stack_seeds(
+        lambda generator: initial_weights(config.model, generator=generator), seeds, device
+    )
 
 
 def tms_loss(model: TMSModel) -> LossFn:
@@ -142,7 +161,9 @@ def _check(config: TMSTrainConfig, device: torch.device) -> None:
     check_size(config, empty_model(config.model), config.model.n_features, device)
 
 
-TMS_TARGET = TargetKind(name="tms", config_class=TMSTrainConfig, train=train, check=_check)
+TMS_TARGET = TargetKind(
+    name="tms", config_class=TMSTrainConfig, train=train, check=_check, untrained=untrained
+)
 
 
 if __name__ == "__main__":

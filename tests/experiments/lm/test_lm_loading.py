@@ -1,5 +1,6 @@
 """Targets from the hub, from disk and from any class: what is loaded, and what is refused in words."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,63 @@ def test_weights_of_another_precision_become_float32(tmp_path: Path):
 def test_what_does_not_fit_a_model(llama: Path, changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         load(llama, **changes)
+
+
+@pytest.mark.parametrize(
+    "name", ["AutoProcessor", "AutoConfig", "AutoTokenizer", "GenerationConfig", "BertTokenizer"]
+)
+def test_what_is_no_model_of_transformers_is_not_asked_for_one(llama: Path, name: str):
+    """Some of them would ask whether to run code that lies beside the model."""
+    with pytest.raises(UserError, match=f"model_class: 'transformers.{name}' is no model"):
+        load(llama, model_class=f"transformers.{name}")
+
+
+LEADS_AWAY: dict[str, tuple[str, Any, str]] = {
+    "a way up": (
+        "model.safetensors.index.json",
+        {"weight_map": {"a": "../x"}},
+        r"'\.\./x': the name",
+    ),
+    "a place": ("model.safetensors.index.json", {"weight_map": {"a": "/x"}}, "'/x': the name of a"),
+    "no map": ("pytorch_model.bin.index.json", {}, "weight_map: None: the name of a file beside"),
+    "a list": ("model.safetensors.index.json", [], "weight_map: None"),
+    "an adapter": ("adapter_config.json", {"base_model_name_or_path": "/x"}, "an adapter, which"),
+    "kernels": ("config.json", {"_attn_implementation": "me/code"}, "'me/code' is code on the hub"),
+    "kernels of a part": (
+        "config.json",
+        {"text_config": {"attn_implementation": {"": "me/code@1:f"}}},
+        "attn_implementation: 'me/code@1:f' is code on the hub",
+    ),
+    "kernels of experts": ("config.json", {"experts_implementation": "me/code"}, "is code on"),
+    "its own code": (
+        "config.json",
+        {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}},
+        "it needs code that lies beside it, which is not run",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "said"), LEADS_AWAY.values(), ids=LEADS_AWAY)
+def test_a_folder_leads_nowhere_else(
+    llama: Path, tmp_path: Path, name: str, change: Any, said: str
+):
+    folder = Path(shutil.copytree(llama, tmp_path / "theirs"))
+    mark = tmp_path / "it-was-run"
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass C: pass\nM = C\n")
+    path = folder / name
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**before, **change} if isinstance(change, dict) else change))
+    with pytest.raises(UserError, match=said):
+        load(folder)
+    assert not mark.exists()
+
+
+def test_a_model_in_several_files_is_loaded(tmp_path: Path):
+    folder = tmp_path / "parts"
+    little_llama().save_pretrained(folder, max_shard_size="4KB")
+    make_tokenizer().save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert load(folder).n_vocab > 0
 
 
 @pytest.mark.parametrize("target", ["./nothing", "/no/such/model", "a/b/c", "~/nothing"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from spd.experiments.lm.data.text import load_text
 from spd.experiments.lm.train_lm import (
     LM_TARGET,
     LMTrainConfig,
+    initial_model,
     is_trained_here,
     mean_cross_entropy,
+    n_parameters,
     summary,
     train_tokenizer,
 )
@@ -50,6 +53,41 @@ def raw(tmp_path: Path) -> dict[str, Any]:
 
 def config(raw: dict[str, Any], **changes: Any) -> LMTrainConfig:
     return parse(LMTrainConfig, {**raw, **changes}, "test")
+
+
+SIZES = {"n_layers": 3, "n_heads": 2, "n_kv_heads": 1, "d_model": 16, "d_mlp": 24}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_parameters_of_a_model_are_known_before_it_is_made(raw: dict[str, Any], tied: bool):
+    training = config(raw, model={**SIZES, "tied_embeddings": tied})
+    tokenizer = train_tokenizer(stories(25, seed=1), training)
+    model = initial_model(training, tokenizer)
+    assert sum(p.numel() for p in model.parameters()) == n_parameters(training)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("batch_size=1e11", r"batch_size: a step on 100000000000 sequences of 64 tokens needs"),
+        ("model.d_mlp=10000000", r"model: a Llama of \d+ parameters needs at least .*GB of memory"),
+        ("model.n_layers=1000", "batch_size: a step on 32 sequences of 64 tokens needs at least 8"),
+        ("data.context_length=1000000", "batch_size: a step on 32 sequences of 1000000 tokens"),
+        ("steps=1e15", "steps: .*less than or equal to"),
+    ],
+)
+def test_a_training_that_does_not_fit_is_one_line_and_nothing_is_written(
+    tmp_path: Path,
+    override: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr("spd.config.memory.free_memory", lambda device: 2 * 10**9)
+    assert target_cli(LM_TARGET, [str(PYDOC_TARGET), override]) == 2
+    err = capsys.readouterr().err
+    assert re.search(f"^error: .*{said}", err) and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_trained_target_is_a_hugging_face_directory(raw: dict[str, Any]):

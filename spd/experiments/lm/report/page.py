@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spd.analysis.contexts import OUTSIDE
+from spd.analysis.observation import at_every_position, at_positions
 from spd.analysis.statistics import Statistics, SubcomponentStatistics
 from spd.component_model import ComponentModel
 from spd.config import UserError
@@ -112,34 +113,20 @@ def gather(
         upper = model.causal_importances(site_inputs).upper
         if statistics is None:
             around = look_around(model, batch[:1], unembed)
-            C_of = {p: g.shape[-1] for p, g in upper.items() if _at_every_position(g, batch)}
+            C_of = {p: g.shape[-1] for p, g in upper.items() if at_every_position(g, batch.shape)}
             if not C_of:
                 return None
             statistics = SubcomponentStatistics(C_of)
         acts = {p: model.sites[p].acts(site_inputs[p]) for p in C_of}
         statistics.update(
             batch,
-            {path: _at_positions(upper[path], batch) for path in C_of},
-            {path: _at_positions(acts[path], batch) for path in C_of},
+            {path: at_positions(upper[path], batch.shape) for path in C_of},
+            {path: at_positions(acts[path], batch.shape) for path in C_of},
             None if position_weights is None else position_weights(batch) > 0,
         )
     assert statistics is not None, "no batch to look at"
     left_out = [path for path in model.sites if path not in C_of]
     return Gathered(C_of, left_out, statistics.compute(), around)
-
-
-def _at_every_position(x: Tensor, batch: Int[Tensor, "batch position"]) -> bool:
-    return x.numel() == batch.numel() * x.shape[-1] or x.shape[:-1] == (1, batch.shape[1])
-
-
-def _at_positions(
-    x: Float[Tensor, "*rows C"], batch: Int[Tensor, "batch position"]
-) -> Float[Tensor, "batch position C"]:
-    """From one row per position in this order, or from one sequence that holds for all."""
-    C = x.shape[-1]
-    if x.numel() == batch.numel() * C:
-        return x.reshape(*batch.shape, C)
-    return x.expand(*batch.shape, C)
 
 
 def page_data(

@@ -1,0 +1,144 @@
+"""The contexts of a subcomponent as text for a language model, and which of them serve for what.
+
+The windows that a label is made of and those by which it is scored are of different sequences, so that they
+have no token in common.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from spd.analysis.contexts import OUTSIDE, Contexts, by_quantile
+from spd.analysis.harvest import Gathered
+from spd.metrics import ALIVE_THRESHOLD
+
+N_HIGHEST, N_LOWER, N_QUANTILES = 6, 9, 3
+RARELY = 0.1
+"""of the positions of another subcomponent, at which the one in question may be on too"""
+LIKE_INPUTS = 0.02
+"""an input of a toy below it is not shown"""
+
+TokenText = Callable[[int], str]
+
+
+class Window(NamedTuple):
+    """A context: pieces of text, or the input of a toy as one piece."""
+
+    pieces: list[str]
+    importances: list[float]
+    activations: list[float]
+    middle: int
+    sequence: int
+
+    def firing(self) -> list[int]:
+        """Where it is on; the middle always is."""
+        on = {place for place, g in enumerate(self.importances) if g > ALIVE_THRESHOLD}
+        return sorted(on | {self.middle})
+
+    def marked(self, places: Sequence[int]) -> str:
+        """The text with `[[` and `]]` around these pieces."""
+        return _joined(
+            f"[[{piece}]]" if place in places else piece for place, piece in enumerate(self.pieces)
+        )
+
+    def annotated(self) -> str:
+        """The text with g and the activation at the pieces at which it is on."""
+        on = self.firing()
+        return _joined(
+            f"[[{piece}]](g {self.importances[p]:.2f}, a {self.activations[p]:+.2f})" if p in on else piece
+            for p, piece in enumerate(self.pieces)
+        )
+
+
+def _joined(pieces: Iterable[str]) -> str:
+    return "".join(pieces).replace("\n", "⏎")
+
+
+class Windows(NamedTuple):
+    """Of one subcomponent."""
+
+    label: list[Window]
+    """the highest, then from quantiles"""
+    scores: list[Window]
+    """of other sequences, drawn uniformly"""
+    intruders: list[Window]
+    """of subcomponents that are rarely on with it, and of none of its own sequences"""
+
+
+def windows_of(found: Gathered, c: int, text: TokenText, *, n_intruders: int = 30) -> Windows:
+    """All of one subcomponent, always the same ones."""
+    sampled, top = found.sampled, found.statistics.contexts
+    left = found.statistics.left
+    sequences = list(dict.fromkeys(sampled.sequences[c][sampled.scores[c] > -torch.inf].tolist()))
+    for_scores = set(sequences[1::2])
+    highest = [
+        place
+        for place in range(len(top.scores[c]))
+        if top.scores[c, place] > -torch.inf and int(top.sequences[c, place]) not in for_scores
+    ][:N_HIGHEST]
+    label = [_window(found, top, c, place, text) for place in highest]
+    shown = {window.sequence for window in label}
+    for group in by_quantile(sampled, c, left, N_QUANTILES):
+        own = [p for p in group if int(sampled.sequences[c, p]) not in for_scores | shown]
+        label += [_window(found, sampled, c, p, text) for p in own[: N_LOWER // N_QUANTILES]]
+    scores = [
+        _window(found, sampled, c, place, text)
+        for place in range(len(sampled.scores[c]))
+        if sampled.scores[c, place] > -torch.inf and int(sampled.sequences[c, place]) in for_scores
+    ]
+    own = {*sequences, *top.sequences[c][top.scores[c] > -torch.inf].tolist()}
+    return Windows(label, scores, _intruders(found, c, own, text, n_intruders))
+
+
+def _intruders(
+    found: Gathered, c: int, own: set[int], text: TokenText, n: int
+) -> list[Window]:
+    """One window of each of up to n others, the most similar in density first."""
+    start, joint = found.statistics.pairs.with_all(c)
+    n_active = found.statistics.n_active
+    others = [
+        other
+        for other in range(start, start + len(joint))
+        if other != c
+        and n_active[other] > 0
+        and int(joint[other - start]) <= RARELY * int(n_active[other])
+    ]
+    generator = random.Random(f"intruders/{found.names[c]}")
+    generator.shuffle(others)
+    density = max(1, int(n_active[c]))
+    others = sorted(others[: 4 * n], key=lambda o: abs(float(n_active[o]) / density - 1))[:n]
+    windows = []
+    for other in others:
+        there = [
+            place
+            for place in range(len(found.sampled.scores[other]))
+            if found.sampled.scores[other, place] > -torch.inf
+            and int(found.sampled.sequences[other, place]) not in own
+        ]
+        if there:
+            windows.append(_window(found, found.sampled, other, generator.choice(there), text))
+    return windows
+
+
+def _window(found: Gathered, kept: Contexts, c: int, place: int, text: TokenText) -> Window:
+    left = found.statistics.left
+    g, a = kept.importances[c, place].tolist(), kept.activations[c, place].tolist()
+    sequence = int(kept.sequences[c, place])
+    content = kept.tokens[c, place]
+    if found.kind != "tokens":
+        piece = _of_input(content[0].tolist()) if found.kind == "inputs" else f"row {sequence}"
+        return Window([piece], g, a, 0, sequence)
+    tokens = content.tolist()
+    inside = [p for p, token in enumerate(tokens) if token != OUTSIDE]
+    return Window(
+        [text(tokens[p]) for p in inside],
+        [min(1.0, max(0.0, g[p])) for p in inside],
+        [a[p] for p in inside],
+        inside.index(left),
+        sequence,
+    )
+
+
+def _of_input(values: Sequence[float]) -> str:
+    shown = [f"x{j}={x:.2f}" for j, x in enumerate(values) if abs(x) >= LIKE_INPUTS]
+    return " ".join(shown) or "all inputs 0"
