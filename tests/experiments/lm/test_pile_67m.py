@@ -1,6 +1,6 @@
 """The configuration for a model of 67 million parameters: it starts, runs three steps and resumes.
 
-On a random model of that shape, and on a tiny one of the same kind. The former needs 18 GB and is to run alone.
+On a random model of that shape, which needs 18 GB and is to run alone, and on a tiny one of the same kind.
 """
 
 import json
