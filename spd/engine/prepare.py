@@ -17,7 +17,7 @@ from spd.engine.experts import check_experts, join_, take_experts_apart_
 from spd.engine.layers import checkpoint_layers_, layers_of
 from spd.engine.step import may_compile, passes_of
 from spd.engine.zero_rows import ZeroRows
-from spd.losses import State, StepContext
+from spd.losses import MaskedRecon, State, StepContext
 from spd.masks import RoutedInput, SiteMask
 from spd.metrics import HeldOutLosses, Metric, collect
 from spd.objective import Objective
@@ -73,6 +73,11 @@ def prepare(problem: Problem, config: SPDConfig, *, quiet: bool = False) -> Prep
             f" {len(eval_batches)}"
         )
     _check_output(problem.target, eval_batches[0])
+    if any(isinstance(spec, MaskedRecon) for spec in objective.losses.values()):
+        objective.source_shapes(
+            eval_batches[0]
+        )  # refuses scopes and routing that the sites do not have
+        objective.noise(eval_batches[0], stream="eval", seed=config.seed, step=0)
     check_experts(model, eval_batches[0])
     if execution.compile is True and not may_compile(execution, model):
         raise UserError(
