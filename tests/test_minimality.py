@@ -211,6 +211,7 @@ def test_runs_side_by_side_have_a_running_mean_each(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_compiled_with_the_exchange_between_processes():
     run = prepared(make_config(RUNNING))
     made, batch = run.objective, run.eval_batches[0]

@@ -360,6 +360,7 @@ def test_stopped_and_resumed(kind: dict[str, Any], tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_compiled():
     objective = make_objective(made(CHUNKED), ALL_LOSSES)
     batch = torch.rand(6, 4)
