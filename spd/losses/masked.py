@@ -12,7 +12,7 @@ from spd.config import BaseConfig, UserError
 from spd.losses.spec import LossSpec, StepContext, state_key
 from spd.masks import Mask, SiteMask, stochastic_mask, uniform_k_subsets
 from spd.sources import (
-    N_UPDATES,
+    COUNTS,
     AdamAscent,
     Scope,
     kept_names,
@@ -274,7 +274,7 @@ class MaskedRecon(LossSpec):
         if self.ascent is None:
             return {}
         names = [name for path in ctx.model.sites for name in kept_names(path)]
-        return {name: ctx.carried(name) for name in (*names, N_UPDATES)}
+        return {name: ctx.carried(name) for name in (*names, *COUNTS)}
 
 
 # --- ascents ------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def _moved(
     """
     term, model = ctx.term, ctx.model
     names = [name for path in model.sites for name in kept_names(path)]
-    kept = {name: ctx.carried(name) for name in (*names, N_UPDATES)}
+    kept = {name: ctx.carried(name) for name in (*names, *COUNTS)}
     summed = {}
     for path, slope in slopes.items():
         shape = kept[source_name(path)].shape
