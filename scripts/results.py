@@ -1,6 +1,7 @@
 """The records of finished runs in docs/results/, and the page that is made of them.
 
     python scripts/results.py record out/tms_5-2/*/    # docs/results/tms_5-2/0.json, one for each seed
+    python scripts/results.py rates out/evals/STUDY    # docs/results/rates/: one line for each of its runs
     python scripts/results.py page                     # docs/results.md, and the table of README.md
 
 A record holds what result.json says, the configuration, the versions and the commit of a run, and the
@@ -26,6 +27,11 @@ from spd.runs.cli import checked_config
 from spd.runs.console import user_errors
 from spd.runs.verify import check_run
 from spd.settings import REPO_DIR
+
+if __package__:
+    from scripts.rates import rates_part, rates_record, write_rates
+else:  # run as a script
+    from rates import rates_part, rates_record, write_rates
 
 DOCS = REPO_DIR / "docs"
 RECORDS, EARLIER = "results", "earlier.json"
@@ -74,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="use files that are not as their run left them, and say so",
     )
+    rates = commands.add_parser("rates", help="write the record of a study of many seeds")
+    rates.add_argument("study", type=Path, metavar="STUDY_DIR")
     commands.add_parser("page", help="write docs/results.md and the table of README.md")
     args = parser.parse_args(argv)
     with user_errors():
@@ -82,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             records = [record_of(run, verify=not args.unverified) for run in args.runs]
             for one in records:
                 print(write_record(one, args.docs / RECORDS))
+        elif args.command == "rates":
+            print(write_rates(rates_record(args.study), args.study, args.docs / RECORDS))
         else:
             for path, text in pages(args.docs).items():
                 path.write_text(text, encoding="utf-8")
@@ -171,7 +181,7 @@ def results_page(
     docs: Path, records: Mapping[str, Sequence[Mapping[str, Any]]], present: Mapping[str, float]
 ) -> str:
     """The whole of docs/results.md."""
-    parts = [PAGE_HEAD, summary(records, present) + "\n"]
+    parts = [PAGE_HEAD, summary(records, present) + "\n", rates_part(docs / RECORDS, present)]
     for name, of_experiment in records.items():
         parts.append(f"## `{name}`\n\n{experiment_table(of_experiment, present)}\n")
     parts.append(earlier_part(docs / RECORDS / EARLIER))
