@@ -1,6 +1,7 @@
 """The step as a pure callable: batch, progress, noise and state in; total, terms and new state out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -229,7 +230,7 @@ class Objective(nn.Module):
                         new[key] = _taken_in_turn(new[key], shape)
                         continue
                     raise UserError(
-                        f"losses.{term}: scope {spec.ascent.scope} keeps sources for batches of one"
+                        f"losses.{term}.source.scope: {spec.ascent.scope} keeps sources for batches of one"
                         f" size, and after {_size(kept_for)} a batch of {_size(shape)} came; a constant"
                         " size, or scope c, is allowed"
                     )
@@ -242,13 +243,11 @@ class Objective(nn.Module):
         for path, rows in self._rows(batch).items():
             if ascent.scope != "c" and (not rows or rows[0] != len(batch)):
                 raise UserError(
-                    f"losses.{term}: scope {ascent.scope} needs sites with a row for each example of a"
-                    f" batch, and {path!r} has none of its own for each; c is allowed"
+                    f"losses.{term}.source.scope: {ascent.scope} needs sites with rows for each example"
+                    f" of a batch, and {path!r} has none of its own for each; c is allowed"
                 )
-            try:
+            with _about(f"losses.{term}.source"):
                 shapes[path] = source_shape(ascent.scope, rows, self.model.sites[path].C)
-            except UserError as error:
-                raise UserError(f"losses.{term}.{error}") from None
         return shapes
 
     @torch.no_grad()
@@ -291,11 +290,12 @@ class Objective(nn.Module):
         of_importances = {
             path: torch.Size((*rows, sites[path].C)) for path, rows in self._rows(batch).items()
         }
-        return {
-            state_key(term, name): shape
-            for term, spec in self.losses.items()
-            for name, shape in spec.draws(of_importances, len(batch)).items()
-        }
+        found: dict[str, torch.Size] = {}
+        for term, spec in self.losses.items():
+            with _about(f"losses.{term}.source"):
+                own = spec.draws(of_importances, len(batch))
+            found |= {state_key(term, name): shape for name, shape in own.items()}
+        return found
 
     def draw_noise(self, batch: Batch, *, stream: str, seed: int, step: int) -> dict[str, Tensor]:
         """The same, all at once."""
@@ -309,6 +309,15 @@ class Objective(nn.Module):
                 path: self.model.sites[path].rows(x) for path, x in inputs.items()
             }
         return self._rows_of_shape[batch.shape]
+
+
+@contextmanager
+def _about(place: str) -> Iterator[None]:
+    """A mistake that is found within names the place in the configuration."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}.{error}") from None
 
 
 def _taken_in_turn(kept: Tensor, shape: torch.Size) -> Tensor:

@@ -5,7 +5,6 @@ r_Δ, the mask of the remainder W − V U (VPD, section on persistent adversarie
 no model.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -74,27 +73,20 @@ def adam_ascent(
     moments: tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]],
     slope: Float[Tensor, "*shape"],
     *,
-    n_updates: Float[Tensor, ""],
+    powers: tuple[Float[Tensor, ""], Float[Tensor, ""]],
     lr: float | Float[Tensor, ""],
     betas: tuple[float, float],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of Adam upwards, then into [0, 1]; r and both moments. `n_updates` counts this one.
+    """One step of Adam upwards, then into [0, 1]; r and both moments.
 
-    r + lr m̂ / (√v̂ + ε) with m̂ = m / (1 − β₁ⁿ) and v̂ = v / (1 − β₂ⁿ).
+    r + lr m̂ / (√v̂ + ε) with m̂ = m / (1 − β₁ⁿ) and v̂ = v / (1 − β₂ⁿ) in the n-th update; `powers` are β₁ⁿ
+    and β₂ⁿ.
     """
     first = betas[0] * moments[0] + (1 - betas[0]) * slope
     second = betas[1] * moments[1] + (1 - betas[1]) * slope.square()
-    corrections = [_bias_correction(beta, n_updates) for beta in betas]
-    step = (first / corrections[0]) / ((second / corrections[1]).sqrt() + eps)
+    step = (first / (1 - powers[0])) / ((second / (1 - powers[1])).sqrt() + eps)
     return (r + lr * step).clamp(0.0, 1.0), first, second
-
-
-def _bias_correction(beta: float, n_updates: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """1 − βⁿ for n ≥ 1."""
-    if beta == 0.0:
-        return torch.ones_like(n_updates)
-    return -torch.expm1(n_updates * math.log(beta))
 
 
 class AdamAscent(BaseConfig):
@@ -122,7 +114,7 @@ class AdamAscent(BaseConfig):
     def begun(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is kept of sources, by site, that have not moved yet."""
         some = next(iter(sources.values()))
-        kept = {N_UPDATES: some.new_zeros(())}
+        kept = {N_UPDATES: some.new_zeros(()), **{name: some.new_ones(()) for name in POWERS}}
         for path, r in sources.items():
             none = torch.zeros_like(r), torch.zeros_like(r)
             kept |= dict(zip(kept_names(path), (r, *none), strict=True))
@@ -135,8 +127,10 @@ class AdamAscent(BaseConfig):
         progress: Float[Tensor, ""],
     ) -> dict[str, Tensor]:
         """What is kept after one more update, by the slopes of every site's sources."""
-        n_updates, rate = kept[N_UPDATES] + 1, self.rate(progress)
-        new = {N_UPDATES: n_updates}
+        rate = self.rate(progress)
+        # products rather than powers, which a compiled step would compute for every entry
+        powers = (kept[POWERS[0]] * self.betas[0], kept[POWERS[1]] * self.betas[1])
+        new = {N_UPDATES: kept[N_UPDATES] + 1, **dict(zip(POWERS, powers, strict=True))}
         for path, slope in slopes.items():
             names = kept_names(path)
             r, *moments = (kept[name] for name in names)
@@ -144,7 +138,7 @@ class AdamAscent(BaseConfig):
                 r,
                 (moments[0], moments[1]),
                 slope,
-                n_updates=n_updates,
+                powers=powers,
                 lr=rate,
                 betas=self.betas,
                 eps=self.eps,
@@ -154,6 +148,10 @@ class AdamAscent(BaseConfig):
 
 
 N_UPDATES = "n_updates"
+POWERS = ("power_of_first_beta", "power_of_second_beta")
+"""β₁ⁿ and β₂ⁿ after n updates"""
+COUNTS = (N_UPDATES, *POWERS)
+"""what is kept once for all sites"""
 
 
 def kept_names(path: str) -> tuple[str, str, str]:

@@ -209,6 +209,19 @@ def test_lower_leaky_hard_sigmoid(
     torch.testing.assert_close(grad, torch.tensor(slopes).float())
 
 
+def test_the_squashings_of_vpd_by_hand():
+    z = torch.tensor([-0.5, 0.0, 0.3, 1.0, 1.5], requires_grad=True)
+    lower, upper = lower_leaky_hard_sigmoid(z, "gradient"), upper_leaky_hard_sigmoid(z)
+    assert lower.tolist() == pytest.approx([0, 0, 0.3, 1, 1])
+    assert upper.tolist() == pytest.approx([0, 0, 0.3, 1, 1.005])
+    assert torch.equal(lower, upper.clamp(0, 1))
+    for incoming, slopes in ((1.0, [0, 0, 1, 1, 0]), (-1.0, [-0.01, -0.01, -1, -1, 0])):
+        (grad,) = torch.autograd.grad(lower, z, torch.full((5,), incoming), retain_graph=True)
+        assert grad.tolist() == pytest.approx(slopes)
+    (grad,) = torch.autograd.grad(upper.sum(), z)
+    assert grad.tolist() == pytest.approx([0, 0, 1, 1, 0.01])
+
+
 def test_the_published_form_of_the_lower_sigmoid_is_the_default():
     assert torch.equal(lower_leaky_hard_sigmoid(POINTS), lower_leaky_hard_sigmoid(POINTS, "both"))
 

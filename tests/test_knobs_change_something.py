@@ -66,6 +66,8 @@ SMALL_LM: Raw = {
     "model": {"n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_model": 16, "d_mlp": 32},
     **{"steps": 3, "batch_size": 16, "lr": 1e-2},
 }
+COUNT: Raw = {"type": "smooth_l0", "gamma": 0.1}
+CURVE: Raw = {"type": "piecewise", "half_life": None, "segments": [{"to": 0.5}]}
 TABLE: dict[str, tuple[Callable[[Raw], Any], Raw, dict[str, Raw]]] = {
     "SPDConfig": (
         decomposition,
@@ -140,6 +142,49 @@ TABLE: dict[str, tuple[Callable[[Raw], Any], Raw, dict[str, Raw]]] = {
         {"coeff": 1.0, "pnorm": 1.0},
         {"pnorm": {"pnorm": 0.5}},
     ),
+    "Faithfulness": (
+        lambda raw: decomposition({**RUN, "losses": {"faithfulness": raw}}),
+        {"coeff": 1.0},
+        {"normalization": {"normalization": "relative"}},
+    ),
+    "Activity": (
+        lambda raw: decomposition({**RUN, "losses": {"activity": raw}}),
+        {"coeff": 1.0, "penalty": COUNT},
+        {"penalty": {"penalty": {**COUNT, "gamma": 0.2}}},
+    ),
+    "Frequency": (
+        lambda raw: decomposition({**RUN, "losses": {"frequency": raw}}),
+        {"coeff": 1.0, "penalty": COUNT, "reference_count": 8},
+        {
+            "penalty": {"penalty": {**COUNT, "gamma": 0.2}},
+            **{"reference_count": {"reference_count": 80}, "half_life": {"half_life": 2}},
+        },
+    ),
+    "LpPenalty": (
+        lambda raw: decomposition({**RUN, "losses": {"activity": {"coeff": 1, "penalty": raw}}}),
+        {"type": "lp", "p": 0.5},
+        {"p": {"p": 0.6}, "eps": {"eps": 0.1}},
+    ),
+    "SmoothL0Penalty": (
+        lambda raw: decomposition({**RUN, "losses": {"activity": {"coeff": 1, "penalty": raw}}}),
+        COUNT,
+        {"gamma": {"gamma": 0.2}, "normalize_at_one": {"normalize_at_one": True}},
+    ),
+    "ScheduledValue": (
+        lambda raw: decomposition({**RUN, "losses": {"recon": {"coeff": raw}}}),
+        {"peak": 1.0, "segments": [{"to": 0.5}]},
+        {
+            **{"peak": {"peak": 2.0}, "start": {"start": 0.2}},
+            "segments": {"segments": [{"to": 0.6}]},
+        },
+    ),
+    "Segment": (
+        lambda raw: decomposition(
+            {**RUN, "losses": {"recon": {"coeff": {"peak": 1.0, "segments": [raw]}}}}
+        ),
+        {"to": 0.5},
+        {"curve": {"curve": "cosine"}, "to": {"to": 0.4}, "until": {"until": 0.5}},
+    ),
     "Schatten": (
         lambda raw: decomposition({**RUN, "losses": {"schatten": raw}}),
         {"coeff": 1.0, "pnorm": 1.0},
@@ -160,6 +205,23 @@ TABLE: dict[str, tuple[Callable[[Raw], Any], Raw, dict[str, Raw]]] = {
         {},
         {"n_hidden": {"n_hidden": 5}, "normalize": {"normalize": True}},
     ),
+    "WholeImportanceSpec": (
+        lambda raw: decomposition({**RUN, "importance": {"type": "global_mlp", **raw}}),
+        {},
+        {"chunks": {"chunks": [{"sites": ["first"]}, {"sites": ["deep.*", "last"]}]}},
+    ),
+    "Chunk": (
+        lambda raw: decomposition(
+            {**RUN, "importance": {"type": "global_mlp", "chunks": [raw, {"sites": ["last"]}]}}
+        ),
+        {"sites": ["first", "deep.*"]},
+        {"sites": {"sites": ["[fd]*"], "reads": ["last"]}, "reads": {"reads": ["*"]}},
+    ),
+    "GlobalMLPImportanceConfig": (
+        lambda raw: decomposition({**RUN, "importance": {"type": "global_mlp", **raw}}),
+        {},
+        {"hidden_widths": {"hidden_widths": [5, 4]}, "normalize": {"normalize": True}},
+    ),
     "ScheduleConfig": (
         schedule,
         {"type": "exponential", "half_life": 3},
@@ -167,6 +229,8 @@ TABLE: dict[str, tuple[Callable[[Raw], Any], Raw, dict[str, Raw]]] = {
             "type": {"type": "cosine", "half_life": None},
             "warmup_frac": {"warmup_frac": 0.5},
             "half_life": {"half_life": 4},
+            "start": {**CURVE, "start": 0.5},
+            "segments": CURVE,
         },
     ),
     "SparseFeatureConfig": (features, {}, {**INPUTS}),
@@ -325,7 +389,11 @@ ELSEWHERE = {
     "ResponseCurves": ("experiments/test_resid_mlp_plots.py",),
     "EmbeddingRecon": ("test_losses.py",),
     "ColumnMatchMetric": ("test_metrics.py",),
-    "LadderMetric": ("test_ladder.py",),
+    "LadderMetric": ("test_ladder.py", "test_evaluation.py"),
+    "UsageMetric": ("test_evaluation.py",),
+    "CrossEntropyMetric": ("test_evaluation.py",),
+    "MeanActivity": ("test_evaluation.py",),
+    "TransformerImportanceConfig": ("test_whole_importance.py",),
     "MetricSpec": ("test_metrics.py", "test_registry.py", "reports/test_report.py"),
     "Conclusion": ("test_metrics.py", "reports/test_report.py", "runs/test_wandb.py"),
     "TextConfig": ("experiments/lm/test_lm_text.py", "experiments/lm/test_lm_decomposition.py"),

@@ -1,6 +1,7 @@
 """Penalties of importances, the cost of frequencies, faithfulness: against numbers computed by hand."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from spd.component_model import ComponentModel
 from spd.config import UserError
+from spd.engine.compilation import CompiledStep
+from spd.engine.distributed import mean_over_processes
 from spd.engine.members import warm_up
-from spd.engine.prepare import evaluate, prepare
+from spd.engine.prepare import Prepared, evaluate, prepare
 from spd.importance import AffineImportanceConfig
 from spd.losses import (
     StepContext,
@@ -28,9 +31,10 @@ from spd.losses.minimality import (
     smooth_l0,
 )
 from spd.objective import Objective
-from spd.optimize import Silent, run_steps
+from spd.optimize import Member, Silent, run_side_by_side, run_steps
 from spd.problem import Problem
 from spd.spd_config import SPDConfig, WarmupConfig
+from tests.carried_state import prepared, result_of
 from tests.toy import make_config
 
 U = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]).double()
@@ -180,6 +184,46 @@ def test_a_loss_carries_its_running_mean():
     assert state["frequency.n_updates"] == 2
     half_life = torch.tensor([1e9]).double()
     assert RunningMean(1e9).updated(0 * half_life, half_life).item() == pytest.approx(math.log(2))
+
+
+RUNNING = {
+    "faithfulness": {"coeff": 1.0},
+    "frequency": {
+        **{"coeff": 1.0, "penalty": {"type": "smooth_l0", "gamma": 0.5}},
+        **{"reference_count": 16, "half_life": 2.0},
+    },
+}
+
+
+def test_runs_side_by_side_have_a_running_mean_each(tmp_path: Path):
+    def ready(seed: int) -> Prepared:
+        return prepared(make_config(RUNNING, steps=4, lr=1e-2, save_every=4, seed=seed))
+
+    runs, folders = [ready(seed) for seed in (0, 1)], [tmp_path / "0", tmp_path / "1"]
+    run_side_by_side([Member(r, Silent(), f) for r, f in zip(runs, folders, strict=True)])
+    own = [result_of(run, folder) for run, folder in zip(runs, folders, strict=True)]
+    assert not torch.equal(own[0]["frequency.mean.first"], own[1]["frequency.mean.first"])
+    alone = ready(1)
+    run_steps(alone, Silent(), checkpoints=tmp_path / "alone")
+    for name, value in result_of(alone, tmp_path / "alone").items():
+        torch.testing.assert_close(own[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert own[1]["frequency.n_updates"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_compiled_with_the_exchange_between_processes():
+    run = prepared(make_config(RUNNING))
+    made, batch = run.objective, run.eval_batches[0]
+    made.over_processes = mean_over_processes  # of one process here: an operation in the graph
+    args = (batch, torch.tensor(0.5), {}, None, made.initial_state())
+    expected, terms, state = made(*args)
+    found, own, new = CompiledStep(made, True, 10)(*args)
+    torch.testing.assert_close(found, expected)
+    for name, value in {**terms, **state}.items():
+        torch.testing.assert_close({**own, **new}[name], value, msg=name)
+    found.backward()
+    assert any(p.grad is not None for p in made.model.subcomponent_parameters().values())
 
 
 # --- F: the gradient of both with L_p --------------------------------------------------------------

@@ -33,9 +33,9 @@ TMS = {
 TMS_SMALL = {**TMS, "losses.importance_minimality": {"coeff": 3e-3, "pnorm": 1.0}}
 TMS_LARGE = {**TMS, "losses.importance_minimality": {"coeff": 1e-4, "pnorm": 2.0}}
 ALL_LOSSES = {
-    "losses.faithfulness": {"coeff": 1.0},
-    "losses.stochastic_recon": {"coeff": 1.0, "n_samples": 1},
-    "losses.stochastic_recon_layerwise": {"coeff": 1.0, "n_samples": 1},
+    "losses.faithfulness": {"coeff": 1.0, "normalization": "entries"},
+    "losses.stochastic_recon": {"coeff": 1.0, "n_samples": 1, "delta": False},
+    "losses.stochastic_recon_layerwise": {"coeff": 1.0, "n_samples": 1, "delta": False},
 }
 PUBLISHED: dict[str, dict[str, Any]] = {
     "tms_5-2": {**TMS_SMALL, "sites": {"linear1": 20, "linear2": 20}},

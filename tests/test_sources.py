@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spd.config import UserError
 from spd.engine.sequential import Sequential
 from spd.engine.step import slopes_of
-from spd.losses import StepContext, loss_terms
+from spd.losses import MaskedRecon, StepContext, loss_terms
 from spd.masks import SiteMask, uniform_k_subsets
 from spd.objective import Objective
 from spd.sources import adam_ascent, of_slots, source_shape, to_slots
@@ -156,7 +156,7 @@ def test_the_ascent_of_sources_by_hand(beta: float, expected: list[float]):
             r,
             moments,
             torch.tensor(slope),
-            n_updates=torch.tensor(float(n)),
+            powers=(torch.tensor(beta**n), torch.tensor(0.99**n)),
             lr=0.01,
             betas=(beta, 0.99),
             eps=1e-8,
@@ -172,7 +172,7 @@ def test_sources_stay_between_0_and_1():
         r,
         (zero, zero),
         torch.tensor([1.0, -1.0]),
-        n_updates=torch.tensor(1.0),
+        powers=(torch.tensor(0.0), torch.tensor(0.99)),
         lr=0.01,
         betas=(0.0, 0.99),
         eps=1e-8,
@@ -421,3 +421,26 @@ def test_the_remainder_is_a_part_of_stochastic_passes_where_that_is_wanted():
         (value,) = loss_terms(objective.losses, ctx).values()
         values.append(value.item())
     assert values[0] != values[2] and values[1] != values[3]
+
+
+class OffFor(MaskedRecon):
+    """A schedule has brought its coefficient to 0."""
+
+    def coefficient(self, progress: Tensor) -> Tensor:
+        return 0.0 * progress
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_sources_climb_on_where_a_schedule_has_switched_the_term_off(together: bool):
+    source = {**BY_HAND, "n_warmup": 2}
+    objective = one_matrix(1, {"masked_recon": {"coeff": 1.0, "source": source}}, [1.0], [0.8])
+    objective.losses["masked_recon"] = OffFor.model_validate({"coeff": 1.0, "source": source})
+    fix_importances(objective, [0.25])
+    batch = torch.ones(1, 1)
+    state = dict(objective.begun({}, batch, seed=0))
+    state["masked_recon.r.0"] = torch.tensor([[0.2, 0.6]])
+    _, new = taken_step(objective, (batch, PROGRESS, {}), state, together=together)
+    expected = [0.169918, 0.569918]
+    assert new["masked_recon.r.0"].flatten().tolist() == pytest.approx(expected, abs=2e-6)
+    for parameter in objective.model.subcomponent_parameters().values():
+        assert parameter.grad is None or parameter.grad.abs().max() < 1e-19

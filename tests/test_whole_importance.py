@@ -162,8 +162,9 @@ def test_the_global_mlp_is_one_of_the_joined_inputs():
 
 def test_the_transformer_position_by_position():
     """Against loops over examples, heads and positions."""
-    for causal in (False, True):
-        size = TransformerImportanceConfig.model_validate({**TRANSFORMER, "causal": causal})
+    for causal, rotary_base in ((False, 10_000), (True, 10_000), (False, 50)):
+        options = {**TRANSFORMER, "causal": causal, "rotary_base": rotary_base}
+        size = TransformerImportanceConfig.model_validate(options)
         function = size.build(SIZES, generator=seeded()).double()
         torch.manual_seed(2)
         for name, parameter in function.named_parameters():
@@ -173,7 +174,7 @@ def test_the_transformer_position_by_position():
         found = torch.cat(list(function(x).values()), dim=-1)
         for example in range(3):
             joined = torch.cat([normal(v[example]) for v in x.values()], dim=-1)
-            expected = by_hand(function.networks[0], joined, causal=causal)
+            expected = by_hand(function.networks[0], joined, rotary_base, causal=causal)
             torch.testing.assert_close(found[example], expected)
 
 
@@ -181,7 +182,7 @@ def normal(x: Tensor) -> Tensor:
     return x / (x.square().mean(dim=-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
 
 
-def by_hand(network: Any, x: Tensor, *, causal: bool) -> Tensor:
+def by_hand(network: Any, x: Tensor, base: float, *, causal: bool) -> Tensor:
     h = x @ network.w_in + network.b_in
     T, d = h.shape
     for block in network.blocks:
@@ -191,7 +192,8 @@ def by_hand(network: Any, x: Tensor, *, causal: bool) -> Tensor:
             q, k, v = (n @ block.get_parameter(f"w_{name}")[:, own] for name in "qkv")
             for t in range(T):
                 seen = range(t + 1 if causal else T)
-                scores = torch.stack([turned(q[t], t) @ turned(k[s], s) / 2 for s in seen])
+                products = [turned(q[t], t, base) @ turned(k[s], s, base) for s in seen]
+                scores = torch.stack(products) / 2
                 p = scores.softmax(dim=0)
                 attended[t, own] = sum((p[s] * v[s] for s in seen), torch.zeros(4).double())
         h = h + attended @ block.get_parameter("w_o")
@@ -199,11 +201,11 @@ def by_hand(network: Any, x: Tensor, *, causal: bool) -> Tensor:
     return h @ network.w_out + network.b_out
 
 
-def turned(x: Tensor, position: int) -> Tensor:
-    """Pairs (i, i + 2) of four entries, by position × 10,000^(−i/2)."""
+def turned(x: Tensor, position: int, base: float) -> Tensor:
+    """Pairs (i, i + 2) of four entries, by position × base^(−i/2)."""
     out = x.clone()
     for i in range(2):
-        angle = position * 10_000 ** (-i / 2)
+        angle = position * base ** (-i / 2)
         cos, sin = math.cos(angle), math.sin(angle)
         out[i], out[i + 2] = x[i] * cos - x[i + 2] * sin, x[i + 2] * cos + x[i] * sin
     return out
@@ -358,6 +360,7 @@ def test_stopped_and_resumed(kind: dict[str, Any], tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_compiled():
     objective = make_objective(made(CHUNKED), ALL_LOSSES)
     batch = torch.rand(6, 4)

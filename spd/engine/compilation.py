@@ -105,6 +105,10 @@ class CompiledStep:
             )
         return self.run_eagerly
 
+    def covers(self, *args: Any) -> bool:
+        """Whether arguments of these shapes have a graph."""
+        return bool(self.compiled) and _shapes(*args) in self.shapes
+
     def run_eagerly(self, *args: Any) -> Any:
         """The step without what is compiled."""
         return self.eager(*args)
@@ -161,6 +165,28 @@ class CompiledStep:
         notes += ", without CUDA graphs" if found["skipped"] else ""
         logger.info("compiled the training step in %.0f s%s", time.perf_counter() - started, notes)
         return result
+
+
+class CompiledSequel:
+    """What follows a compiled step, eagerly wherever that has no graph, else compiled with it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.eager = function
+        self.function: Callable[..., Any] | None = None
+        self.shapes: list[list[list[int]]] = []
+
+    def __call__(self, step: CompiledStep, of_step: Sequence[Any], *args: Any) -> Any:
+        """The function of `args`, after a step of the arguments `of_step`."""
+        if not step.covers(*of_step):
+            return self.eager(*args)
+        if self.function is None:
+            self.function = torch.compile(self.eager, fullgraph=True, dynamic=False)
+        shapes = _shapes(*of_step)
+        if shapes in self.shapes:
+            return self.function(*args)
+        self.shapes.append(shapes)
+        with _whole_and_cached():
+            return self.function(*args)
 
 
 def _shapes(*args: Any) -> list[list[int]]:

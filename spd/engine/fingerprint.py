@@ -129,10 +129,8 @@ def _problems() -> dict[str, tuple[Problem, dict[str, Any]]]:
             {
                 "sites": linear,
                 "losses": {
-                    "merged": _masked({"type": "merged", "scope": "bc"}),
-                    "pgd": _masked({"type": "pgd", "n_steps": 2}),
-                    "routed": _masked({"type": "uniform", "routing": "uniform_k"}),
-                    "remainder": {"type": "stochastic_recon", "coeff": 0.5, "delta": True},
+                    "masked_recon": {"coeff": 0.5, "source": {"type": "merged", "scope": "bc"}},
+                    "stochastic_recon": {"coeff": 0.5, "delta": True},
                 },
                 "importance": _mlp(),
                 "lower_leak": "gradient",
@@ -173,10 +171,6 @@ def _forever(batch: Tensor) -> Iterator[Tensor]:
 
 def _mlp() -> dict[str, Any]:
     return {"type": "mlp", "n_hidden": 3}
-
-
-def _masked(source: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "masked_recon", "coeff": 0.5, "source": source}
 
 
 def _fixed(name: str, shape: tuple[int, ...]) -> Tensor:

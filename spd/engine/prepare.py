@@ -17,7 +17,7 @@ from spd.engine.layers import checkpoint_layers_, layers_of
 from spd.engine.step import may_compile, passes_of
 from spd.engine.target_check import check_effects, check_known, check_module, check_output
 from spd.engine.zero_rows import ZeroRows
-from spd.losses import State, StepContext
+from spd.losses import MaskedRecon, State, StepContext
 from spd.metrics import HeldOutLosses, Metric, collect
 from spd.objective import Objective
 from spd.problem import Batch, NamedTensors, Problem, as_batch
@@ -74,6 +74,10 @@ def prepare(problem: Problem, config: SPDConfig, *, quiet: bool = False) -> Prep
         )
     check_output(problem, eval_batches[0])
     check_known(problem, model)
+    if any(isinstance(spec, MaskedRecon) for spec in objective.losses.values()):
+        # refuses scopes and routing that the sites do not have
+        objective.source_shapes(eval_batches[0])
+        objective.noise(eval_batches[0], stream="eval", seed=config.seed, step=0)
     check_experts(model, eval_batches[0])
     model.check_importance(eval_batches[0])
     if execution.compile is True and not may_compile(execution, model):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.engine.compilation import CompiledStep, tf32_matmuls
+from spd.engine.compilation import CompiledSequel, CompiledStep, tf32_matmuls
 from spd.engine.distributed import mean_over_processes, own_share
 from spd.engine.ensemble import Alone, Ensemble, StepInputs
 from spd.engine.experts import experts_in
@@ -38,6 +38,7 @@ class JointStep:
         self, trained: Alone | Ensemble, execution: CompiledStep, *, tf32: bool, resumed: bool
     ) -> None:
         self.trained, self.execution, self.tf32 = trained, execution, tf32
+        self.climb = CompiledSequel(trained.climb)
         self.threads_are_chosen = resumed  # by the checkpoint
 
     def __call__(self, inputs: StepInputs) -> tuple[dict[str, Tensor], State]:
@@ -52,7 +53,8 @@ class JointStep:
             total, terms, new_state = self.execution(*args)
             total.backward()
             if probes:
-                new_state |= self.trained.climb(new_state, slopes_of(probes), progress, slots)
+                climbed = (new_state, slopes_of(probes), progress, slots)
+                new_state |= self.climb(self.execution, args, *climbed)
         return terms, new_state
 
 

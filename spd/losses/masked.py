@@ -13,7 +13,7 @@ from spd.losses.spec import LossSpec, StepContext, state_key
 from spd.masks import Mask, SiteMask, stochastic_mask, uniform_k_subsets
 from spd.schedule import ScheduledShare, value_at
 from spd.sources import (
-    N_UPDATES,
+    COUNTS,
     AdamAscent,
     Scope,
     kept_names,
@@ -275,7 +275,7 @@ class MaskedRecon(LossSpec):
         if self.ascent is None:
             return {}
         names = [name for path in ctx.model.sites for name in kept_names(path)]
-        return {name: ctx.carried(name) for name in (*names, N_UPDATES)}
+        return {name: ctx.carried(name) for name in (*names, *COUNTS)}
 
 
 # --- ascents ------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def _moved(
     """
     term, model = ctx.term, ctx.model
     names = [name for path in model.sites for name in kept_names(path)]
-    kept = {name: ctx.carried(name) for name in (*names, N_UPDATES)}
+    kept = {name: ctx.carried(name) for name in (*names, *COUNTS)}
     summed = {}
     for path, slope in slopes.items():
         shape = kept[source_name(path)].shape

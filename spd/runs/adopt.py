@@ -15,9 +15,9 @@ from spd.config import UserError
 from spd.engine import checkpoint
 from spd.engine.prepare import Prepared, evaluate, prepare
 from spd.noise import own_generators
+from spd.reports.evaluations import result_of
 from spd.reports.figures import draw, save_figures
 from spd.reports.report import report_on
-from spd.reports.results import result_of
 from spd.run_files import (
     CHECKPOINTS,
     FIGURES,

@@ -20,7 +20,8 @@ from torch import nn
 from spd.component_model import ComponentModel
 from spd.config import BaseConfig, UserError, parse
 from spd.importance import ImportanceConfig, LowerLeak
-from spd.reports.results import Evaluation, evaluation_of, last_evaluation
+from spd.reports.evaluations import evaluation_of
+from spd.reports.results import Evaluation, last_evaluation
 from spd.run_files import META_FILE, TARGET, forbidden, read_json, write_safetensors
 from spd.runs.card import CARD, Figure, card_of
 from spd.runs.console import resolve_device

@@ -176,9 +176,18 @@ def test_a_batch_of_another_size_is_one_message():
     run.objective.begun({}, torch.zeros(8, 4), seed=0)
     state = run.objective.begun({}, torch.zeros(6, 4), seed=0)
     with pytest.raises(
-        UserError, match="losses.masked_recon: scope bc keeps sources for batches of"
+        UserError, match="losses.masked_recon.source.scope: bc keeps sources for batches"
     ):
         step_inputs(run, 0, state)
+
+
+def test_a_scope_that_a_batch_does_not_have_is_refused_before_anything_begins():
+    for source in ({**PERSISTENT, "scope": "sc"}, {"type": "pgd", "scope": "bsc"}):
+        message = (
+            f"losses.masked_recon.source.scope: '{source['scope']}' has a source for each position"
+        )
+        with pytest.raises(UserError, match=message):
+            prepared(config(source=source))
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from spd.engine.alarm import NORM, GradientAlarm, alarms_of
-from spd.reports.results import format_result, read_result, result_of
+from spd.reports.evaluations import result_of
+from spd.reports.results import format_result, read_result
 from spd.runs.tracking import RunTracker
 
 STEPS = 10_000

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spd.config import UserError
-from spd.engine.ensemble import parameter_groups
+from spd.engine.ensemble import Alone, Ensemble, parameter_groups
 from spd.losses import faithfulness
 from spd.optimize import Interrupted, Member, Silent, run_side_by_side, run_steps
 from tests.carried_state import LOSSES, config, prepared, result_of
@@ -150,6 +150,20 @@ def test_a_group_is_clipped_by_itself():
     for name, value in result.items():
         moved = (value - start[name]).abs().max()
         assert moved < 1e-6 if name.endswith((".V", ".U")) else moved > 1e-3, name
+
+
+@pytest.mark.parametrize(("norm", "factor"), [(0.01, 0.99990001), (1.0, 0.0099999900)])
+def test_a_clip_by_hand(norm: float, factor: float):
+    """min(1, c / (norm + 1e-6)) with c = 0.01, as PyTorch has it, alone and side by side."""
+    alone = Alone(prepared(config()).objective)
+    several = Ensemble([prepared(config(seed=seed)).objective for seed in (0, 1)])
+    for trained in (alone, several):
+        (parameter, *_) = trained.parameters
+        gradient = torch.zeros_like(parameter)
+        gradient.flatten(start_dim=trained.n_members - 1)[..., 0] = norm
+        parameter.grad = gradient.clone()
+        trained.clip_gradients_([parameter], 0.01)
+        assert parameter.grad.max().item() == pytest.approx(norm * factor, rel=1e-6)
 
 
 def test_all_together_or_by_group_but_not_both():

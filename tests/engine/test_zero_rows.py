@@ -96,9 +96,10 @@ def test_every_term_and_gradient_is_that_of_the_whole_batch():
 def test_the_weights_count_every_row_once():
     batch = sparse(640)
     n = int(batch.any(dim=1).sum())
-    kept, weights = merge_zero_rows(batch, 256)
+    kept, weights, slots = merge_zero_rows(batch, 256)
     assert weights is not None and weights.mean().item() == pytest.approx(1.0)
-    assert isinstance(kept, Tensor)
+    assert isinstance(kept, Tensor) and slots is not None
+    assert torch.equal(batch[slots], kept) and len(slots.unique()) == 256
     counts = weights * (640 / 256)
     assert torch.equal(kept[:n], batch[batch.any(dim=1)]) and not kept[n:].any()
     torch.testing.assert_close(counts[:n], torch.ones(n))
