@@ -19,7 +19,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pydantic import Field, model_validator
 
-from spd.config import BaseConfig, UserError
+from spd.config import BaseConfig, UserError, counted
 from spd.config.limits import MAX_WIDTH, Seed, Width
 from spd.experiments.lm.hub import hub_commit, unreachable
 from spd.noise import derive_seed
@@ -248,7 +248,7 @@ def _check_column(documents: Documents, config: TextConfig) -> None:
             check_value(first[config.column], config)
             return
         n_nulls += 1
-    found = f"only nulls in its first {n_nulls} rows" if n_nulls else "no documents"
+    found = f"only nulls in its first {counted(n_nulls, 'row')}" if n_nulls else "no documents"
     raise UserError(f"data.source: {config.source!r} has {found}")
 
 
