@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spd.config import UserError, nearest
+from spd.config import UserError, counted, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,8 @@ class Batches:
             if not begins_again or n == 0:
                 return
             if not said:
-                logger.info("%s: ended after %d batches, and begins again", self.name, n)
+                seen = counted(n, "batch", "batches")
+                logger.info("%s: ended after %s, and begins again", self.name, seen)
                 said = True
 
     def _named(self, item: Mapping[Any, Any], n: int) -> NamedTensors:

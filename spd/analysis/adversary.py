@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spd.adversary import STEP_SIZE
+from spd.config import counted
 from spd.engine.prepare import Prepared
 from spd.masks import ROUNDING_THRESHOLD
 from spd.metrics import SCOPES, SOURCES, Ladder, climb, some_rows
@@ -94,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(path, {"checkpoint": run.step, **how, **numbers, **on})
     print(*lines(found), sep="\n")
     print(
-        f"L0 {found.l0:.4g} of {found.C}; on {found.n_rows:,} held-out rows, the worst of"
-        f" {args.restarts} starts, the largest error until each step; in {path}"
+        f"L0 {found.l0:.4g} of {found.C}; on {counted(found.n_rows, 'held-out row')}, the worst of"
+        f" {counted(args.restarts, 'start')}, the largest error until each step; in {path}"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spd.config import UserError
+from spd.config import UserError, counted
 from spd.metrics.causes import (
     ADVERSARIAL,
     FAITHFUL,
@@ -90,10 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(*table(causes), sep="\n")
     how = causes.attack
     print(
-        f"adversary, {how.n_steps} steps of {how.step_size}, the worst of {how.n_restarts} starts for each"
-        f" row: {causes.adversarial:.3f} of ablating everything (at most {ADVERSARIAL})"
+        f"adversary, {counted(how.n_steps, 'step')} of {how.step_size}, the worst of"
+        f" {counted(how.n_restarts, 'start')} for each row:"
+        f" {causes.adversarial:.3f} of ablating everything (at most {ADVERSARIAL})"
     )
-    print(f"on {causes.n_rows:,} held-out rows with input")
+    print(f"on {counted(causes.n_rows, 'held-out row')} with input")
     if not judges:
         print("no verdict: the thresholds were set on toy models")
         raise SystemExit(0)

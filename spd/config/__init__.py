@@ -28,6 +28,7 @@ from spd.config.errors import (
     RunError,
     Unreachable,
     UserError,
+    counted,
     cut,
     printable,
     report_error,
@@ -35,7 +36,16 @@ from spd.config.errors import (
 )
 from spd.config.yaml_file import MAX_BYTES, MAX_DEPTH, dump_yaml, parse_yaml
 
-__all__ = ["Exit", "RunError", "Unreachable", "UserError", "printable", "report_error", "shown"]
+__all__ = [
+    "Exit",
+    "RunError",
+    "Unreachable",
+    "UserError",
+    "counted",
+    "printable",
+    "report_error",
+    "shown",
+]
 
 Config = TypeVar("Config", bound="BaseConfig")
 

@@ -48,6 +48,11 @@ def printable(text: str) -> str:
     return "".join(kept)
 
 
+def counted(n: float, noun: str, plural: str | None = None) -> str:
+    """`1 error`, `2 errors`, `1,000 errors`; `plural` where an s does not make it."""
+    return f"{n:,g} {noun}" if n == 1 else f"{n:,.0f} {plural or f'{noun}s'}"
+
+
 def shown(value: object) -> str:
     """The `repr` of a value, for a message: one that is long is cut."""
     return cut(repr(value), 200)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spd.component_model import ComponentModel, Site, TargetOutput, in_half, layers_of
-from spd.config import UserError
+from spd.config import UserError, counted
 from spd.engine.experts import Experts
 from spd.masks import Mask, Pass, Place, Routed, Running, SiteMask
 from spd.problem import Batch
@@ -224,8 +224,8 @@ class SharedPrefix:
                 if why is not None:
                     self.whole = True
                     logger.warning(
-                        "passes run whole, which is slower: begun after %d layers, the target %s",
-                        n_known,
+                        "passes run whole, which is slower: begun after %s, the target %s",
+                        counted(n_known, "layer"),
                         why,
                     )
                     return

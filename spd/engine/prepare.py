@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from spd.component_model import ComponentModel
-from spd.config import UserError
+from spd.config import UserError, counted
 from spd.config.memory import NUMBER, require_memory
 from spd.engine.ensemble import check_one_target
 from spd.engine.experts import check_experts, join_, take_experts_apart_
@@ -102,7 +102,7 @@ def _held_out(problem: Problem, n: int) -> list[Batch]:
     batches = map(as_batch, problem.eval_batches)
     first = list(islice(batches, 1))
     for batch in first:
-        what = f"n_eval_batches: {n} batches of held-out data need"
+        what = f"n_eval_batches: {counted(n, 'batch', 'batches')} of held-out data need"
         require_memory(n * batch.numel() * NUMBER, what, batch.device)
     return [*first, *islice(batches, n - len(first))]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, layers_of
-from spd.config import UserError, nearest
+from spd.config import UserError, counted, nearest
 from spd.masks import Pass, RoutedInput, SiteMask
 from spd.problem import Batch, NamedTensors, Problem, describe, run_target
 
@@ -134,9 +134,8 @@ def check_effects(model: ComponentModel, batch: Batch) -> None:
     idle = {path for path, x in inputs.items() if isinstance(x, RoutedInput) and not len(x.rows)}
     if idle:
         logger.warning(
-            "%d matrices of experts are not used on the first batch of held-out data, since no token is"
-            " routed to them: %s",
-            len(idle),
+            "no token of the first batch of held-out data is routed to %s of experts: %s",
+            counted(len(idle), "matrix", "matrices"),
             ", ".join(sorted(idle)[:4]) + (", …" if len(idle) > 4 else ""),
         )
     if layers_of(model.target) and not any(isinstance(x, RoutedInput) for x in inputs.values()):

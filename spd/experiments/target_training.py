@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spd.config import BaseConfig, RunError
+from spd.config import BaseConfig, RunError, counted
 from spd.config.limits import Members, Seed, Steps
 from spd.config.memory import NUMBER, TRAINED, require_memory
 from spd.engine.compilation import CompiledStep
@@ -172,8 +172,9 @@ def refuse_lost_features(record: dict[str, Any]) -> None:
         return
     tried = ", ".join(f"{seed}: {count}" for seed, count in counts.items())
     raise TargetError(
-        f"none of {len(counts)} seeds represents all {record['n_features']} features"
-        f" (own output of at least {record['required_output']} at input {record['probe']}).\n"
+        f"none of {counted(len(counts), 'seed')} represents all of"
+        f" {counted(record['n_features'], 'feature')} (own output of"
+        f" at least {record['required_output']} at input {record['probe']}).\n"
         f"  Features represented, by seed: {tried}\n"
         f"  Try other seeds (seed={max(counts) + 1}), more of them (n_seeds={2 * len(counts)}) or"
         " more steps."

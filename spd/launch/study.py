@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spd.config import UserError, nearest
+from spd.config import UserError, counted, nearest
 from spd.launch import slurm
 from spd.launch.job import (
     ENDED,
@@ -231,7 +231,9 @@ def _run_here(jobs: Sequence[Job], options: LaunchOptions, expected: float) -> N
     free = places(options)
     at_once = min(len(free), len(jobs))
     total = duration(60 * max(expected / at_once, max(job.minutes for job in jobs)))
-    print(f"expected time: {total} for {len(jobs)} jobs, {at_once} at a time", flush=True)
+    print(
+        f"expected time: {total} for {counted(len(jobs), 'job')}, {at_once} at a time", flush=True
+    )
     waiting = sorted(jobs, key=lambda job: job.minutes)
     running: dict[str, tuple[Job, subprocess.Popen[bytes], dict[str, str]]] = {}
     known = {job.name: read_status(job.directory) for job in jobs}

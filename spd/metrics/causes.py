@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spd.adversary import Attack, attack
 from spd.component_model import ComponentModel
+from spd.config import counted
 from spd.losses import recon_errors
 from spd.metrics.ladder import by_example
 from spd.metrics.sparsity import ALIVE_THRESHOLD, size_of
@@ -49,13 +50,15 @@ BY_SOLUTION = ("effect_errors", "wrong_weights")
 """the figures that compare with a known solution; the others can be had without one"""
 SAID = {
     "unfaithful": "faithful: W - V U is {} of W",
-    "effect_errors": "mechanisms: {} errors in the effects on the probes",
-    "wrong_weights": "weights: {} features have other weights",
+    "effect_errors": "mechanisms: {} in the effects on the probes",
+    "wrong_weights": "weights: those of {} are not the target's",
     "lost_effect": "data: {} of the effects lie where g < 0.5",
     "idle_importance": "data: {} of g lies where nothing depends on it",
     "adversarial": "adversary: masks between g and 1 cost {} of ablating everything",
 }
 """the point that does not hold where the figure of that name is larger"""
+COUNTED = {"effect_errors": "error", "wrong_weights": "feature"}
+"""what there is a number of, of the figures that are none of something"""
 ATTACK = Attack("row", n_steps=20, n_restarts=3)
 N_ROWS = 1024
 """held-out rows with input"""
@@ -120,7 +123,8 @@ def beyond(figures: Mapping[str, float]) -> list[str]:
     for key, value in figures.items():
         name, _, place = key.partition("/")
         if name in LIMITS and not value <= LIMITS[name]:
-            said = SAID[name].format(f"{value:.3g}")
+            noun = COUNTED.get(name)
+            said = SAID[name].format(counted(value, noun) if noun else f"{value:.3g}")
             where = "" if name == "adversarial" else f"{place}: "
             found.append(f"{where}{said} (at most {LIMITS[name]:g})")
     return found

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spd.adversary import Attack, Found, Scope, attack
 from spd.component_model import ComponentModel
+from spd.config import counted
 from spd.losses import StepContext, mean_over_rows, recon_errors
 from spd.masks import MASK_KINDS, ROUNDING_THRESHOLD, Thresholds, further_masks, masks_of
 from spd.metrics.baselines import NAMES as BASELINES
@@ -301,9 +302,18 @@ LONGEST = 320
 _ADVERSARIAL = {
     rung(
         n, scope
-    ): f"masks g + (1 − g) r, r from {n} step{'s' if n > 1 else ''} of an adversary, {SOURCES[scope]}"
+    ): f"masks g + (1 − g) r, r from {counted(n, 'step')} of an adversary, {SOURCES[scope]}"
     for scope in SCOPES
     for n in (*STEPS_AT_END, LONGEST)
+}
+
+_LABELS = {
+    "importance_masked": "importance masks",
+    **{
+        rung(n, scope): f"adversary, {counted(n, 'step')}, {IN_SHORT[scope]}"
+        for scope in SCOPES
+        for n in STEPS_AT_END
+    },
 }
 
 
@@ -325,7 +335,9 @@ class LadderMetric(MetricSpec):
     quantities = {
         "ladder": Quantity(label="D", headline=False),
         **{
-            f"ladder/{name}": Quantity(label=f"D {name}", meaning=meaning, headline=False)
+            f"ladder/{name}": Quantity(
+                label=f"D {_LABELS.get(name, name)}", meaning=meaning, headline=False
+            )
             for name, meaning in (_MASKS | _ADVERSARIAL).items()
         },
         "ladder_share": Quantity(
@@ -396,8 +408,8 @@ class LadderMetric(MetricSpec):
         compared = against(values)
         on = f"L0 {values['ladder_l0']:.4g} of {values['ladder_C']:.0f}"
         return Conclusion(
-            headline=f"masks from {n} steps of an adversary cost {of_batch:.1%} of ablating everything,"
-            f" at {on}",
+            headline=f"masks from {counted(n, 'step')} of an adversary cost {of_batch:.1%} of ablating"
+            f" everything, at {on}",
             detail=f"{SOURCES['batch']}; with {SOURCES['row']} {shares['row'][1]:.1%}; on"
             f" {values['ladder_rows']:,.0f} held-out rows or positions"
             + (f". {compared}" if compared else ""),

@@ -6,9 +6,9 @@ from typing import Literal
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.config import UserError
+from spd.config import UserError, counted
 from spd.losses import StepContext
-from spd.metrics.causes import beyond, causes_of
+from spd.metrics.causes import ATTACK, beyond, causes_of
 from spd.metrics.spec import Conclusion, Metric, MetricSpec, Quantity
 from spd.problem import Problem
 
@@ -53,8 +53,8 @@ class CausesMetric(MetricSpec):
             format=".3f",
             headline=False,
         ),
-        "adversarial": Quantity(
-            label="adversarial error",
+        f"adversarial/{ATTACK.n_steps}_steps": Quantity(
+            label=f"adversarial error after {counted(ATTACK.n_steps, 'step')}",
             meaning="mean D under masks that so many steps of gradient ascent found for each row, over that"
             " of ablating everything",
             format=".3f",

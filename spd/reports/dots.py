@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
+from spd.config import counted
 from spd.reports.panels import (
     BLUE,
     GREY,
@@ -58,12 +59,12 @@ def dots(experiment: str, panels: Sequence[Panel], runs: Sequence[Dot]) -> Descr
     """A strip of dots for each target, or one where there is one target."""
     n_solved = sum(run.solved is True for run in runs)
     targets = sorted({run.target for run in runs if run.target is not None}) or [None]
-    n_targets = f" on {len(targets)} targets" if len(targets) > 1 else ""
+    n_targets = f" on {counted(len(targets), 'target')}" if len(targets) > 1 else ""
     text = FigureText(
         f"{experiment}: every seed",
         "Each dot is one run; filled blue is solved, an orange ring is not. Dots stand in the order of"
         " their seeds from left to right. The dashed line is the published figure, where there is one.",
-        f"{len(runs)} runs of {experiment}{n_targets}, {n_solved} of them solved:"
+        f"{counted(len(runs), 'run')} of {experiment}{n_targets}, {n_solved} of them solved:"
         f" {', '.join(panel.label for panel in panels)}.",
     )
     figure = DescribedFigure(text, figsize=panels_size(len(panels)))
@@ -103,7 +104,7 @@ def _strip(ax: Axes, panel: Panel, runs: Sequence[Dot], targets: Sequence[int | 
     ax.set_xlim(-0.6, len(targets) - 0.4)
     several = targets != [None]
     ax.set_xticks(range(len(targets)) if several else [], [str(t) for t in targets if several])
-    ax.set_xlabel("target" if several else f"{len(runs)} seeds", fontsize=9)
+    ax.set_xlabel("target" if several else counted(len(runs), "seed"), fontsize=9)
 
 
 def _places(runs: Sequence[Dot], targets: Sequence[int | None]) -> list[float]:

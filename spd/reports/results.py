@@ -11,11 +11,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from spd.config import UserError, read_yaml
+from spd.config import UserError, counted, read_yaml
 from spd.quantities import Conclusion, Quantity, quantity_of
 from spd.registry import EXPERIMENTS
-from spd.run_files import STARTS_FILE, read_json
+from spd.run_files import REPORT_FILE, RESULT_FILE, STARTS_FILE, read_json
 from spd.settings import PACKAGE_DIR
+
+MAX_SHOWN = 16
+"""figures of one run on a screen"""
 
 
 class ResultRow(BaseModel):
@@ -193,17 +196,38 @@ def cut_short(experiment: str, steps: object) -> str:
     usual = read_yaml(PACKAGE_DIR / known.config)["steps"]
     if steps >= usual:
         return ""
-    return f"Cut short: {steps:,} steps, where {experiment} has {usual:,}."
+    return f"Cut short: {counted(steps, 'step')}, where {experiment} has {usual:,}."
+
+
+def in_short(result: Result) -> list[ResultRow]:
+    """The figures for a screen: all where they are few, else those with a published one, then headlines."""
+
+    def rank(row: ResultRow) -> int:
+        if row.published is not None:
+            return 0
+        if result.quantity(row.key).headline:
+            return 1
+        return 2
+
+    ranked = sorted(result.rows, key=rank)  # in their order within a rank
+    chosen = {row.key for row in ranked[:MAX_SHOWN]}
+    return [row for row in result.rows if row.key in chosen]
 
 
 def format_result(result: Result) -> str:
     """One run as text: its figures, the published ones beside them, the verdict."""
+    shown = in_short(result)
+    width = max([34, *(len(row.metric) for row in shown)])
+    steps = counted(result.steps, "step")
     lines = [
-        f"{result.experiment}, seed {result.seed}, {result.steps} steps, {result.seconds:.0f} s",
-        f"  {'':34} {'this run':>18} {'published':>18}",
+        f"{result.experiment}, seed {result.seed}, {steps}, {result.seconds:.0f} s",
+        f"  {'':{width}} {'this run':>18} {'published':>18}",
     ]
-    for row in result.rows:
-        lines.append(f"  {row.metric:34} {result.own(row):>18} {result.published(row):>18}")
+    for row in shown:
+        lines.append(f"  {row.metric:{width}} {result.own(row):>18} {result.published(row):>18}")
+    left = len(result.rows) - len(shown)
+    if left:
+        lines.append(f"  and {counted(left, 'figure')} more in {RESULT_FILE} and {REPORT_FILE}")
     lines.append(f"  {verdict(result)}")
     short = cut_short(result.experiment, result.steps)
     warnings = [f"warning: {warning}" for warning in result.warnings]

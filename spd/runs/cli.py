@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from spd import settings
-from spd.config import RunError, UserError, shown
+from spd.config import RunError, UserError, counted, shown
 from spd.engine import checkpoint, distributed
 from spd.registry import get_experiment
 from spd.reports.figures import draw, loss_curves, save_figures
@@ -158,7 +158,7 @@ def _show_seeds(directories: Sequence[Path], failures: Mapping[Path, RunError]) 
     if failures:
         lines = [f"{directory.name}: {error}" for directory, error in failures.items()]
         raise RunError(
-            f"{len(failures)} of {len(directories)} runs failed\n  " + "\n  ".join(lines)
+            f"{len(failures)} of {counted(len(directories), 'run')} failed\n  " + "\n  ".join(lines)
         )
 
 

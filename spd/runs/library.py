@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from tqdm.auto import tqdm
 
 from spd.component_model import ComponentModel
-from spd.config import UserError
+from spd.config import UserError, counted
 from spd.engine.alarm import GradientAlarm, alarms_of
 from spd.engine.prepare import Prepared, eval_contexts, prepare
 from spd.engine.starts import as_chosen, with_choice
@@ -205,7 +205,7 @@ class Result:
         warnings += [f"Warning: {alarm}." for alarm in alarms_of(self.history, steps)]
         choice = choice_of(self.starts)
         return [
-            f"{last['step']:.0f} steps; losses on held-out data: {', '.join(losses)}.",
+            f"{counted(last['step'], 'step')}; losses on held-out data: {', '.join(losses)}.",
             *([choice] if choice else []),
             *warnings,
         ]

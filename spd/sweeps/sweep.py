@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from spd.config import Exit, UserError, parse
+from spd.config import Exit, UserError, counted, parse
 from spd.launch.arguments import Arguments, Command, run_command
 from spd.launch.job import Job
 from spd.launch.resources import (
@@ -175,7 +175,7 @@ def _go_on(study: Study, n_agents: int, extended: Definition | None, options: Sw
         study.record["definition"] = extended.model_dump(mode="json", exclude_unset=True)
         n_added = module.extend(study)
         study.save()
-        print(f"{n_added} points added")
+        print(f"{counted(n_added, 'point')} added")
     left = module.n_waiting(study)
     n = n_agents if left is None else left
     if n == 0:
@@ -194,7 +194,7 @@ def _launched(study: Study, jobs: Sequence[Job], n_points: int, options: SweepOp
     if study.record["backend"] == "wandb":
         print(f"on W&B: {study.record['sweep']}")
     minutes = sum(job.minutes for job in jobs)
-    print(f"{n_points} points for {len(jobs)} agents")
+    print(f"{counted(n_points, 'point')} for {counted(len(jobs), 'agent')}")
     try:
         if launch(study, jobs, options, wait=options.wait, expected=minutes):
             return _show(study)

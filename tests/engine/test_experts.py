@@ -240,7 +240,7 @@ def test_experts_without_a_token_are_named_in_one_line(caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         prepare(problem, config)
     (line,) = caplog.messages
-    assert line.startswith("4 matrices of experts are not used on the first batch")
+    assert line.startswith("no token of the first batch of held-out data is routed to 4 matrices")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -230,7 +230,7 @@ def test_a_target_no_better_than_a_linear_one_is_refused_and_not_saved(tmp_path:
 def test_a_target_that_gave_up_a_feature_is_refused():
     """Good on average: feature 3 counts next to nothing, and stays linear."""
     changes = {"feature_importance": 1e-3, "model": model_with(d_mlp=1)}
-    with pytest.raises(TargetError, match="of 4 features have an own output that bends"):
+    with pytest.raises(TargetError, match="of 4 features with an own output that bends"):
         train(config(**changes), CPU)
 
 

@@ -127,7 +127,7 @@ def test_how_to_reproduce_it(tmp_path: Path):
 def test_a_run_that_is_not_solved_names_what_is_beyond_its_limits(tmp_path: Path):
     run = make_run(tmp_path, **{"result.json": result(solved=False, errors=1)})
     seen = report(run).visible
-    said = "linear1: mechanisms: 1 errors in the effects on the probes (at most 0)."
+    said = "linear1: mechanisms: 1 error in the effects on the probes (at most 0)."
     assert f"Not solved by causes Beyond the limits: {said}" in seen
     assert "solved on most seeds" in seen
 

@@ -11,7 +11,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.config import UserError
+from spd.config import UserError, counted
 from spd.experiments.lm.problem import need_lm, next_token_cross_entropy
 from spd.losses import StepContext, kl_divergence
 from spd.masks import ROUNDING_THRESHOLD, MaskKind, Thresholds, further_masks, masks_of
@@ -147,7 +147,7 @@ class CrossEntropyMetric(MetricSpec):
         if not known or "ladder/ablated" in values:
             return None
         n = values.get("scored", FEW_TOKENS)
-        few = f"; from {n:,.0f} tokens only" if n < FEW_TOKENS else ""
+        few = f"; from {counted(n, 'token')} only" if n < FEW_TOKENS else ""
         on = {
             name: sum(value for key, value in values.items() if key.startswith(f"{key_of}/"))
             for name, key_of in (("L0", "l0"), ("alive", "alive"))

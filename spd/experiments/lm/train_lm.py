@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from spd.config import BaseConfig, UserError, read_yaml
+from spd.config import BaseConfig, UserError, counted, read_yaml
 from spd.config.limits import MAX_WIDTH, Layers, Seed, Steps, Width
 from spd.config.memory import NUMBER, TRAINED, require_memory
 from spd.experiments.lm.data.text import TextConfig, load_text
@@ -182,7 +182,7 @@ def train_tokenizer(texts: Iterable[str], config: LMTrainConfig) -> PreTrainedTo
     tokenizer.train_from_iterator(whole, trainer)
     if tokenizer.get_vocab_size() < config.vocab_size:
         raise UserError(
-            f"vocab_size: the text gives only {tokenizer.get_vocab_size()} tokens, not"
+            f"vocab_size: the text gives only {counted(tokenizer.get_vocab_size(), 'token')}, not"
             f" {config.vocab_size}"
         )
     return PreTrainedTokenizerFast(

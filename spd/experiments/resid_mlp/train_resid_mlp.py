@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.func import functional_call, vmap
 
+from spd.config import counted
 from spd.config.limits import Members
 from spd.experiments.resid_mlp.model import (
     ACTIVATIONS,
@@ -267,19 +268,19 @@ def refuse_linear(record: dict[str, Any]) -> None:
         )
     if chosen["n_represented"] < record["n_features"]:
         problems.append(
-            f"only {chosen['n_represented']} of {record['n_features']} features have an own output"
-            f" that bends by at least {REQUIRED_BEND:.0%} of what its label does between inputs"
+            f"only {chosen['n_represented']} of {counted(record['n_features'], 'feature')} with an own"
+            f" output that bends by at least {REQUIRED_BEND:.0%} of what its label does between inputs"
             f" -{PROBE}, 0 and {PROBE}"
         )
     if not problems:
         return
     tried = ", ".join(
-        f"{seed}: {row['n_represented']} features,"
+        f"{seed}: {counted(row['n_represented'], 'feature')},"
         f" loss {'nan' if row['final_loss'] is None else format(row['final_loss'], '.3e')}"
         for seed, row in rows.items()
     )
     raise TargetError(
-        f"the target is not fit to be decomposed, not even the best of {len(rows)} seeds"
+        f"the target is not fit to be decomposed, not even the best of {counted(len(rows), 'seed')}"
         f" ({record['chosen_seed']}): {'; and '.join(problems)}.\n"
         f"  Tried, by seed: {tried}\n"
         f"  Try more steps, other seeds (seed={max(rows) + 1}) or more of them"

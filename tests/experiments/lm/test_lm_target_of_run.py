@@ -1,5 +1,6 @@
 """Runs whose target was not copied, and runs that are loaded over a target that is given."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,16 @@ from tests.toy import tensors
 
 IDS = torch.arange(12).reshape(2, 6)
 UP = "model.layers.0.mlp.up_proj"
+
+
+def test_a_model_of_transformers_is_placed_where_accelerate_is_installed(made: Path):
+    whole = load_run(made / "run")
+    if importlib.util.find_spec("accelerate") is None:
+        with pytest.raises(UserError, match="device_map.*accelerate"):
+            load_run(made / "run", device_map="cpu")
+        return
+    placed = load_run(made / "run", device_map="cpu")
+    assert torch.equal(placed.model(IDS), whole.model(IDS))
 
 
 class Placed(LlamaForCausalLM):

@@ -214,6 +214,31 @@ def test_a_file_of_no_known_name_has_no_splits_either(tmp_path: Path):
         load_text(config(tmp_path, separator="<end>"))
 
 
+def test_the_suffix_may_be_written_in_capitals(tmp_path: Path):
+    rows = [{"text": text} for text in DOCUMENTS]
+    train, held_out = load_text(config(write_jsonl(tmp_path / "ALL.JSONL", rows)))
+    assert sorted(texts(train) + texts(held_out)) == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("all.csv", "files of that kind are not read; give"),
+        ("all.jsonl.bz2", "files of that kind are not read; give"),
+        ("none.jsonl", "is empty"),
+        ("folder.txt", "is a folder"),
+    ],
+)
+def test_what_is_not_read_is_not_taken_for_text(tmp_path: Path, name: str, said: str):
+    path = tmp_path / name
+    if name.startswith("folder"):
+        path.mkdir()
+    else:
+        path.write_text("" if name.startswith("none") else "text\nhello\n")
+    with pytest.raises(UserError, match=f"{re.escape(name)}'?:? {said}"):
+        load_text(config(path))
+
+
 def test_nulls_do_not_tell_what_a_column_holds(tmp_path: Path):
     rows: list[dict[str, Any]] = [{"text": None}, *({"text": text} for text in DOCUMENTS)]
     train, held_out = load_text(config(write_jsonl(tmp_path / "a.jsonl", rows)))

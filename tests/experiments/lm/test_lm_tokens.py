@@ -79,7 +79,7 @@ def test_nulls_are_left_out_wherever_they_stand(caplog: pytest.LogCaptureFixture
     with_nulls = datasets.Dataset.from_dict({"text": [None, texts[0], None, texts[1], None]})
     with caplog.at_level("INFO", logger="spd"):
         assert np.array_equal(pack(with_nulls, config(), tokenizer), expected)
-    assert "3 rows of some/text hold nothing and are left out" in caplog.text
+    assert "3 empty rows of some/text left out" in caplog.text
     ids = datasets.Dataset.from_dict({"text": [None, [0, 1, 2], None, [3, 4]]})
     assert pack(ids, config(tokenized=True)).tolist() == [[0, 1, 2, 3]]
 
@@ -200,7 +200,7 @@ def _lock(tmp_path: Path) -> str:
 
 
 def test_too_little_text_is_an_error():
-    with pytest.raises(UserError, match="1 tokens, which is less than one sequence of 4"):
+    with pytest.raises(UserError, match="1 token, which is less than one sequence of 4"):
         pack(ids_of(1), config(tokenized=True))
 
 

@@ -19,7 +19,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pydantic import Field, model_validator
 
-from spd.config import BaseConfig, UserError
+from spd.config import BaseConfig, UserError, counted
 from spd.config.limits import MAX_WIDTH, Seed, Width
 from spd.experiments.lm.hub import hub_commit, unreachable
 from spd.noise import derive_seed
@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 PYDOC = "pydoc"
 LOADER_OF = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""how a file is read, by its suffix; `.gz` may follow"""
+"""how a file is read, by its suffix in letters of any size; `.gz` may follow"""
+PACKED_OR_TABLE = {".csv", ".tsv", ".bz2", ".xz", ".zst", ".zip", ".7z"}
+"""suffixes of what is no plain text, and is not read here"""
 MAX_NULLS = 10_000
 """rows at the beginning of a column that may hold nothing"""
 
@@ -94,7 +96,7 @@ class TextConfig(BaseConfig):
     @property
     def kind(self) -> str | None:
         """`pydoc`, or how files of that name are read; None where its name does not tell."""
-        path = Path(self.source)
+        path = Path(self.source.lower())
         suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
         return PYDOC if self.source == PYDOC else LOADER_OF.get(suffix)
 
@@ -129,8 +131,8 @@ def load_text(config: TextConfig) -> Text:
     assert isinstance(train, datasets.Dataset) and config.eval_frac is not None
     if len(train) < 2:
         raise UserError(
-            f"data.source: {config.source!r} has {len(train)} document(s), of which none can be held"
-            " out; name a separator, or a source with an eval_split"
+            f"data.source: {config.source!r} has {counted(len(train), 'document')}, of which none can be"
+            " held out; name a separator, or a source with an eval_split"
         )
     n_held_out = min(max(1, round(config.eval_frac * len(train))), len(train) - 1)
     generator = torch.Generator().manual_seed(derive_seed("held out", config.eval_seed))
@@ -180,7 +182,13 @@ def _load_files(config: TextConfig, path: Path) -> datasets.Dataset:
     files = [path] if path.is_file() else sorted(path.parent.glob(path.name))
     files = [file for file in files if file.is_file()]
     if not files:
-        raise UserError(f"data.source: {config.source!r} matches no file")
+        found = "is a folder" if path.is_dir() else "matches no file"
+        raise UserError(f"data.source: {config.source!r} {found}")
+    if path.suffix.lower() in PACKED_OR_TABLE:
+        raise UserError(
+            f"data.source: {config.source!r}: files of that kind are not read; give .txt, .jsonl (.gz may"
+            " follow) or .parquet"
+        )
     if config.kind in ("text", None):
         try:
             config.check_is_whole()
@@ -195,6 +203,8 @@ def _load_files(config: TextConfig, path: Path) -> datasets.Dataset:
         loaded = datasets.load_dataset(
             config.kind, data_files=[glob.escape(str(file)) for file in files], split="train"
         )
+    except StopIteration:
+        raise UserError(f"data.source: {config.source!r} is empty") from None
     except (DatasetGenerationError, ValueError, TypeError, OSError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"data.source: {config.source!r}: cannot be read: {reason}") from None
@@ -248,7 +258,7 @@ def _check_column(documents: Documents, config: TextConfig) -> None:
             check_value(first[config.column], config)
             return
         n_nulls += 1
-    found = f"only nulls in its first {n_nulls} rows" if n_nulls else "no documents"
+    found = f"only nulls in its first {counted(n_nulls, 'row')}" if n_nulls else "no documents"
     raise UserError(f"data.source: {config.source!r} has {found}")
 
 

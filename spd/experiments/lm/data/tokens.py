@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spd import settings
-from spd.config import UserError, nearest
+from spd.config import UserError, counted, nearest
 from spd.experiments.lm.data.text import Documents, TextConfig, check_value
 from spd.noise import derive_seed
 
@@ -139,14 +139,14 @@ def packed_sequences(
     directory = settings.output_root().absolute() / "data" / f"{stem}-{label}-{key}"
     with _once(directory) as partial:
         if partial is not None:
-            logger.info("data: tokenising %d documents to %s", len(documents), directory)
+            logger.info("data: tokenising %s to %s", counted(len(documents), "document"), directory)
             _write_tokens(partial, documents, encode, config, begin)
     info = json.loads((directory / INFO_FILE).read_text(encoding="utf-8"))
     length, n = config.context_length, info["n_sequences"]
     if n == 0:
         raise UserError(
-            f"data: {config.source!r} ({label}) has {info['n_tokens']} tokens, which is less than one"
-            f" sequence of {length}"
+            f"data: {config.source!r} ({label}) has {counted(info['n_tokens'], 'token')}, which is less"
+            f" than one sequence of {length}"
         )
     return np.memmap(directory / TOKENS_FILE, dtype=np.int32, mode="r", shape=(n, length))
 
@@ -246,7 +246,8 @@ def _write_tokens(
             begun(rest[: n * length].reshape(n, length), begin).tofile(file)
             rest, n_sequences = rest[n * length :], n_sequences + n
     if n_nulls:
-        logger.info("data: %d rows of %s hold nothing and are left out", n_nulls, config.source)
+        rows = counted(n_nulls, "empty row")
+        logger.info("data: %s of %s left out", rows, config.source)
     found = {"n_tokens": n_tokens, "n_sequences": n_sequences}
     info = json.dumps({**found, "data": config.model_dump(mode="json")}, indent=2)
     (directory / INFO_FILE).write_text(info + "\n", encoding="utf-8")
