@@ -184,11 +184,11 @@ def climb(
     steps: Sequence[int],
     n_restarts: int = 1,
     seed: int = 0,
-    baselines: bool = False,
+    baselines: Sequence[int] = (),
 ) -> Ladder:
     """Every rung on this batch, the adversary after each of `steps`, the largest error until there.
 
-    With `baselines` also those of singular vectors and of neurons, as many on at a time.
+    With `baselines`, steps again, also those of singular vectors and of neurons, as many on at a time.
     """
     seen = _Measured(model, problem, batch)
     noise = seeded(batch.device, "ladder", seed)
@@ -215,7 +215,7 @@ def climb(
     ablated = rungs.pop("ablated")
     target = seen.cross_entropy(seen.output)
     beside = {
-        name: _of_baseline(name, seen, steps, search, seed) for name in BASELINES if baselines
+        name: _of_baseline(name, seen, baselines, search, seed) for name in BASELINES if baselines
     }
     return Ladder(
         {**rungs, "ablated": ablated},
@@ -251,7 +251,8 @@ def _of_baseline(
         "rounded": rounded.errors(rounded.g).mean().item(),
     }
     for scope in SCOPES:
-        by_step = attack(own.errors, own.g, search(scope)).by_step
+        how = search(scope)._replace(n_steps=max(steps))
+        by_step = attack(own.errors, own.g, how).by_step
         rungs |= {rung(n, scope): by_step[n] for n in steps}
         own.predicted.clear()
     return rungs
@@ -347,7 +348,7 @@ class LadderMetric(MetricSpec):
         return _Climbing(self.n_rows, partial(climb, model, problem, steps=STEPS))
 
     def build_at_end(self, model: ComponentModel, problem: Problem) -> Metric:
-        beside = isinstance(problem, Predicts)
+        beside = STEPS if isinstance(problem, Predicts) else ()
         how = partial(climb, model, problem, steps=STEPS_AT_END, baselines=beside)
         return _Climbing(self.n_rows, how)
 
