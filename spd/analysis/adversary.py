@@ -7,7 +7,7 @@ its number of steps: more steps are a stronger adversary, not another quantity.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spd.adversary import STEP_SIZE
@@ -15,6 +15,9 @@ from spd.config import counted
 from spd.engine.prepare import Prepared
 from spd.masks import ROUNDING_THRESHOLD
 from spd.metrics import SCOPES, SOURCES, Ladder, climb, some_rows
+from spd.metrics.baselines import NAMES as BASELINES
+from spd.metrics.baselines import against
+from spd.metrics.ladder import Predicts
 from spd.run_files import write_json
 from spd.runs.cli import add_ways_in
 from spd.runs.console import console_log, user_errors
@@ -40,7 +43,10 @@ def ladder(
         n_rows = N_ROWS if batch.is_floating_point() else N_SEQUENCES
     steps = sorted({*(n for n in SHOWN if n < n_steps), n_steps})
     model, rows = prepared.objective.model, some_rows(batch, n_rows)
-    return climb(model, prepared.problem, rows, steps=steps, n_restarts=n_restarts)
+    beside = steps if isinstance(prepared.problem, Predicts) else ()
+    return climb(
+        *(model, prepared.problem, rows), steps=steps, n_restarts=n_restarts, baselines=beside
+    )
 
 
 def lines(found: Ladder) -> list[str]:
@@ -49,14 +55,21 @@ def lines(found: Ladder) -> list[str]:
     names = {name: described(name) for name in found.rungs}
     width = max(map(len, names.values()))
     head = f"{'masks':{width}}  {'D':>10}  of ablated"
+    beside = {name: own for name, own in found.baselines.items() if own}
+    heads = "".join(f"  {f'D of {BASELINES[name]}':>21}" for name in beside)
     return [
-        head + ("  CE recovered" if found.recovered else ""),
+        head + ("  CE recovered" if found.recovered else "") + heads,
         *(
             f"{names[name]:{width}}  {value:>10.3e}  {f'{value / whole:.3f}' if whole else '-':>10}"
-            + (f"  {found.recovered[name]:>12.3f}" if name in found.recovered else "")
+            + (f"  {_cell(found.recovered, name, '.3f'):>12}" if found.recovered else "")
+            + "".join(f"  {_cell(own, name, '.3e'):>21}" for own in beside.values())
             for name, value in found.rungs.items()
         ),
     ]
+
+
+def _cell(values: Mapping[str, float], name: str, form: str) -> str:
+    return format(values[name], form) if name in values else "-"
 
 
 def described(name: str) -> str:
@@ -91,9 +104,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         curves = {scope: own.by_step for scope, own in found.attacks.items()}
         how = {"n_steps": args.steps, "n_restarts": args.restarts, "step_size": STEP_SIZE}
         numbers = {"rungs": found.rungs, "recovered": found.recovered, "adversary": curves}
+        numbers["baselines"] = found.baselines
         on = {"l0": found.l0, "C": found.C, "n_rows": found.n_rows}
         write_json(path, {"checkpoint": run.step, **how, **numbers, **on})
     print(*lines(found), sep="\n")
+    if compared := against(found.figures()):
+        print(f"{compared}.")
     print(
         f"L0 {found.l0:.4g} of {found.C}; on {counted(found.n_rows, 'held-out row')}, the worst of"
         f" {counted(args.restarts, 'start')}, the largest error until each step; in {path}"

@@ -187,12 +187,13 @@ def climb(
     seed: int = 0,
     random: bool = False,
     thresholds: Sequence[float] = (),
-    baselines: bool = False,
+    baselines: Sequence[int] = (),
 ) -> Ladder:
     """Every rung on this batch, the adversary after each of `steps`, the largest error until there.
 
     With `random` masks that ignore the importances are among them, and rounded ones at each of the
-    `thresholds`; with `baselines` also those of singular vectors and of neurons, as many on at a time.
+    `thresholds`; with `baselines`, steps again, also those of singular vectors and of neurons, as many on
+    at a time.
     """
     seen = _Measured(model, problem, batch)
     noise = seeded(batch.device, "ladder", seed)
@@ -230,7 +231,7 @@ def climb(
     ablated = rungs.pop("ablated")
     target = seen.cross_entropy(seen.output)
     beside = {
-        name: _of_baseline(name, seen, steps, search, seed) for name in BASELINES if baselines
+        name: _of_baseline(name, seen, baselines, search, seed) for name in BASELINES if baselines
     }
     return Ladder(
         {**rungs, "ablated": ablated},
@@ -266,7 +267,8 @@ def _of_baseline(
         "rounded": rounded.errors(rounded.g).mean().item(),
     }
     for scope in SCOPES:
-        by_step = attack(own.errors, own.g, search(scope)).by_step
+        how = search(scope)._replace(n_steps=max(steps))
+        by_step = attack(own.errors, own.g, how).by_step
         rungs |= {rung(n, scope): by_step[n] for n in steps}
         own.predicted.clear()
     return rungs
@@ -386,12 +388,12 @@ class LadderMetric(MetricSpec):
         return _Climbing(self.n_rows, self._climb(model, problem, STEPS))
 
     def build_at_end(self, model: ComponentModel, problem: Problem) -> Metric:
-        beside = isinstance(problem, Predicts)
+        beside = STEPS if isinstance(problem, Predicts) else ()
         how = self._climb(model, problem, self.steps_at_end, baselines=beside)
         return _Climbing(self.n_rows, how)
 
     def _climb(
-        self, model: ComponentModel, problem: Problem, steps: Sequence[int], **further: bool
+        self, model: ComponentModel, problem: Problem, steps: Sequence[int], **further: Any
     ) -> Callable[[Batch], Ladder]:
         how = partial(climb, model, problem, steps=steps, **further)
         return partial(how, random=self.random, thresholds=self.thresholds)

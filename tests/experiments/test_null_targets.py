@@ -1,6 +1,9 @@
 """`null: true`: the same pipeline on a target that was never trained, beside which a report shows a run."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from spd.experiments.targets import CONFIG_FILE
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.experiments.tms.train_tms import load_tms_target
 from spd.reports.report import write_report
+from spd.reports.results import read_result
 from spd.runs.run import load_run, start
 from tests.run_fixtures import EXPERIMENTS, make_resid_mlp_target
 from tests.runs.little_run import little_config
@@ -123,3 +127,20 @@ def test_an_inserted_identity_changes_nothing_and_is_to_be_decomposed(tmp_path: 
 def test_an_identity_that_is_no_site_is_one_message(tmp_path: Path):
     with pytest.raises(UserError, match=r"anchor: linear1: .* is no site"):
         build(little_config(tmp_path, "anchor=[linear1]"), CPU)
+
+
+@pytest.mark.slow
+def test_an_identity_comes_out_as_exactly_one_part_for_each_of_its_inputs(tmp_path: Path):
+    """Rank one each, and no sixth one does anything on any probe."""
+    anchor = ["anchor=[linear1]", 'sites."anchors.linear1"=20', "seed=0", "figures={}"]
+    path = EXPERIMENTS / "tms" / "tms_5-2_fast_config.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", build.__module__, path, *anchor, "--run_dir", tmp_path / "run"],
+        env={**os.environ, "SPD_OUT_DIR": str(tmp_path / "out")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row.key: row.value for row in read_result(tmp_path / "run" / "result.json").rows}
+    assert rows["effect_errors/anchors.linear1"] == 0, "exactly five, which make up the identity"
+    assert rows["alive/anchors.linear1"] == 5 and rows["solved"] == 1

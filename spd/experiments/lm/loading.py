@@ -159,11 +159,10 @@ def initialised_anew(inner: nn.Module) -> nn.Module:
             f"null: a {type(inner).__name__} cannot be initialised anew, as models of transformers can"
         )
     parameter = next(inner.parameters())
-    fresh: nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("null target"))
-        fresh = type(inner)(copy.deepcopy(inner.config))
-    return fresh.to(parameter.device, parameter.dtype)
+        fresh: nn.Module = type(inner)(copy.deepcopy(inner.config))
+    return nn.Module.to(fresh, parameter.device, parameter.dtype)
 
 
 def _is_null(origin: Origin) -> bool:
