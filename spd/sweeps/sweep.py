@@ -113,7 +113,7 @@ def _run(arguments: Arguments) -> int:
         return 0
     if action == "status":
         return _show(study)
-    n_agents = _n_agents(words[0]) if words else study.record["n_agents"]
+    n_agents = _n_agents(words[0]) if words else study.record.get("n_agents", 1)
     if "retries" in given:
         study.record["retries"] = options.retries
     extended = read_definition(options.params) if "params" in given else None
