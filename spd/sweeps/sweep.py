@@ -99,7 +99,7 @@ def _run(arguments: Arguments) -> int:
             " each, on one machine; spd-evals joins several"
         )
     words = arguments.positional
-    earlier = [name for name in ("status", "resume", "cancel") if getattr(options, name)]
+    earlier = [name for name in ("status", "resume", "cancel") if name in given]
     if not earlier:
         return _new(words, options)
     action = earlier[0]
