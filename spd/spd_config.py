@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from spd.config import BaseConfig
-from spd.config.limits import EvalBatches, Seed, Steps
+from spd.config.limits import EvalBatches, Members, Seed, Steps
 from spd.importance import ImportanceConfig, LowerLeak, MLPImportanceConfig
 from spd.losses import Losses
 from spd.metrics import Metrics
@@ -64,7 +64,7 @@ class SPDConfig(BaseConfig):
     lr: float = Field(gt=0.0, allow_inf_nan=False)
     lr_schedule: ScheduleConfig = ScheduleConfig()
     seed: Seed = 0
-    starts: int = Field(default=1, ge=1)
+    starts: Members = 1
     """how often it is begun, from other seeds of V, U, importance functions and masks; the best start, by
     its loss on data that serve this choice alone, is the run"""
     halve_at: tuple[float, ...] = (0.15, 0.3, 0.5)

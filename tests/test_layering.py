@@ -187,6 +187,8 @@ HEAVY = ("matplotlib", "scipy.optimize", "wandb", "transformers", "datasets")
         ("spd", ("torch", *HEAVY)),
         ("spd.registry", ("torch", *HEAVY)),
         ("spd.optimize", HEAVY),
+        ("spd.evals.summary", ("torch", *HEAVY[1:])),
+        ("spd.sweeps.page", ("torch", *HEAVY[1:])),
     ],
 )
 def test_what_importing_does_not_load(module: str, without: tuple[str, ...]):

@@ -33,6 +33,7 @@ REFUSED: dict[str, str] = {
     "steps=1e15": f"steps: .*less than or equal to {MAX_STEPS}, got 1000000000000000",
     "faithfulness_warmup={steps: 1e15, lr: 1}": "faithfulness_warmup.steps: .*less than or equal",
     "losses.stochastic_recon.n_samples=100000": "n_samples: .*less than or equal to 100, got 100000",
+    "starts=1e9": "starts: .*less than or equal to 10000",
     "n_eval_batches=1e9": "n_eval_batches: .*less than or equal to 10000",
     "seed=1.0": "seed: a seed is a whole number, written without point or exponent: got 1.0",
     "seed='1.0'": "seed: a seed is a whole number",

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from spd.config import RunError, UserError
-from spd.run_files import atomic_write, new_directory, read_json, write_json
+from spd.run_files import (
+    atomic_write,
+    new_directory,
+    read_json,
+    refuse_other_files,
+    write_json,
+)
 
 
 def test_text_and_bytes_are_written_as_they_are(tmp_path: Path):
@@ -87,3 +93,10 @@ def test_a_folder_that_was_given_up_leaves_nothing(tmp_path: Path, error: BaseEx
         (partial / "mine").touch()
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_below_a_file_is_refused_before_anything_is_trained(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is no folder"):
+        refuse_other_files(tmp_path / "file" / "a" / "run")
+    refuse_other_files(tmp_path / "new" / "folders" / "run")

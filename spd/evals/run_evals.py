@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from spd.config import Exit, UserError, parse
+from spd.config import Exit, UserError, parse, shown
 from spd.evals.controls import controls_of
 from spd.launch.arguments import (
     Arguments,
@@ -47,6 +47,8 @@ from spd.settings import output_root
 
 KIND = "evals"
 DEFAULT = tuple(default_experiments())
+MOST_SEEDS = 100_000
+"""of one study"""
 
 
 def _seed_list(value: Any) -> Any:
@@ -56,8 +58,8 @@ def _seed_list(value: Any) -> Any:
             n = int(value)
         except ValueError:
             return [value]
-        if n < 1:
-            raise ValueError(f"at least 1 is needed, got {n}")
+        if not 1 <= n <= MOST_SEEDS:
+            raise ValueError(f"from 1 to {MOST_SEEDS:,} are allowed, got {n}")
         return list(range(n))
     return split_list(value)
 
@@ -120,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: Arguments) -> int:
     given = arguments.options
     options = parse(EvalsOptions, with_surroundings(given, COMMAND.name), COMMAND.name)
-    earlier = [name for name in ("collect", "resume", "cancel") if getattr(options, name)]
+    earlier = [name for name in ("collect", "resume", "cancel") if name in given]
     if not earlier:
         return _new(arguments.positional, options)
     new = (
@@ -138,10 +140,10 @@ def _run(arguments: Arguments) -> int:
     study = find_study(KIND, getattr(options, earlier[0]))
     joined = {key: study.record.get(key, 1) for key in ("nodes", "processes")}
     options = options.model_copy(update=joined)
-    if options.cancel:
+    if earlier == ["cancel"]:
         print(cancel(study))
         return 0
-    return _collect(study) if options.collect else _go_on(study, options)
+    return _collect(study) if earlier == ["collect"] else _go_on(study, options)
 
 
 def _new(overrides: Sequence[str], options: EvalsOptions) -> int:
@@ -239,7 +241,7 @@ def check_overrides(overrides: Sequence[str], options: EvalsOptions) -> None:
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key in OPTION_OF:
-            raise UserError(f"override {override!r}: say it with {OPTION_OF[key]}")
+            raise UserError(f"override {shown(override)}: say it with {OPTION_OF[key]}")
     from spd.runs.cli import checked_config
 
     n_processes = options.nodes * options.processes

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spd.config import UserError
 from spd.evals.controls import CONTROLS
 from spd.launch.job import Job, Status
 from spd.launch.watch import duration
@@ -21,16 +22,21 @@ from spd.reports.png import FigureText, png_bytes, read_png
 from spd.reports.results import Result, read_result
 from spd.reports.seeds import Figure, figures_over
 from spd.run_files import (
+    META_FILE,
     REPORT_FILE,
     RESULT_FILE,
     atomic_write,
     has_finished,
+    read_json,
+    sha256_of,
 )
 
 PAGE, DATA = "summary.html", "summary.json"
 MEANINGS = {control.suffix: control.meaning for control in CONTROLS}
 ERRORS = "errors/total"
 """the key of what the known pattern is matched by"""
+DAMAGED = "damaged"
+"""of a run that has finished, and whose result is not what it wrote"""
 
 
 class Seed(NamedTuple):
@@ -167,6 +173,7 @@ def write_summary(
     unfinished = any(state not in ("finished", "failed", "skipped") for state in states)
     good = not any(row.misses for row in rows if not row.control)
     good = good and all(state in ("finished", "skipped") for state in states)
+    good = good and not any(seed.state == DAMAGED for row in rows for seed in row.seeds)
     contents = {
         "study": directory.name,
         "rows": rows,
@@ -286,17 +293,39 @@ def _seeds(directory: Path, job: Job, statuses: Mapping[str, Status]) -> Iterato
     found = re.search(r"-target(\d+)-seed", job.name)
     target = None if found is None else int(found[1])
     for name, run_dir in zip(seeds, job.run_dirs, strict=True):
-        result, report = run_dir / RESULT_FILE, run_dir / REPORT_FILE
-        finished = status.state == "finished" or (bool(job.seeds) and has_finished(run_dir))
+        report = run_dir / REPORT_FILE
+        state, reason, result = status.state, status.reason, None
+        try:
+            if state == "finished" or (bool(job.seeds) and has_finished(run_dir)):
+                state, reason, result = "finished", None, _result_of(run_dir)
+        except UserError as error:
+            state, reason = DAMAGED, str(error)
         yield Seed(
             name if target is None else f"{name} on target {target}",
-            "finished" if finished else status.state,
-            None if finished else status.reason,
+            state,
+            reason,
             status.seconds,
-            read_result(result) if finished and result.is_file() else None,
+            result,
             f"{_way(run_dir, directory)}/{REPORT_FILE}" if report.is_file() else None,
             target,
         )
+
+
+def _result_of(run_dir: Path) -> Result | None:
+    """What a finished run has come to; `UserError` unless it is what the run wrote, by its digest."""
+    path, record = run_dir / RESULT_FILE, run_dir / META_FILE
+    if not path.is_file():
+        return None
+    result = read_result(path)
+    if record.is_file():
+        whole = f'"{RESULT_FILE}": "{sha256_of(path)}"'.encode()
+        # it is looked for as text: the records of thousands of runs are long
+        if whole not in record.read_bytes():
+            meta = read_json(record)
+            known = meta.get("digests", {}) if isinstance(meta, dict) else {}
+            if known.get(RESULT_FILE, "") and sha256_of(path) != known[RESULT_FILE]:
+                raise UserError(f"{path}: is not what the run wrote there, by its SHA-256")
+    return result
 
 
 def _way(run_dir: Path, directory: Path) -> str:

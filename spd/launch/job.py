@@ -19,10 +19,10 @@ from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from spd.config import Exit, UserError
+from spd.config import Exit
+from spd.launch.records import read_record
 from spd.run_files import (
     LOCK_FILE,
-    read_json,
     seed_directory,
     sole_use,
     write_json,
@@ -113,7 +113,7 @@ class Ended(NamedTuple):
 
 
 def load_job(directory: Path) -> Job:
-    record = read_json(directory / JOB_FILE)
+    record = read_record(directory / JOB_FILE, Job)
     run_dir = record["run_dir"]
     paths = {"directory": directory, "run_dir": None if run_dir is None else Path(run_dir)}
     return Job(**{**record, **paths, "seeds": tuple(record.get("seeds", ()))})
@@ -123,10 +123,7 @@ def read_status(directory: Path) -> Status:
     path = directory / STATUS_FILE
     if not path.is_file():
         return Status()
-    found = read_json(path)
-    if not isinstance(found, dict) or not found.keys() <= set(Status._fields):
-        raise UserError(f"{path}: not the status of a job")
-    return Status(**found)
+    return Status(**read_record(path, Status))
 
 
 def write_status(directory: Path, status: Status) -> None:

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spd.config import UserError, counted, nearest
+from spd.config import UserError, counted, nearest, shown
 from spd.launch import slurm
 from spd.launch.job import (
     ENDED,
@@ -30,6 +30,7 @@ from spd.launch.job import (
     read_status,
     write_status,
 )
+from spd.launch.records import Kinds, checked_record
 from spd.launch.resources import LaunchOptions, has_slurm, places
 from spd.launch.watch import Display, duration
 from spd.run_files import new_name, read_json, write_json
@@ -37,6 +38,15 @@ from spd.runs.provenance import RECORD_FILE, CodeState, code_state, package_file
 from spd.settings import PACKAGE_DIR, output_root, patient_threads
 
 STUDY_FILE, CODE, JOBS = "study.json", "code", "jobs"
+OF_ANY_STUDY: Kinds = {
+    **{"argv": (list,), "created": (str,), "overrides": (list,), "jobs": (list,), "slurm": (dict,)},
+    **{"commit": (str, type(None)), "dirty": (bool,)},
+}
+OF_A_STUDY: Mapping[str, Kinds] = {
+    "evals": {"experiments": (list,), "seeds": (list,)},
+    "sweeps": {"definition": (dict,), "experiment": (str,), "backend": (str,)},
+}
+"""what study.json has to hold, and of which kind it is"""
 SHOW_SECONDS, ASK_SLURM_SECONDS = 0.25, 3.0
 
 
@@ -94,7 +104,13 @@ def find_study(kind: str, name: str) -> Study:
         known = sorted(path.parent.name for path in root.glob(f"*/{STUDY_FILE}"))
         newest = ", ".join(known[-5:]) or "none"
         raise UserError(f"{name!r}: no such ID{nearest(name, known)} (newest in {root}: {newest})")
-    return Study(directory, read_json(directory / STUDY_FILE))
+    path = directory / STUDY_FILE
+    needed = {**OF_ANY_STUDY, **OF_A_STUDY[kind]}
+    kinds = {"n_agents": (int,), "retries": (int,), **needed}
+    found = checked_record(read_json(path), path, kinds, frozenset(needed), others=True)
+    if not all(isinstance(job, str) for job in found["jobs"]):
+        raise UserError(f"{path}: jobs: names are needed, got {shown(found['jobs'])}")
+    return Study(directory, found)
 
 
 def job_environment(code: Path, options: LaunchOptions) -> dict[str, str]:

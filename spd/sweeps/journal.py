@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 from filelock import FileLock
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+
+from spd.config import UserError, shown
 
 _STORAGES: dict[Path, "tuple[Journal, JournalStorage]"] = {}
 """of this process: what was read once is not read again"""
@@ -26,6 +28,16 @@ class Journal(JournalFileBackend):
         super().__init__(str(path))
         self._path, self._own_lock = path, FileLock(f"{path}.mend")
         self._in_one_go = False
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """`UserError` where a line is none of a journal's."""
+        try:
+            for log in super().read_logs(log_number_from):
+                if not isinstance(log, dict) or not isinstance(log.get("op_code"), int):
+                    raise ValueError(f"a line is {shown(log)}")
+                yield log
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self._path}: not the journal of a sweep: {error}") from None
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)

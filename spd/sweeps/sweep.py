@@ -99,7 +99,7 @@ def _run(arguments: Arguments) -> int:
             " each, on one machine; spd-evals joins several"
         )
     words = arguments.positional
-    earlier = [name for name in ("status", "resume", "cancel") if getattr(options, name)]
+    earlier = [name for name in ("status", "resume", "cancel") if name in given]
     if not earlier:
         return _new(words, options)
     action = earlier[0]
@@ -113,7 +113,7 @@ def _run(arguments: Arguments) -> int:
         return 0
     if action == "status":
         return _show(study)
-    n_agents = _n_agents(words[0]) if words else study.record["n_agents"]
+    n_agents = _n_agents(words[0]) if words else study.record.get("n_agents", 1)
     if "retries" in given:
         study.record["retries"] = options.retries
     extended = read_definition(options.params) if "params" in given else None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from spd.config import UserError, nearest
+from spd.config import UserError, nearest, parse
 from spd.launch.job import (
     NOW_FILE,
     Ended,
@@ -17,12 +17,12 @@ from spd.launch.job import (
     supervise,
     wait_until_free,
 )
-from spd.launch.study import JOBS, Study, python
+from spd.launch.records import read_record
+from spd.launch.study import JOBS, STUDY_FILE, Study, python
 from spd.registry import get_experiment
 from spd.run_files import (
     METRICS_FILE,
     has_finished,
-    read_json,
     seed_directory,
     write_json,
 )
@@ -80,13 +80,15 @@ def set_aside(study: Study, names: Sequence[str]) -> None:
 
 
 def definition_of(study: Study) -> Definition:
-    return Definition.model_validate(study.record["definition"])
+    return parse(
+        Definition, study.record["definition"], f"{study.directory / STUDY_FILE}: definition"
+    )
 
 
 def trials_of(study: Study) -> list[Trial]:
     """Every trial that was begun, in order of name."""
     files = (study.directory / TRIALS).glob("*.json")
-    trials = [Trial(**read_json(path)) for path in files]
+    trials = [Trial(**read_record(path, Trial)) for path in files]
     return sorted(trials, key=lambda trial: (len(trial.name), trial.name))
 
 

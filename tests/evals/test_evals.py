@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from spd.config import UserError
+from spd.evals import run_evals
 from spd.evals.run_evals import EvalsOptions, check_overrides, eval_jobs
 from spd.evals.summary import Rate, write_summary
 from spd.launch.job import Job, Status, load_job
 from spd.registry import EXPERIMENTS, expected_minutes
+from spd.sweeps import sweep
 from tests.made_up_run import result
 
 RECORD = {"argv": ["x", "--seeds", "2"], "overrides": ["lr=1"], "seeds": [0, 1], "commit": "abc"}
@@ -306,3 +308,29 @@ def test_times_go_with_the_steps():
     tenth = pytest.approx(EXPERIMENTS["tms_5-2"].minutes / 10)
     assert expected_minutes("tms_5-2", ["steps=4000"]) == tenth
     assert expected_minutes("tms_40-10", gpu=True) == EXPERIMENTS["tms_40-10"].gpu_minutes
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--resume", ""], "'': no such ID"),
+        (["--collect="], "'': no such ID"),
+        (["--seeds", "99999999999"], "seeds: .*from 1 to 100,000 are allowed, got 99999999999"),
+        ([f"seed={'9' * 5000}"], "say it with --seeds"),
+    ],
+)
+def test_what_begins_no_study(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """A name that is empty, as of a variable that is not set, is no wish for a new study."""
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
+    for command in (run_evals.main, sweep.main) if words == ["--resume", ""] else (run_evals.main,):
+        with pytest.raises(SystemExit) as end:
+            command(words)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and re.search(said, err) and len(err) < 500
+    assert not (tmp_path / "out").exists()

@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from spd.registry import EXPERIMENTS, command_line
+from spd.runs import cli
 from spd.settings import PACKAGE_DIR, PATIENCE, load_env
 from tests.run_fixtures import (
     QUICK,
@@ -22,6 +26,7 @@ from tests.run_fixtures import (
     make_target,
     target_fixture,
 )
+from tests.runs.little_run import status_of
 
 __all__ = ["command_fixture", "target_fixture"]
 
@@ -240,3 +245,38 @@ def test_a_script_begins_anew_once_for_threads_that_sleep_while_they_wait(
     )
     assert done.stdout.splitlines() == seen
     assert done.returncode == 2 and "missing.yaml: no such file" in done.stderr
+
+
+def test_reports_of_many_runs_keep_few_of_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """All are opened before anything is done with the first, and no more than a few lie in memory."""
+    done: list[str] = []
+    there: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    class Opened:
+        def __init__(self, name: str) -> None:
+            nonlocal most
+            self.directory, self.prepared, self.step = Path(name), None, 0
+            self.config = SimpleNamespace(figures={})
+            done.append(f"opened {name}")
+            there.add(self)
+            most = max(most, len(there))
+
+    def reported(run: Path, *_: Any) -> Path:
+        done.append(f"reported {run}")
+        return run / "report.html"
+
+    monkeypatch.setattr(cli, "MOST_KEPT", 2)
+    monkeypatch.setattr(cli, "_opened", lambda name, *_, **__: Opened(name))
+    monkeypatch.setattr(cli, "_those_with_a_state", list)
+    monkeypatch.setattr(cli, "look_at_checkpoint", lambda *_: None)
+    monkeypatch.setattr(cli, "report_on", reported)
+    names = [f"run{number}" for number in range(20)]
+    assert status_of(cli.report, *names) == 0
+    assert done[:20] == [f"opened {name}" for name in names]
+    assert [word for word in done if word.startswith("reported")] == [
+        f"reported {name}" for name in names
+    ]
+    assert most <= 4 and capsys.readouterr().out.count("report: ") == 20
