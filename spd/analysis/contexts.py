@@ -32,6 +32,8 @@ class Contexts(NamedTuple):
     """‖U_c‖ h_c there; 0 where they were not given"""
     sequences: Int[Tensor, "C k"]
     """which sequence of the pass each is cut out of, from 0"""
+    positions: Int[Tensor, "C k"]
+    """of the middle in its sequence"""
 
 
 class KeptContexts:
@@ -103,6 +105,7 @@ class KeptContexts:
             g,
             acts,
             sequences[..., 0] + self.n_sequences,
+            places % n_positions,
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -123,6 +123,7 @@ class Harvest:
         first = self.sampled.n_sequences
         numbers = torch.arange(first, first + len(upper), device=upper.device)
         sequences = numbers[:, None].expand(kept.shape)[kept]
+        positions = torch.arange(kept.shape[1], device=upper.device).expand(kept.shape)[kept]
         self.statistics.update(seen.contents, seen.upper, seen.acts, seen.kept)
         g = (upper * kept[..., None]).clamp(0.0, 1.0)
         self.sampled.update(seen.contents, g, acts)
@@ -136,9 +137,11 @@ class Harvest:
         elif seen.kind == "inputs":
             sizes = seen.contents[kept].abs()
             self.inputs += (active.mT @ sizes).double().cpu()
-        self.memberships.update(rows, sequences)
+        self.memberships.update(rows, sequences, positions)
 
-    def _outputs(self, logits: Float[Tensor, "rows vocab"], active: Float[Tensor, "rows C"]) -> None:
+    def _outputs(
+        self, logits: Float[Tensor, "rows vocab"], active: Float[Tensor, "rows C"]
+    ) -> None:
         likely = logits.float().softmax(dim=-1).topk(min(N_LIKELY, logits.shape[-1]), dim=-1)
         self.outputs.update_weighted(likely.indices, likely.values, active)
 

@@ -82,7 +82,9 @@ def load_importances(run_dir: Path) -> Gathered:
         raise UserError(f"{folder}: nothing there yet; {COMMAND} {run_dir} makes it")
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or not isinstance(record.get("about"), dict):
-        raise UserError(f"{folder / RECORD}: not the record of importances; {COMMAND} {run_dir} makes one")
+        raise UserError(
+            f"{folder / RECORD}: not the record of importances; {COMMAND} {run_dir} makes one"
+        )
     newest = checkpoint.latest(run_dir / CHECKPOINTS)
     if newest is not None and int(newest.name) != record["about"].get("checkpoint"):
         raise UserError(
@@ -91,7 +93,9 @@ def load_importances(run_dir: Path) -> Gathered:
         )
     path = folder / FILE
     if not path.is_file() or sha256_of(path) != record.get("sha256"):
-        raise UserError(f"{path}: is not what was written there; {COMMAND} {run_dir} --anew makes it")
+        raise UserError(
+            f"{path}: is not what was written there; {COMMAND} {run_dir} --anew makes it"
+        )
     tensors, seen = _read(path)
     return _harvest_of(seen, tensors).compute()
 

@@ -69,15 +69,13 @@ def label_prompt(found: Gathered, c: int, windows: Sequence[Window], text: Token
         shown = "Rows for which it is on, with g and a behind them:"
     parts.append("\n".join([shown, *(f"- {window.annotated()}" for window in windows)]) + "\n")
     parts.append(
-        f"What is it that switches this subcomponent on? Answer with JSON alone: {{\"label\": \"at most"
-        f" {MOST_WORDS} words\", \"reasoning\": \"one or two sentences\"}}"
+        f'What is it that switches this subcomponent on? Answer with JSON alone: {{"label": "at most'
+        f' {MOST_WORDS} words", "reasoning": "one or two sentences"}}'
     )
     return "\n".join(parts)
 
 
-def _tables(
-    pmi: Pmi, table: TokenImportances, title: str, c: int, text: TokenText
-) -> list[str]:
+def _tables(pmi: Pmi, table: TokenImportances, title: str, c: int, text: TokenText) -> list[str]:
     """By recall, and by PMI among what it fired on twice."""
     if not table.ids:
         return []
@@ -85,7 +83,10 @@ def _tables(
     often = table.sums[:, c] >= LEAST_FIRINGS
     by_pmi = pmi.pmi[:, c].masked_fill(~often, -torch.inf)
     lines = []
-    for name, values, form in (("share of firings", by_recall, ".0%"), ("PMI, bits", by_pmi, ".1f")):
+    for name, values, form in (
+        ("share of firings", by_recall, ".0%"),
+        ("PMI, bits", by_pmi, ".1f"),
+    ):
         shown = _highest(values, table, text, form)
         if shown:
             lines.append(f"{title}, by {name}: {shown}")

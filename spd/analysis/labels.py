@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from spd.analysis.harvest import Gathered
-from spd.analysis.importances import importances, load_importances
 from spd.analysis.importances import FOLDER as IMPORTANCES
-from spd.analysis.importances import RECORD
+from spd.analysis.importances import RECORD, importances, load_importances
 from spd.analysis.judge import Judge, check_url
 from spd.analysis.label_prompts import (
     Label,
@@ -25,7 +24,16 @@ from spd.analysis.label_prompts import (
     read_numbers,
     score_prompt,
 )
-from spd.analysis.label_scores import SCORES, ScoreKind, Trial, scores_of, trials_of
+from spd.analysis.label_scores import (
+    N_REAL,
+    N_TRIALS,
+    SCORES,
+    ScoreKind,
+    Trial,
+    probability_by_chance,
+    scores_of,
+    trials_of,
+)
 from spd.analysis.label_windows import TokenText, windows_of
 from spd.config import UserError
 from spd.run_files import atomic_write, write_json
@@ -76,8 +84,9 @@ class Labelling:
         self.columns = [c for c in order if n_active[c] > 0]
         self.prompts: dict[int, str] = {}
         self.trials: dict[int, dict[ScoreKind, list[Trial]]] = {}
+        rows = found.memberships.rows()
         for c in self.columns:
-            windows = windows_of(found, c, text)
+            windows = windows_of(found, c, text, rows)
             self.prompts[c] = label_prompt(found, c, windows.label, text)
             name = found.names[c]
             self.trials[c] = {kind: trials_of(kind, windows, name) for kind in self.kinds}
@@ -259,7 +268,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(*lines(results), sep="\n")
     folder = args.run_dir / FOLDER
     if pending:
-        print(f"{len(pending):,} prompts are open, in {folder / PROMPTS}; --answers FILE takes answers back")
+        print(
+            f"{len(pending):,} prompts are open, in {folder / PROMPTS}; --answers FILE takes answers back"
+        )
     if results:
         print(f"in {folder / LABELS}")
 
@@ -277,8 +288,19 @@ def lines(results: Mapping[str, Scored]) -> list[str]:
     for kind in next(iter(results.values())).scores:
         values = [v for own in results.values() if (v := own.scores[kind]) is not None]
         if values:
-            means.append(f"{kind} {sum(values) / len(values):.3f} over {len(values)}")
-    return [*shown, *([f"mean: {', '.join(means)} (chance 0.5)"] if means else [])]
+            mean = sum(values) / len(values)
+            means.append(
+                f"{kind} {mean:.3f} over {len(values)} ({_chance(kind, mean, len(values))})"
+            )
+    return [*shown, *([f"mean: {', '.join(means)}"] if means else [])]
+
+
+def _chance(kind: str, mean: float, n: int) -> str:
+    if kind != "intruder":
+        return "chance 0.5"
+    chance, n_trials = 1 / (N_REAL + 1), n * N_TRIALS
+    p = probability_by_chance(round(mean * n_trials), n_trials, chance)
+    return f"chance {chance:.1f}, which gives as much or more with probability {p:.1e}"
 
 
 def _shown(value: float | None) -> str:

@@ -33,7 +33,11 @@ class Section(NamedTuple):
 def analyses_of(run_dir: Path) -> list[Section]:
     """The sections of the analyses that a run holds, in their order."""
     found = []
-    for path, section in ((IMPORTANCES, _importances), (CLUSTERING, _clustering), (LABELS, _labels)):
+    for path, section in (
+        (IMPORTANCES, _importances),
+        (CLUSTERING, _clustering),
+        (LABELS, _labels),
+    ):
         told = object_of(run_dir / path)
         if not told:
             continue
@@ -65,7 +69,9 @@ def _clustering(told: Mapping[str, Any]) -> Section:
     costs, best, n = told["costs"], told["best_round"], told["n_positions"]
     clusters = [own for own in told["clusters"] if len(own["members"]) > 1]
     share = told.get("share")
-    chosen = "" if share is None else f", at which two that share {share:.0%} of their positions merge"
+    chosen = (
+        "" if share is None else f", at which two that share {share:.0%} of their positions merge"
+    )
     said = [
         f"{told['k']:,} subcomponents form {told['n_clusters']:,} groups, {len(clusters):,} of them of several,"
         f" if groups are merged as long as it takes fewer bits to say which are on: {costs[best] / n:.4g} bits"
@@ -90,7 +96,11 @@ def _clustering(told: Mapping[str, Any]) -> Section:
         ]
         for own in shown
     ]
-    more = f"{len(clusters) - len(shown):,} smaller groups are in {CLUSTERING}." if shown != clusters else ""
+    more = (
+        f"{len(clusters) - len(shown):,} smaller groups are in {CLUSTERING}."
+        if shown != clusters
+        else ""
+    )
     heads = ["members", "size", "share of positions on", "a member on, of that"]
     drawn = image("clustering", png_bytes(_curves(told)))
     return Section("clustering", "Clusters", said, heads, lines, more, drawn)
@@ -112,7 +122,9 @@ def _curves(told: Mapping[str, Any]) -> DescribedFigure:
     stable = told.get("stability")
     reading = "Bits for each position over the number of merges; the dot is the lowest, whose groups are shown."
     if stable is not None:
-        reading += " Right: how many subcomponents are in another group in another sample of the data."
+        reading += (
+            " Right: how many subcomponents are in another group in another sample of the data."
+        )
     alt = "The cost of saying which groups are on, over the number of merges."
     text = FigureText("What merging costs", reading, alt)
     figure = DescribedFigure(text, figsize=(8.0, 3.2))
