@@ -59,6 +59,9 @@ class Settings(NamedTuple):
     seed: int = 0
 
 
+USUAL = Settings()
+
+
 class Clustering(NamedTuple):
     """Of the subcomponents that are on at `min_count` positions at least."""
 
@@ -101,7 +104,7 @@ class Stability(NamedTuple):
     """of the same with the subcomponents of one permuted"""
 
 
-def cluster(on: sp.csr_array, settings: Settings = Settings()) -> Clustering:
+def cluster(on: sp.csr_array, settings: Settings = USUAL) -> Clustering:
     """Merge the subcomponents of `on`, `[positions, C]`, 1 where each is on.
 
     `UserError` if none is on often enough, or α is negative.
@@ -110,8 +113,8 @@ def cluster(on: sp.csr_array, settings: Settings = Settings()) -> Clustering:
     (members,) = np.nonzero(counts >= max(1, settings.min_count))
     if not len(members):
         raise UserError(
-            f"min_count: {settings.min_count}; no subcomponent is on (g > {settings.threshold}) at so many of"
-            f" the {on.shape[0]:,} positions"
+            f"min_count: {settings.min_count}; no subcomponent is on (g > {settings.threshold}) at so many"
+            f" of the {on.shape[0]:,} positions"
         )
     alpha = settings.alpha
     if alpha is None:

@@ -1,7 +1,7 @@
 """The places in which each subcomponent matters, kept in one pass over any amount of data.
 
-Of text a context is a piece of it, of toys the input of one row. Kept are those of highest importance, and a
-uniform sample of all in which a subcomponent is on, from which come its quantiles.
+Of text a context is a piece of it, of toys the input of one row. Kept are those of highest importance, and
+a uniform sample of all in which a subcomponent is on, from which come its quantiles.
 """
 
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ class KeptContexts:
         importance: Float[Tensor, "batch position C"],
         activation: Float[Tensor, "batch position C"] | None,
     ) -> None:
-        """`candidates` are the scores, -inf where there is no context; `tokens` `[batch, position, ...]`."""
+        """`candidates`: scores, -inf where there is no context; `tokens`: `[batch, position, ...]`."""
         found = self._best_of(candidates, tokens, importance, activation)
         self.n_sequences += len(tokens)
         if self.found is not None:

@@ -1,4 +1,4 @@
-"""Everything that one pass over data gathers of subcomponents, in memory that does not grow with the data."""
+"""All that one pass over data gathers of subcomponents, in memory that does not grow with the data."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Prompts to a language model behind an address that speaks the chat completions of OpenAI, and its answers."""
+"""Prompts to a language model behind an address with OpenAI's chat completions, and its answers."""
 
 import json
 import os

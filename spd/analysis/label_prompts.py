@@ -21,13 +21,13 @@ LEAST_FIRINGS = 2.0
 MOST_WORDS = 8
 
 INTRODUCTION = """\
-A neural network was taken apart: each of its weight matrices is written as a sum of rank-one matrices, its
-subcomponents. Subcomponent c reads its input x along a direction V_c and writes along U_c. Two numbers tell what
-it does at a position:
-- importance g, from 0 to 1: how little it can be removed there without changing the output. It is "on" where
-  g > {threshold}. g decides whether it matters; only where it is on the activation means something.
-- activation a = |U_c| V_c·x: how much it writes. Its sign is arbitrary for a subcomponent as a whole; but if it is
-  on with both signs, these may be two roles.
+A neural network was taken apart: each of its weight matrices is written as a sum of rank-one matrices,
+its subcomponents. Subcomponent c reads its input x along a direction V_c and writes along U_c. Two
+numbers tell what it does at a position:
+- importance g, from 0 to 1: how little it can be removed there without changing the output. It is "on"
+  where g > {threshold}. g decides whether it matters; only where it is on the activation means something.
+- activation a = |U_c| V_c·x: how much it writes. Its sign is arbitrary for a subcomponent as a whole; but
+  if it is on with both signs, these may be two roles.
 """
 
 
@@ -115,20 +115,20 @@ def score_prompt(kind: ScoreKind, label: str, trial: Trial) -> str:
     numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(trial.texts, start=1))
     if kind == "detection":
         asked = (
-            f"A part of a neural network is described as: {label!r}. Of the texts below some are from where it"
-            " is on, at the token in [[ ]]; in the others another token is marked, at which it is not on."
-            " Which are those where it is on?"
+            f"A part of a neural network is described as: {label!r}. Of the texts below some are from where"
+            " it is on, at the token in [[ ]]; in the others another token is marked, at which it is not"
+            " on. Which are those where it is on?"
         )
     elif kind == "fuzzing":
         asked = (
-            f"A part of a neural network is described as: {label!r}. It is on somewhere in each text below. In"
-            " some the tokens at which it is on are marked with [[ ]], in the others as many wrong tokens."
-            " Which texts are marked rightly?"
+            f"A part of a neural network is described as: {label!r}. It is on somewhere in each text below."
+            " In some the tokens at which it is on are marked with [[ ]], in the others as many wrong"
+            " tokens. Which texts are marked rightly?"
         )
     else:
         asked = (
-            "In all texts below but one the same part of a neural network is on, at the token in [[ ]] of the"
-            " second copy of each. Which text does not belong to the others?"
+            "In all texts below but one the same part of a neural network is on, at the token in [[ ]] of"
+            " the second copy of each. Which text does not belong to the others?"
         )
     form = '{"numbers": [1, 2]}'
     return f"{asked}\n\n{numbered}\n\nAnswer with JSON alone, the numbers of the texts: {form}"

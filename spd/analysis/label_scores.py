@@ -1,8 +1,8 @@
 """How good a label is: trials that a language model is given, and the scores that its answers make.
 
 Detection asks which windows a subcomponent is on in, fuzzing at which tokens, intruder which window is not
-its own (without any label). 0.5, 0.5 and 1/(n + 1) is chance. A label is scored only once every trial of it is
-answered.
+its own (without any label). 0.5, 0.5 and 1/(n + 1) is chance. A label is scored only once every trial of it
+is answered.
 """
 
 import random

@@ -1,8 +1,9 @@
-"""python -m spd.analysis.labels RUN_DIR [--answers FILE | --url URL --model NAME]: labels by a language model.
+"""python -m spd.analysis.labels RUN_DIR [--answers FILE | --url URL --model NAME]: labels.
 
-Without an address nothing is asked: the prompts that are open are written as JSON lines, each with a `key` and a
-`prompt`, for any language model; lines with a `key` and an `answer` are taken back with `--answers`. First come
-the prompts for labels, then, of what has a label, those for its scores, which are made of other sequences.
+They come from a language model. Without an address nothing is asked: the prompts that are open are written
+as JSON lines, each with a `key` and a `prompt`; lines with a `key` and an `answer` are taken back with
+`--answers`. First come the prompts for labels, then, of what has a label, those for its scores,
+which are made of other sequences.
 """
 
 import argparse
@@ -137,7 +138,7 @@ class Labelling:
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """Key → answer of JSON lines; `UserError` that names the line which is none. The last of a key counts."""
+    """Key → answer of JSON lines, the last of a key; `UserError` that names a line which is none."""
     found = {}
     try:
         text = path.read_text(encoding="utf-8")

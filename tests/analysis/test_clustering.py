@@ -1,4 +1,4 @@
-"""Groups by description length: the numbers of a small table, plain loops, and the known mechanisms of toys."""
+"""Groups by description length: the numbers of a small table, plain loops, and known mechanisms."""
 
 import json
 import math

@@ -47,7 +47,7 @@ def run_fixture(directory: Path) -> Run:
     return load_run(directory)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -65,12 +65,12 @@ def test_killed_and_gone_on_with_it_leaves_the_same_bytes(
         nonlocal calls
         calls += 1
         if calls in (3, 10):
-            raise Killed
+            raise KilledError
         return observe(*args)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(command, "observe", dies)
     for _ in range(2):
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             importances(load_run(directory), options, save_every=2)
         assert (directory / FOLDER / PARTIAL).is_file()
         assert not (directory / FOLDER / RECORD).exists()
