@@ -37,7 +37,7 @@ from spd.analysis.label_scores import (
 )
 from spd.analysis.label_windows import TokenText, windows_of
 from spd.config import UserError
-from spd.run_files import atomic_write, write_json
+from spd.run_files import atomic_write, read_json, write_json
 from spd.runs.cli import add_ways_in
 from spd.runs.console import console_log, user_errors
 from spd.runs.run import Run, load_run
@@ -238,8 +238,10 @@ def label(
     pending, results = labelling.open_prompts(answers), labelling.results(answers)
     atomic_write(folder / PROMPTS, as_lines(pending, "prompt"))
     if results:
-        model = judge.model if judge is not None else "a language model"
-        write_json(folder / LABELS, record(results, model))
+        path = folder / LABELS
+        before = read_json(path).get("model") if path.is_file() else None
+        model = judge.model if judge is not None else before or "a language model"
+        write_json(path, record(results, model))
     return results, pending
 
 

@@ -150,8 +150,8 @@ def _labels(told: Mapping[str, Any]) -> Section:
     said = [
         f"{len(labels):,} subcomponents have a label, given by {told['model']} from contexts, and"
         f" {sum(own.get('detection') is not None for own in labels.values()):,} have scores on other"
-        " contexts: detection is whether the label tells where a subcomponent is on, fuzzing whether it tells"
-        " at which token. 0.5 is chance. A label is a guess of a language model and no finding."
+        " contexts: detection is whether the label tells where a subcomponent is on, fuzzing whether it"
+        " tells at which token. 0.5 is chance. A label is a guess of a language model and no finding."
     ]
     shown = list(labels.items())[:SHOWN_LABELS]
     lines = [
