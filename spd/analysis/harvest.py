@@ -1,6 +1,6 @@
 """All that one pass over data gathers of subcomponents, in memory that does not grow with the data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,15 +73,27 @@ class Gathered(NamedTuple):
         """`site:c` of each subcomponent, site after site."""
         return [f"{path}:{c}" for path, C in self.C_of.items() for c in range(C)]
 
-    def input_tokens(self) -> Pmi:
-        """Of the tokens of `firings.ids`."""
-        own, found = self.firings, self.statistics
-        return association(own.sums, own.counts, found.n_active, found.n_positions)
+    def name(self, c: int) -> str:
+        """That of one of them."""
+        for path, C in self.C_of.items():
+            if c < C:
+                return f"{path}:{c}"
+            c -= C
+        raise IndexError(c)
 
-    def output_tokens(self) -> Pmi:
+    def input_tokens(self, columns: Sequence[int] | None = None) -> Pmi:
+        """Of the tokens of `firings.ids`, for some subcomponents or all."""
+        return self._tokens(self.firings, columns)
+
+    def output_tokens(self, columns: Sequence[int] | None = None) -> Pmi:
         """Of the tokens of `outputs.ids`, with probabilities in place of counts."""
-        own, found = self.outputs, self.statistics
-        return association(own.sums, own.counts, found.n_active, found.n_positions)
+        return self._tokens(self.outputs, columns)
+
+    def _tokens(self, table: TokenImportances, columns: Sequence[int] | None) -> Pmi:
+        sums, on = table.sums, self.statistics.n_active
+        if columns is not None:
+            sums, on = sums[:, list(columns)], on[list(columns)]
+        return association(sums, table.counts, on, self.statistics.n_positions)
 
 
 class Harvest:

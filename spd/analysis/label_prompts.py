@@ -46,7 +46,7 @@ def key_of(kind: str, name: str, prompt: str) -> str:
 def label_prompt(found: Gathered, c: int, windows: Sequence[Window], text: TokenText) -> str:
     """Asks for a label of at most eight words and a reasoning."""
     statistics = found.statistics
-    path, _, number = found.names[c].rpartition(":")
+    path, _, number = found.name(c).rpartition(":")
     block = re.search(r"\d+", path)
     n_active, positive = int(statistics.n_active[c]), statistics.positive[c].item()
     where = f" (block {block[0]})" if block else ""
@@ -57,9 +57,9 @@ def label_prompt(found: Gathered, c: int, windows: Sequence[Window], text: Token
         f" activation at {positive:.0%} of them, negative at {1 - positive:.0%}.\n",
     ]
     if found.kind == "tokens":
-        own = found.input_tokens(), found.firings, "Input tokens where it is on"
+        own = found.input_tokens([c]), found.firings, "Input tokens where it is on"
         parts += _tables(*own, c, text)
-        own = found.output_tokens(), found.outputs, "Next tokens that the network predicts there"
+        own = found.output_tokens([c]), found.outputs, "Next tokens that the network predicts there"
         parts += _tables(*own, c, text)
         shown = "Pieces of text; where it is on, the token stands in [[ ]] with g and a behind it:"
     elif found.inputs is not None:
@@ -76,12 +76,12 @@ def label_prompt(found: Gathered, c: int, windows: Sequence[Window], text: Token
 
 
 def _tables(pmi: Pmi, table: TokenImportances, title: str, c: int, text: TokenText) -> list[str]:
-    """By recall, and by PMI among what it fired on twice."""
+    """Of one column: by recall, and by PMI among what it fired on twice."""
     if not table.ids:
         return []
-    by_recall = pmi.recall[:, c]
+    by_recall = pmi.recall[:, 0]
     often = table.sums[:, c] >= LEAST_FIRINGS
-    by_pmi = pmi.pmi[:, c].masked_fill(~often, -torch.inf)
+    by_pmi = pmi.pmi[:, 0].masked_fill(~often, -torch.inf)
     lines = []
     for name, values, form in (
         ("share of firings", by_recall, ".0%"),

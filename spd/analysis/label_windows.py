@@ -117,11 +117,12 @@ def _intruders(
     """
     start, joint = found.statistics.pairs.with_all(c)
     n_active, sampled = found.statistics.n_active, found.sampled
-    others = [o for o in range(start, start + len(joint)) if o != c and n_active[o] > 0]
-    generator = random.Random(f"intruders/{found.names[c]}")
-    generator.shuffle(others)
+    alive = (n_active[start : start + len(joint)].nonzero().flatten() + start).tolist()
+    others = [other for other in alive if other != c]
+    generator = random.Random(f"intruders/{found.name(c)}")
+    others = generator.sample(others, min(4 * n, len(others)))
     density = max(1, int(n_active[c]))
-    others = sorted(others[: 4 * n], key=lambda o: abs(float(n_active[o]) / density - 1))
+    others = sorted(others, key=lambda o: abs(float(n_active[o]) / density - 1))
     windows = []
     for other in others:
         rarely = int(joint[other - start]) <= RARELY * int(n_active[other])

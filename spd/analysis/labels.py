@@ -89,11 +89,11 @@ class Labelling:
         for c in self.columns:
             windows = windows_of(found, c, text, rows)
             self.prompts[c] = label_prompt(found, c, windows.label, text)
-            name = found.names[c]
+            name = found.name(c)
             self.trials[c] = {kind: trials_of(kind, windows, name) for kind in self.kinds}
 
     def label_of(self, c: int, answers: Mapping[str, str]) -> Label | None:
-        answer = answers.get(key_of("label", self.found.names[c], self.prompts[c]))
+        answer = answers.get(key_of("label", self.found.name(c), self.prompts[c]))
         return None if answer is None else read_label(answer)
 
     def score_prompts(self, c: int, label: Label) -> Iterator[tuple[ScoreKind, Trial, str, str]]:
@@ -101,7 +101,7 @@ class Labelling:
         for kind, trials in self.trials[c].items():
             for number, trial in enumerate(trials):
                 prompt = score_prompt(kind, label.label, trial)
-                yield kind, trial, key_of(kind, f"{self.found.names[c]}/{number}", prompt), prompt
+                yield kind, trial, key_of(kind, f"{self.found.name(c)}/{number}", prompt), prompt
 
     def open_prompts(self, answers: Mapping[str, str]) -> dict[str, str]:
         """Key → prompt of what has no answer that can be read: labels, and scores of what has one."""
@@ -109,7 +109,7 @@ class Labelling:
         for c in self.columns:
             label = self.label_of(c, answers)
             if label is None:
-                found[key_of("label", self.found.names[c], self.prompts[c])] = self.prompts[c]
+                found[key_of("label", self.found.name(c), self.prompts[c])] = self.prompts[c]
                 continue
             for _, trial, key, prompt in self.score_prompts(c, label):
                 if self._named(trial, answers.get(key)) is None:
@@ -126,7 +126,7 @@ class Labelling:
             named: dict[ScoreKind, list[list[int] | None]] = {kind: [] for kind in self.kinds}
             for kind, trial, key, _ in self.score_prompts(c, label):
                 named[kind].append(self._named(trial, answers.get(key)))
-            found[self.found.names[c]] = Scored(label, scores_of(self.trials[c], named))
+            found[self.found.name(c)] = Scored(label, scores_of(self.trials[c], named))
         return found
 
     @staticmethod
