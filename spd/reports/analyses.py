@@ -83,7 +83,8 @@ def _clustering(told: Mapping[str, Any]) -> Section:
     if stable is not None:
         own, chance = stable["at_best"], stable["by_chance"]
         said.append(
-            f"Between {stable['n_samples']} disjoint samples of the data, on average, of {stable['n']:,} subcomponents"
+            f"Between {stable['n_samples']} disjoint samples of the data, on average, of"
+            f" {stable['n']:,} subcomponents"
             f" {own['hamming']:.4g} are in another group, by chance {chance['hamming']:.4g};"
             f" {own['matching']:.4g} pairs are together in one sample alone, by chance"
             f" {chance['matching']:.4g}."
