@@ -24,6 +24,7 @@ REPO = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     *("README.md", "docs/running.md", "docs/language_models.md", "docs/results.md"),
     *("docs/architecture.md", "docs/performance.md", "docs/from_published.md"),
+    "docs/analysis.md",
     "benchmarks/README.md",
 )
 SHORT = "steps=3 eval_every=3 n_eval_batches=1 batch_size=64 eval_batch_size=64 compile=false"
@@ -64,6 +65,14 @@ RULES = (
     Rule("python -m spd.analysis.adversary"),
     Rule("python -m spd.analysis.agreement"),
     Rule("python -m spd.evals.confusion"),
+    Rule("python -m spd.analysis.importances"),
+    Rule("python -m spd.analysis.clustering", extra="--samples 2"),
+    Rule(
+        "python -m spd.analysis.labels .*(--answers|--url)",
+        extra="--help",
+        reason="needs the answers of a language model",
+    ),
+    Rule("python -m spd.analysis.labels"),
     Rule("source ", instead=(".*", "true"), reason="changes an interactive shell"),
     Rule(
         r"(spd-run ss_emb|.*/ts_config\.yaml)",

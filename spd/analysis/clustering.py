@@ -59,6 +59,9 @@ class Settings(NamedTuple):
     seed: int = 0
 
 
+USUAL = Settings()
+
+
 class Clustering(NamedTuple):
     """Of the subcomponents that are on at `min_count` positions at least."""
 
@@ -101,7 +104,7 @@ class Stability(NamedTuple):
     """of the same with the subcomponents of one permuted"""
 
 
-def cluster(on: sp.csr_array, settings: Settings = Settings()) -> Clustering:
+def cluster(on: sp.csr_array, settings: Settings = USUAL) -> Clustering:
     """Merge the subcomponents of `on`, `[positions, C]`, 1 where each is on.
 
     `UserError` if none is on often enough, or α is negative.
@@ -110,8 +113,8 @@ def cluster(on: sp.csr_array, settings: Settings = Settings()) -> Clustering:
     (members,) = np.nonzero(counts >= max(1, settings.min_count))
     if not len(members):
         raise UserError(
-            f"min_count: {settings.min_count}; no subcomponent is on (g > {settings.threshold}) at so many of"
-            f" the {on.shape[0]:,} positions"
+            f"min_count: {settings.min_count}; no subcomponent is on (g > {settings.threshold}) at so many"
+            f" of the {on.shape[0]:,} positions"
         )
     alpha = settings.alpha
     if alpha is None:
@@ -134,7 +137,9 @@ def stability(
     on, sequences = memberships.on(settings.threshold), memberships.sequences.numpy()
     distinct = np.unique(sequences)
     if len(distinct) < n_samples:
-        raise UserError(f"--samples {n_samples}: there are {len(distinct)} sequences to sample from")
+        raise UserError(
+            f"--samples {n_samples}: there are {len(distinct)} sequences to sample from"
+        )
     generator = np.random.default_rng(settings.seed)
     part_of = dict(zip(generator.permutation(distinct), np.arange(len(distinct)), strict=True))
     part = np.array([part_of[s] % n_samples for s in sequences])
@@ -153,9 +158,7 @@ def stability(
         for n in rounds
     }
     best = [labels_over(union, own, own.labels) for own in found]
-    permuted = [
-        _distances(a, generator.permutation(b)) for a, b in combinations(best, 2)
-    ]
+    permuted = [_distances(a, generator.permutation(b)) for a, b in combinations(best, 2)]
     chance = Distances(*np.mean(permuted, axis=0).tolist())
     return Stability(n_samples, len(union), by_round, _mean_distances(best), chance)
 
@@ -263,7 +266,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Group the subcomponents of a run that are on together, by description length."""
     args = _parser().parse_args(argv)
     settings = Settings(
-        args.share, args.alpha, args.threshold, args.min_count, not args.apart, args.gamma, args.seed
+        args.share,
+        args.alpha,
+        args.threshold,
+        args.min_count,
+        not args.apart,
+        args.gamma,
+        args.seed,
     )
     with console_log(), user_errors():
         gathered = found_or_made(args.run_dir, trust=args.trust, verify=not args.unverified)
@@ -303,7 +312,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"on is g > T (default {FLOOR}, the least)",
     )
     parser.add_argument(
-        "--min_count", type=int, default=1, metavar="N", help="leave out what is on less (default 1)"
+        "--min_count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="leave out what is on less (default 1)",
     )
     parser.add_argument(
         "--apart",

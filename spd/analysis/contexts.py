@@ -1,7 +1,7 @@
 """The places in which each subcomponent matters, kept in one pass over any amount of data.
 
-Of text a context is a piece of it, of toys the input of one row. Kept are those of highest importance, and a
-uniform sample of all in which a subcomponent is on, from which come its quantiles.
+Of text a context is a piece of it, of toys the input of one row. Kept are those of highest importance, and
+a uniform sample of all in which a subcomponent is on, from which come its quantiles.
 """
 
 from collections.abc import Mapping
@@ -32,6 +32,8 @@ class Contexts(NamedTuple):
     """‖U_c‖ h_c there; 0 where they were not given"""
     sequences: Int[Tensor, "C k"]
     """which sequence of the pass each is cut out of, from 0"""
+    positions: Int[Tensor, "C k"]
+    """of the middle in its sequence"""
 
 
 class KeptContexts:
@@ -60,7 +62,7 @@ class KeptContexts:
         importance: Float[Tensor, "batch position C"],
         activation: Float[Tensor, "batch position C"] | None,
     ) -> None:
-        """`candidates` are the scores, -inf where there is no context; `tokens` `[batch, position, ...]`."""
+        """`candidates`: scores, -inf where there is no context; `tokens`: `[batch, position, ...]`."""
         found = self._best_of(candidates, tokens, importance, activation)
         self.n_sequences += len(tokens)
         if self.found is not None:
@@ -103,6 +105,7 @@ class KeptContexts:
             g,
             acts,
             sequences[..., 0] + self.n_sequences,
+            places % n_positions,
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Merging subcomponents into groups so that it takes fewer bits to say which are on.
 
-Binary importances: a group is on where any of its members is. Of k groups, group i is on at s_i positions and
-costs r_i to send each time, its size; S = Σ s_i. The cost of saying at every position which groups are on and
-what they are is
+Binary importances: a group is on where any of its members is. Of k groups, group i is on at s_i positions
+and costs r_i to send each time, its size; S = Σ s_i. The cost of saying at every position which
+groups are on and what they are is
 
     Σ_i s_i (log2 k + α r_i)
 
@@ -56,7 +56,7 @@ class Merging(NamedTuple):
         return int(np.argmax(costs <= costs.min() + 1e-9 * max(1.0, abs(self.start))))
 
     def labels(self, n_merges: int | None = None) -> Int[ndarray, " k"]:
-        """The partition after so many merges, by default the cheapest: of each, its group's first member."""
+        """The partition after so many merges, by default the cheapest: of each its group's name."""
         n = self.best_round() if n_merges is None else n_merges
         labels = np.arange(len(self.sizes))
         for merge in reversed(self.merges[:n]):  # where a group went later is known first
@@ -196,8 +196,8 @@ def merge_all(
 ) -> Merging:
     """Merge until one group is left, or no pair is allowed.
 
-    `on`: `[positions, k]`, 1 where a subcomponent is on; each must be somewhere. With `together` only groups
-    that are on together somewhere may merge; without it rare groups merge merely for a shorter index, if
+    `on`: `[positions, k]`, 1 where a subcomponent is on; each must be somewhere. With `together` only
+    groups that are on together somewhere may merge; without it rare groups merge for a shorter index, if
     α (r_j s_i + r_i s_j) < S/(k ln 2). `watch` is told the number of groups that are left after each round.
     """
     groups = Groups(on)

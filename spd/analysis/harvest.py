@@ -1,6 +1,6 @@
-"""Everything that one pass over data gathers of subcomponents, in memory that does not grow with the data."""
+"""All that one pass over data gathers of subcomponents, in memory that does not grow with the data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,15 +73,27 @@ class Gathered(NamedTuple):
         """`site:c` of each subcomponent, site after site."""
         return [f"{path}:{c}" for path, C in self.C_of.items() for c in range(C)]
 
-    def input_tokens(self) -> Pmi:
-        """Of the tokens of `firings.ids`."""
-        own, found = self.firings, self.statistics
-        return association(own.sums, own.counts, found.n_active, found.n_positions)
+    def name(self, c: int) -> str:
+        """That of one of them."""
+        for path, C in self.C_of.items():
+            if c < C:
+                return f"{path}:{c}"
+            c -= C
+        raise IndexError(c)
 
-    def output_tokens(self) -> Pmi:
+    def input_tokens(self, columns: Sequence[int] | None = None) -> Pmi:
+        """Of the tokens of `firings.ids`, for some subcomponents or all."""
+        return self._tokens(self.firings, columns)
+
+    def output_tokens(self, columns: Sequence[int] | None = None) -> Pmi:
         """Of the tokens of `outputs.ids`, with probabilities in place of counts."""
-        own, found = self.outputs, self.statistics
-        return association(own.sums, own.counts, found.n_active, found.n_positions)
+        return self._tokens(self.outputs, columns)
+
+    def _tokens(self, table: TokenImportances, columns: Sequence[int] | None) -> Pmi:
+        sums, on = table.sums, self.statistics.n_active
+        if columns is not None:
+            sums, on = sums[:, list(columns)], on[list(columns)]
+        return association(sums, table.counts, on, self.statistics.n_positions)
 
 
 class Harvest:
@@ -123,6 +135,7 @@ class Harvest:
         first = self.sampled.n_sequences
         numbers = torch.arange(first, first + len(upper), device=upper.device)
         sequences = numbers[:, None].expand(kept.shape)[kept]
+        positions = torch.arange(kept.shape[1], device=upper.device).expand(kept.shape)[kept]
         self.statistics.update(seen.contents, seen.upper, seen.acts, seen.kept)
         g = (upper * kept[..., None]).clamp(0.0, 1.0)
         self.sampled.update(seen.contents, g, acts)
@@ -136,9 +149,11 @@ class Harvest:
         elif seen.kind == "inputs":
             sizes = seen.contents[kept].abs()
             self.inputs += (active.mT @ sizes).double().cpu()
-        self.memberships.update(rows, sequences)
+        self.memberships.update(rows, sequences, positions)
 
-    def _outputs(self, logits: Float[Tensor, "rows vocab"], active: Float[Tensor, "rows C"]) -> None:
+    def _outputs(
+        self, logits: Float[Tensor, "rows vocab"], active: Float[Tensor, "rows C"]
+    ) -> None:
         likely = logits.float().softmax(dim=-1).topk(min(N_LIKELY, logits.shape[-1]), dim=-1)
         self.outputs.update_weighted(likely.indices, likely.values, active)
 

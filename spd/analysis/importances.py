@@ -1,9 +1,9 @@
-"""python -m spd.analysis.importances RUN_DIR [--batches 32]: what every subcomponent does, on any amount of data.
+"""python -m spd.analysis.importances RUN_DIR [--batches 32]: what every subcomponent does on data.
 
 One pass over held-out data gathers activations ‖U_c‖ h_c, importances g_c, the contexts in which each
-subcomponent is on (the highest, and a uniform sample, which gives the lower quantiles), tokens or inputs, and
-which are on together. Its memory does not depend on the amount of data. A pass that was killed goes on from
-its last save, and leaves the bytes of one that was not; the other analyses use what it leaves.
+subcomponent is on (the highest, and a uniform sample, which gives the lower quantiles), tokens or inputs,
+and which are on together. Its memory does not depend on the amount of data. A pass that was killed goes
+on from its last save, and leaves the bytes of one that was not; the other analyses use what it leaves.
 """
 
 import argparse
@@ -57,8 +57,11 @@ class Options(NamedTuple):
     """of the samples of contexts and positions"""
 
 
+USUAL = Options()
+
+
 def importances(
-    run: Run, options: Options = Options(), *, save_every: int = SAVE_EVERY, anew: bool = False
+    run: Run, options: Options = USUAL, *, save_every: int = SAVE_EVERY, anew: bool = False
 ) -> Gathered:
     """What a pass over held-out data gathers, kept in the run; that of an equal earlier one is read.
 
@@ -82,7 +85,9 @@ def load_importances(run_dir: Path) -> Gathered:
         raise UserError(f"{folder}: nothing there yet; {COMMAND} {run_dir} makes it")
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or not isinstance(record.get("about"), dict):
-        raise UserError(f"{folder / RECORD}: not the record of importances; {COMMAND} {run_dir} makes one")
+        raise UserError(
+            f"{folder / RECORD}: not the record of importances; {COMMAND} {run_dir} makes one"
+        )
     newest = checkpoint.latest(run_dir / CHECKPOINTS)
     if newest is not None and int(newest.name) != record["about"].get("checkpoint"):
         raise UserError(
@@ -91,7 +96,9 @@ def load_importances(run_dir: Path) -> Gathered:
         )
     path = folder / FILE
     if not path.is_file() or sha256_of(path) != record.get("sha256"):
-        raise UserError(f"{path}: is not what was written there; {COMMAND} {run_dir} --anew makes it")
+        raise UserError(
+            f"{path}: is not what was written there; {COMMAND} {run_dir} --anew makes it"
+        )
     tensors, seen = _read(path)
     return _harvest_of(seen, tensors).compute()
 
@@ -256,7 +263,7 @@ def lines(told: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """What every subcomponent of a run does: importances, contexts, tokens, co-activation; held-out data."""
+    """What every subcomponent of a run does on held-out data: importances, contexts, co-activation."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     for name, default in Options()._asdict().items():
@@ -281,8 +288,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         told = read_json(args.run_dir / FOLDER / RECORD)
     print(*lines(told), sep="\n")
     print(
-        f"on {told['n_positions']:,} positions of {told['n_batches']} held-out batches; a subcomponent is on"
-        f" where g > {ALIVE_THRESHOLD}, L0 is how many are on at a time; in {args.run_dir / FOLDER}"
+        f"on {told['n_positions']:,} positions of {told['n_batches']} held-out batches; a subcomponent is"
+        f" on where g > {ALIVE_THRESHOLD}, L0 is how many are on at a time; in {args.run_dir / FOLDER}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Prompts to a language model behind an address that speaks the chat completions of OpenAI, and its answers."""
+"""Prompts to a language model behind an address with OpenAI's chat completions, and its answers."""
 
 import json
 import os
@@ -55,7 +55,9 @@ class Judge(NamedTuple):
                 said = str(getattr(error, "reason", error))
         raise Unreachable(f"{address}: no answer after {TRIES} tries ({said})")
 
-    def ask_all(self, prompts: Iterable[tuple[str, str]], n_at_once: int) -> Iterator[tuple[str, str]]:
+    def ask_all(
+        self, prompts: Iterable[tuple[str, str]], n_at_once: int
+    ) -> Iterator[tuple[str, str]]:
         """Key and answer of each key and prompt, in their order, several asked at a time."""
         pairs = list(prompts)
         with ThreadPoolExecutor(n_at_once) as pool:

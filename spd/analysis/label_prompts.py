@@ -21,13 +21,13 @@ LEAST_FIRINGS = 2.0
 MOST_WORDS = 8
 
 INTRODUCTION = """\
-A neural network was taken apart: each of its weight matrices is written as a sum of rank-one matrices, its
-subcomponents. Subcomponent c reads its input x along a direction V_c and writes along U_c. Two numbers tell what
-it does at a position:
-- importance g, from 0 to 1: how little it can be removed there without changing the output. It is "on" where
-  g > {threshold}. g decides whether it matters; only where it is on the activation means something.
-- activation a = |U_c| V_c·x: how much it writes. Its sign is arbitrary for a subcomponent as a whole; but if it is
-  on with both signs, these may be two roles.
+A neural network was taken apart: each of its weight matrices is written as a sum of rank-one matrices,
+its subcomponents. Subcomponent c reads its input x along a direction V_c and writes along U_c. Two
+numbers tell what it does at a position:
+- importance g, from 0 to 1: how little it can be removed there without changing the output. It is "on"
+  where g > {threshold}. g decides whether it matters; only where it is on the activation means something.
+- activation a = |U_c| V_c·x: how much it writes. Its sign is arbitrary for a subcomponent as a whole; but
+  if it is on with both signs, these may be two roles.
 """
 
 
@@ -46,7 +46,7 @@ def key_of(kind: str, name: str, prompt: str) -> str:
 def label_prompt(found: Gathered, c: int, windows: Sequence[Window], text: TokenText) -> str:
     """Asks for a label of at most eight words and a reasoning."""
     statistics = found.statistics
-    path, _, number = found.names[c].rpartition(":")
+    path, _, number = found.name(c).rpartition(":")
     block = re.search(r"\d+", path)
     n_active, positive = int(statistics.n_active[c]), statistics.positive[c].item()
     where = f" (block {block[0]})" if block else ""
@@ -57,9 +57,9 @@ def label_prompt(found: Gathered, c: int, windows: Sequence[Window], text: Token
         f" activation at {positive:.0%} of them, negative at {1 - positive:.0%}.\n",
     ]
     if found.kind == "tokens":
-        own = found.input_tokens(), found.firings, "Input tokens where it is on"
+        own = found.input_tokens([c]), found.firings, "Input tokens where it is on"
         parts += _tables(*own, c, text)
-        own = found.output_tokens(), found.outputs, "Next tokens that the network predicts there"
+        own = found.output_tokens([c]), found.outputs, "Next tokens that the network predicts there"
         parts += _tables(*own, c, text)
         shown = "Pieces of text; where it is on, the token stands in [[ ]] with g and a behind it:"
     elif found.inputs is not None:
@@ -69,23 +69,24 @@ def label_prompt(found: Gathered, c: int, windows: Sequence[Window], text: Token
         shown = "Rows for which it is on, with g and a behind them:"
     parts.append("\n".join([shown, *(f"- {window.annotated()}" for window in windows)]) + "\n")
     parts.append(
-        f"What is it that switches this subcomponent on? Answer with JSON alone: {{\"label\": \"at most"
-        f" {MOST_WORDS} words\", \"reasoning\": \"one or two sentences\"}}"
+        f'What is it that switches this subcomponent on? Answer with JSON alone: {{"label": "at most'
+        f' {MOST_WORDS} words", "reasoning": "one or two sentences"}}'
     )
     return "\n".join(parts)
 
 
-def _tables(
-    pmi: Pmi, table: TokenImportances, title: str, c: int, text: TokenText
-) -> list[str]:
-    """By recall, and by PMI among what it fired on twice."""
+def _tables(pmi: Pmi, table: TokenImportances, title: str, c: int, text: TokenText) -> list[str]:
+    """Of one column: by recall, and by PMI among what it fired on twice."""
     if not table.ids:
         return []
-    by_recall = pmi.recall[:, c]
+    by_recall = pmi.recall[:, 0]
     often = table.sums[:, c] >= LEAST_FIRINGS
-    by_pmi = pmi.pmi[:, c].masked_fill(~often, -torch.inf)
+    by_pmi = pmi.pmi[:, 0].masked_fill(~often, -torch.inf)
     lines = []
-    for name, values, form in (("share of firings", by_recall, ".0%"), ("PMI, bits", by_pmi, ".1f")):
+    for name, values, form in (
+        ("share of firings", by_recall, ".0%"),
+        ("PMI, bits", by_pmi, ".1f"),
+    ):
         shown = _highest(values, table, text, form)
         if shown:
             lines.append(f"{title}, by {name}: {shown}")
@@ -114,20 +115,20 @@ def score_prompt(kind: ScoreKind, label: str, trial: Trial) -> str:
     numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(trial.texts, start=1))
     if kind == "detection":
         asked = (
-            f"A part of a neural network is described as: {label!r}. Of the texts below some are from where it"
-            " is on, at the token in [[ ]]; in the others another token is marked, at which it is not on."
-            " Which are those where it is on?"
+            f"A part of a neural network is described as: {label!r}. Of the texts below some are from where"
+            " it is on, at the token in [[ ]]; in the others another token is marked, at which it is not"
+            " on. Which are those where it is on?"
         )
     elif kind == "fuzzing":
         asked = (
-            f"A part of a neural network is described as: {label!r}. It is on somewhere in each text below. In"
-            " some the tokens at which it is on are marked with [[ ]], in the others as many wrong tokens."
-            " Which texts are marked rightly?"
+            f"A part of a neural network is described as: {label!r}. It is on somewhere in each text below."
+            " In some the tokens at which it is on are marked with [[ ]], in the others as many wrong"
+            " tokens. Which texts are marked rightly?"
         )
     else:
         asked = (
-            "In all texts below but one the same part of a neural network is on, at the token in [[ ]] of the"
-            " second copy of each. Which text does not belong to the others?"
+            "In all texts below but one the same part of a neural network is on, at the token in [[ ]] of"
+            " the second copy of each. Which text does not belong to the others?"
         )
     form = '{"numbers": [1, 2]}'
     return f"{asked}\n\n{numbered}\n\nAnswer with JSON alone, the numbers of the texts: {form}"

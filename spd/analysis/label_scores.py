@@ -1,13 +1,15 @@
 """How good a label is: trials that a language model is given, and the scores that its answers make.
 
 Detection asks which windows a subcomponent is on in, fuzzing at which tokens, intruder which window is not
-its own (without any label). 0.5, 0.5 and 1/(n + 1) is chance. A label is scored only once every trial of it is
-answered.
+its own (without any label). 0.5, 0.5 and 1/(n + 1) is chance. A label is scored only once every trial of it
+is answered.
 """
 
 import random
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
+
+from scipy.stats import binom
 
 from spd.analysis.label_windows import Window, Windows
 
@@ -56,6 +58,11 @@ def intruder_score(trials: Sequence[Rates]) -> float:
     return sum(t.hits == 1 and t.rejections == t.n_wrong for t in trials) / len(trials)
 
 
+def probability_by_chance(n_right: int, n_trials: int, chance: float) -> float:
+    """Of so many right answers or more, where each is right with that probability."""
+    return float(binom.sf(n_right - 1, n_trials, chance))
+
+
 def score(kind: ScoreKind, trials: Sequence[Rates]) -> float:
     functions = {
         "detection": detection_score,
@@ -78,10 +85,15 @@ def trials_of(kind: ScoreKind, windows: Windows, name: str) -> list[Trial]:
 
 def _detection(windows: Windows, generator: random.Random) -> Trial | None:
     """The middle token is marked in the windows of both kinds: it says nothing by itself."""
-    own, others = _some(windows.scores, N_EACH, generator), _some(windows.intruders, N_EACH, generator)
+    own, others = (
+        _some(windows.scores, N_EACH, generator),
+        _some(windows.intruders, N_EACH, generator),
+    )
     if not own or not others:
         return None
-    texts = [(w.marked([w.middle]), True) for w in own] + [(w.marked([w.middle]), False) for w in others]
+    texts = [(w.marked([w.middle]), True) for w in own] + [
+        (w.marked([w.middle]), False) for w in others
+    ]
     return _shuffled(texts, generator)
 
 
@@ -128,7 +140,8 @@ def _shuffled(texts: list[tuple[str, bool]], generator: random.Random) -> Trial:
 
 
 def scores_of(
-    trials: Mapping[ScoreKind, Sequence[Trial]], named: Mapping[ScoreKind, Sequence[Sequence[int] | None]]
+    trials: Mapping[ScoreKind, Sequence[Trial]],
+    named: Mapping[ScoreKind, Sequence[Sequence[int] | None]],
 ) -> dict[ScoreKind, float | None]:
     """None for a kind that has no trial, or one without an answer."""
     found: dict[ScoreKind, float | None] = {}

@@ -5,14 +5,16 @@ have no token in common.
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+import torch
 
 from spd.analysis.contexts import OUTSIDE, Contexts, by_quantile
 from spd.analysis.harvest import Gathered
 from spd.metrics import ALIVE_THRESHOLD
 
-N_HIGHEST, N_LOWER, N_QUANTILES = 6, 9, 3
+N_HIGHEST, N_LOWER, N_QUANTILES, N_INTRUDERS = 6, 9, 3, 30
 RARELY = 0.1
 """of the positions of another subcomponent, at which the one in question may be on too"""
 LIKE_INPUTS = 0.02
@@ -29,6 +31,8 @@ class Window(NamedTuple):
     activations: list[float]
     middle: int
     sequence: int
+    position: int
+    """of the middle in its sequence"""
 
     def firing(self) -> list[int]:
         """Where it is on; the middle always is."""
@@ -45,7 +49,9 @@ class Window(NamedTuple):
         """The text with g and the activation at the pieces at which it is on."""
         on = self.firing()
         return _joined(
-            f"[[{piece}]](g {self.importances[p]:.2f}, a {self.activations[p]:+.2f})" if p in on else piece
+            f"[[{piece}]](g {self.importances[p]:.2f}, a {self.activations[p]:+.2f})"
+            if p in on
+            else piece
             for p, piece in enumerate(self.pieces)
         )
 
@@ -62,11 +68,18 @@ class Windows(NamedTuple):
     scores: list[Window]
     """of other sequences, drawn uniformly"""
     intruders: list[Window]
-    """of subcomponents that are rarely on with it, and of none of its own sequences"""
+    """of other subcomponents, where it is not on, and of no sequence of `label`"""
 
 
-def windows_of(found: Gathered, c: int, text: TokenText, *, n_intruders: int = 30) -> Windows:
-    """All of one subcomponent, always the same ones."""
+def windows_of(
+    found: Gathered,
+    c: int,
+    text: TokenText,
+    rows: Mapping[tuple[int, int], int],
+    *,
+    n_intruders: int = N_INTRUDERS,
+) -> Windows:
+    """All of one subcomponent, always the same ones; `rows` are those of the memberships."""
     sampled, top = found.sampled, found.statistics.contexts
     left = found.statistics.left
     sequences = list(dict.fromkeys(sampled.sequences[c][sampled.scores[c] > -torch.inf].tolist()))
@@ -86,48 +99,57 @@ def windows_of(found: Gathered, c: int, text: TokenText, *, n_intruders: int = 3
         for place in range(len(sampled.scores[c]))
         if sampled.scores[c, place] > -torch.inf and int(sampled.sequences[c, place]) in for_scores
     ]
-    own = {*sequences, *top.sequences[c][top.scores[c] > -torch.inf].tolist()}
-    return Windows(label, scores, _intruders(found, c, own, text, n_intruders))
+    shown = {window.sequence for window in label}
+    return Windows(label, scores, _intruders(found, c, shown, text, rows, n_intruders))
 
 
 def _intruders(
-    found: Gathered, c: int, own: set[int], text: TokenText, n: int
+    found: Gathered,
+    c: int,
+    shown: set[int],
+    text: TokenText,
+    rows: Mapping[tuple[int, int], int],
+    n: int,
 ) -> list[Window]:
-    """One window of each of up to n others, the most similar in density first."""
+    """One window of each of up to n others, those of similar density, at whose middle c is not on.
+
+    Where that was not kept of a position, another subcomponent must rarely be on together with c.
+    """
     start, joint = found.statistics.pairs.with_all(c)
-    n_active = found.statistics.n_active
-    others = [
-        other
-        for other in range(start, start + len(joint))
-        if other != c
-        and n_active[other] > 0
-        and int(joint[other - start]) <= RARELY * int(n_active[other])
-    ]
-    generator = random.Random(f"intruders/{found.names[c]}")
-    generator.shuffle(others)
+    n_active, sampled = found.statistics.n_active, found.sampled
+    alive = (n_active[start : start + len(joint)].nonzero().flatten() + start).tolist()
+    others = [other for other in alive if other != c]
+    generator = random.Random(f"intruders/{found.name(c)}")
+    others = generator.sample(others, min(4 * n, len(others)))
     density = max(1, int(n_active[c]))
-    others = sorted(others[: 4 * n], key=lambda o: abs(float(n_active[o]) / density - 1))[:n]
+    others = sorted(others, key=lambda o: abs(float(n_active[o]) / density - 1))
     windows = []
     for other in others:
+        rarely = int(joint[other - start]) <= RARELY * int(n_active[other])
         there = [
             place
-            for place in range(len(found.sampled.scores[other]))
-            if found.sampled.scores[other, place] > -torch.inf
-            and int(found.sampled.sequences[other, place]) not in own
+            for place in range(len(sampled.scores[other]))
+            if sampled.scores[other, place] > -torch.inf
+            and (sequence := int(sampled.sequences[other, place])) not in shown
+            and (
+                rarely
+                if (row := rows.get((sequence, int(sampled.positions[other, place])))) is None
+                else not found.memberships.on_at(row, c)
+            )
         ]
         if there:
-            windows.append(_window(found, found.sampled, other, generator.choice(there), text))
-    return windows
+            windows.append(_window(found, sampled, other, generator.choice(there), text))
+    return windows[:n]
 
 
 def _window(found: Gathered, kept: Contexts, c: int, place: int, text: TokenText) -> Window:
     left = found.statistics.left
     g, a = kept.importances[c, place].tolist(), kept.activations[c, place].tolist()
-    sequence = int(kept.sequences[c, place])
+    sequence, position = int(kept.sequences[c, place]), int(kept.positions[c, place])
     content = kept.tokens[c, place]
     if found.kind != "tokens":
         piece = _of_input(content[0].tolist()) if found.kind == "inputs" else f"row {sequence}"
-        return Window([piece], g, a, 0, sequence)
+        return Window([piece], g, a, 0, sequence, position)
     tokens = content.tolist()
     inside = [p for p, token in enumerate(tokens) if token != OUTSIDE]
     return Window(
@@ -136,6 +158,7 @@ def _window(found: Gathered, kept: Contexts, c: int, place: int, text: TokenText
         [a[p] for p in inside],
         inside.index(left),
         sequence,
+        position,
     )
 
 

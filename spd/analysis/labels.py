@@ -1,8 +1,9 @@
-"""python -m spd.analysis.labels RUN_DIR [--answers FILE | --url URL --model NAME]: labels by a language model.
+"""python -m spd.analysis.labels RUN_DIR [--answers FILE | --url URL --model NAME]: labels.
 
-Without an address nothing is asked: the prompts that are open are written as JSON lines, each with a `key` and a
-`prompt`, for any language model; lines with a `key` and an `answer` are taken back with `--answers`. First come
-the prompts for labels, then, of what has a label, those for its scores, which are made of other sequences.
+They come from a language model. Without an address nothing is asked: the prompts that are open are written
+as JSON lines, each with a `key` and a `prompt`; lines with a `key` and an `answer` are taken back with
+`--answers`. First come the prompts for labels, then, of what has a label, those for its scores,
+which are made of other sequences.
 """
 
 import argparse
@@ -13,9 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from spd.analysis.harvest import Gathered
-from spd.analysis.importances import importances, load_importances
 from spd.analysis.importances import FOLDER as IMPORTANCES
-from spd.analysis.importances import RECORD
+from spd.analysis.importances import RECORD, importances, load_importances
 from spd.analysis.judge import Judge, check_url
 from spd.analysis.label_prompts import (
     Label,
@@ -25,10 +25,19 @@ from spd.analysis.label_prompts import (
     read_numbers,
     score_prompt,
 )
-from spd.analysis.label_scores import SCORES, ScoreKind, Trial, scores_of, trials_of
+from spd.analysis.label_scores import (
+    N_REAL,
+    N_TRIALS,
+    SCORES,
+    ScoreKind,
+    Trial,
+    probability_by_chance,
+    scores_of,
+    trials_of,
+)
 from spd.analysis.label_windows import TokenText, windows_of
 from spd.config import UserError
-from spd.run_files import atomic_write, write_json
+from spd.run_files import atomic_write, read_json, write_json
 from spd.runs.cli import add_ways_in
 from spd.runs.console import console_log, user_errors
 from spd.runs.run import Run, load_run
@@ -76,14 +85,15 @@ class Labelling:
         self.columns = [c for c in order if n_active[c] > 0]
         self.prompts: dict[int, str] = {}
         self.trials: dict[int, dict[ScoreKind, list[Trial]]] = {}
+        rows = found.memberships.rows()
         for c in self.columns:
-            windows = windows_of(found, c, text)
+            windows = windows_of(found, c, text, rows)
             self.prompts[c] = label_prompt(found, c, windows.label, text)
-            name = found.names[c]
+            name = found.name(c)
             self.trials[c] = {kind: trials_of(kind, windows, name) for kind in self.kinds}
 
     def label_of(self, c: int, answers: Mapping[str, str]) -> Label | None:
-        answer = answers.get(key_of("label", self.found.names[c], self.prompts[c]))
+        answer = answers.get(key_of("label", self.found.name(c), self.prompts[c]))
         return None if answer is None else read_label(answer)
 
     def score_prompts(self, c: int, label: Label) -> Iterator[tuple[ScoreKind, Trial, str, str]]:
@@ -91,7 +101,7 @@ class Labelling:
         for kind, trials in self.trials[c].items():
             for number, trial in enumerate(trials):
                 prompt = score_prompt(kind, label.label, trial)
-                yield kind, trial, key_of(kind, f"{self.found.names[c]}/{number}", prompt), prompt
+                yield kind, trial, key_of(kind, f"{self.found.name(c)}/{number}", prompt), prompt
 
     def open_prompts(self, answers: Mapping[str, str]) -> dict[str, str]:
         """Key → prompt of what has no answer that can be read: labels, and scores of what has one."""
@@ -99,7 +109,7 @@ class Labelling:
         for c in self.columns:
             label = self.label_of(c, answers)
             if label is None:
-                found[key_of("label", self.found.names[c], self.prompts[c])] = self.prompts[c]
+                found[key_of("label", self.found.name(c), self.prompts[c])] = self.prompts[c]
                 continue
             for _, trial, key, prompt in self.score_prompts(c, label):
                 if self._named(trial, answers.get(key)) is None:
@@ -116,7 +126,7 @@ class Labelling:
             named: dict[ScoreKind, list[list[int] | None]] = {kind: [] for kind in self.kinds}
             for kind, trial, key, _ in self.score_prompts(c, label):
                 named[kind].append(self._named(trial, answers.get(key)))
-            found[self.found.names[c]] = Scored(label, scores_of(self.trials[c], named))
+            found[self.found.name(c)] = Scored(label, scores_of(self.trials[c], named))
         return found
 
     @staticmethod
@@ -128,7 +138,7 @@ class Labelling:
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """Key → answer of JSON lines; `UserError` that names the line which is none. The last of a key counts."""
+    """Key → answer of JSON lines, the last of a key; `UserError` that names a line which is none."""
     found = {}
     try:
         text = path.read_text(encoding="utf-8")
@@ -228,8 +238,10 @@ def label(
     pending, results = labelling.open_prompts(answers), labelling.results(answers)
     atomic_write(folder / PROMPTS, as_lines(pending, "prompt"))
     if results:
-        model = judge.model if judge is not None else "a language model"
-        write_json(folder / LABELS, record(results, model))
+        path = folder / LABELS
+        before = read_json(path).get("model") if path.is_file() else None
+        model = judge.model if judge is not None else before or "a language model"
+        write_json(path, record(results, model))
     return results, pending
 
 
@@ -259,7 +271,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(*lines(results), sep="\n")
     folder = args.run_dir / FOLDER
     if pending:
-        print(f"{len(pending):,} prompts are open, in {folder / PROMPTS}; --answers FILE takes answers back")
+        print(
+            f"{len(pending):,} prompts are open, in {folder / PROMPTS}; --answers FILE takes answers back"
+        )
     if results:
         print(f"in {folder / LABELS}")
 
@@ -277,8 +291,19 @@ def lines(results: Mapping[str, Scored]) -> list[str]:
     for kind in next(iter(results.values())).scores:
         values = [v for own in results.values() if (v := own.scores[kind]) is not None]
         if values:
-            means.append(f"{kind} {sum(values) / len(values):.3f} over {len(values)}")
-    return [*shown, *([f"mean: {', '.join(means)} (chance 0.5)"] if means else [])]
+            mean = sum(values) / len(values)
+            means.append(
+                f"{kind} {mean:.3f} over {len(values)} ({_chance(kind, mean, len(values))})"
+            )
+    return [*shown, *([f"mean: {', '.join(means)}"] if means else [])]
+
+
+def _chance(kind: str, mean: float, n: int) -> str:
+    if kind != "intruder":
+        return "chance 0.5"
+    chance, n_trials = 1 / (N_REAL + 1), n * N_TRIALS
+    p = probability_by_chance(round(mean * n_trials), n_trials, chance)
+    return f"chance {chance:.1f}, which gives as much or more with probability {p:.1e}"
 
 
 def _shown(value: float | None) -> str:

@@ -30,6 +30,8 @@ class Memberships(NamedTuple):
     """g, in half precision"""
     sequences: Int[Tensor, " positions"]
     """which sequence of the pass each position is of; sequences are independent, positions are not"""
+    positions: Int[Tensor, " positions"]
+    """which position of its sequence"""
     C: int
 
     @property
@@ -49,6 +51,15 @@ class Memberships(NamedTuple):
         columns = self.columns.numpy()[kept]
         ones = np.ones(len(columns), np.int32)
         return sp.csr_array((ones, columns, ends), shape=(self.n_positions, self.C))
+
+    def rows(self) -> dict[tuple[int, int], int]:
+        """The row of each sequence and position that is kept."""
+        pairs = zip(self.sequences.tolist(), self.positions.tolist(), strict=True)
+        return {pair: row for row, pair in enumerate(pairs)}
+
+    def on_at(self, row: int, c: int) -> bool:
+        begin, end = self.indptr[row : row + 2].tolist()
+        return bool((self.columns[begin:end] == c).any())
 
     def co_activation(self, threshold: float = FLOOR) -> sp.csr_array:
         """n_ij, the positions at which both are on, `[C, C]`; on the diagonal those of each."""
@@ -72,10 +83,16 @@ class MembershipSample:
         self.keys = torch.zeros(0, dtype=torch.float64)
         self.sizes = torch.zeros(0, dtype=torch.long)
         self.sequences = torch.zeros(0, dtype=torch.long)
+        self.positions = torch.zeros(0, dtype=torch.long)
         self.columns = torch.zeros(0, dtype=torch.int32)
         self.values = torch.zeros(0, dtype=torch.float16)
 
-    def update(self, g: Float[Tensor, "rows C"], sequences: Int[Tensor, " rows"]) -> None:
+    def update(
+        self,
+        g: Float[Tensor, "rows C"],
+        sequences: Int[Tensor, " rows"],
+        positions: Int[Tensor, " rows"],
+    ) -> None:
         generator = seeded(torch.device("cpu"), "memberships", self.seed, self.n_seen)
         keys = torch.rand(len(g), generator=generator, dtype=torch.float64)
         self.n_seen += len(g)
@@ -85,6 +102,7 @@ class MembershipSample:
         self.keys = torch.cat([self.keys, keys[chosen]])
         self.sizes = torch.cat([self.sizes, on.sum(dim=1).cpu()])
         self.sequences = torch.cat([self.sequences, sequences.cpu()[chosen]])
+        self.positions = torch.cat([self.positions, positions.cpu()[chosen]])
         columns = on.nonzero()[:, 1].to(torch.int32).cpu()
         self.columns = torch.cat([self.columns, columns])
         self.values = torch.cat([self.values, rows[on].half().cpu()])
@@ -98,11 +116,12 @@ class MembershipSample:
         entries = kept.repeat_interleave(self.sizes)
         self.columns, self.values = self.columns[entries], self.values[entries]
         self.keys, self.sizes = self.keys[kept], self.sizes[kept]
-        self.sequences = self.sequences[kept]
+        self.sequences, self.positions = self.sequences[kept], self.positions[kept]
 
     def compute(self) -> Memberships:
         indptr = torch.cat([torch.zeros(1, dtype=torch.long), self.sizes.cumsum(0)])
-        return Memberships(indptr, self.columns, self.values, self.sequences, self.C)
+        where = (self.sequences, self.positions)
+        return Memberships(indptr, self.columns, self.values, *where, self.C)
 
     def state(self) -> dict[str, Tensor]:
         """What it goes on from."""
@@ -119,4 +138,4 @@ class MembershipSample:
         self.n_seen, self.rate = int(state["n_seen"]), float(state["rate"])
 
 
-TENSORS = ("keys", "sizes", "sequences", "columns", "values")
+TENSORS = ("keys", "sizes", "sequences", "positions", "columns", "values")

@@ -42,7 +42,8 @@ def observe(model: ComponentModel, problem: Problem | None, batch: Batch) -> Obs
     shape = contents.shape[:2]
     shown = {path: g for path, g in upper.items() if at_every_position(g, shape)}
     acts = {
-        path: model.sites[path].acts(site_inputs[path]) * model.sites[path].subcomponents.U.norm(dim=1)
+        path: model.sites[path].acts(site_inputs[path])
+        * model.sites[path].subcomponents.U.norm(dim=1)
         for path in shown
     }
     weigh = None if problem is None else problem.position_weights
@@ -84,7 +85,9 @@ def at_every_position(x: Tensor, shape: torch.Size) -> bool:
     return x.numel() == shape.numel() * x.shape[-1] or x.shape[:-1] == (1, shape[1])
 
 
-def at_positions(x: Float[Tensor, "*rows C"], shape: torch.Size) -> Float[Tensor, "batch position C"]:
+def at_positions(
+    x: Float[Tensor, "*rows C"], shape: torch.Size
+) -> Float[Tensor, "batch position C"]:
     """From one row per position in this order, or from one sequence that holds for all."""
     C = x.shape[-1]
     if x.numel() == shape.numel() * C:

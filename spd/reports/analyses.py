@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spd.config import UserError
-from spd.reports.drawing import BLUE, GREY, ORANGE, DescribedFigure, panel_grid
+from spd.reports.drawing import BLUE, GREY, ORANGE, DescribedFigure, count, panel_grid
 from spd.reports.images import Image, image
 from spd.reports.png import FigureText, png_bytes
 from spd.reports.reading import object_of
@@ -33,7 +33,11 @@ class Section(NamedTuple):
 def analyses_of(run_dir: Path) -> list[Section]:
     """The sections of the analyses that a run holds, in their order."""
     found = []
-    for path, section in ((IMPORTANCES, _importances), (CLUSTERING, _clustering), (LABELS, _labels)):
+    for path, section in (
+        (IMPORTANCES, _importances),
+        (CLUSTERING, _clustering),
+        (LABELS, _labels),
+    ):
         told = object_of(run_dir / path)
         if not told:
             continue
@@ -65,20 +69,25 @@ def _clustering(told: Mapping[str, Any]) -> Section:
     costs, best, n = told["costs"], told["best_round"], told["n_positions"]
     clusters = [own for own in told["clusters"] if len(own["members"]) > 1]
     share = told.get("share")
-    chosen = "" if share is None else f", at which two that share {share:.0%} of their positions merge"
+    chosen = (
+        "" if share is None else f", at which two that share {share:.0%} of their positions merge"
+    )
     said = [
-        f"{told['k']:,} subcomponents form {told['n_clusters']:,} groups, {len(clusters):,} of them of several,"
-        f" if groups are merged as long as it takes fewer bits to say which are on: {costs[best] / n:.4g} bits"
-        f" for each of {n:,} positions, {costs[0] / n:.4g} with single ones. How large groups become depends"
-        f" on α, here {told['alpha']:.4g}{chosen}. On is g > {told['threshold']}."
+        f"{told['k']:,} subcomponents form {count(told['n_clusters'], 'group')}, {len(clusters):,} of them"
+        " of several, if groups are merged as long as it takes fewer bits to say which are on:"
+        f" {costs[best] / n:.4g} bits for each of {n:,} positions, {costs[0] / n:.4g} with single ones. How"
+        f" large groups become depends on α, here {told['alpha']:.4g}{chosen}. On is g"
+        f" > {told['threshold']}."
     ]
     stable = told.get("stability")
     if stable is not None:
         own, chance = stable["at_best"], stable["by_chance"]
         said.append(
-            f"Between {stable['n_samples']} disjoint samples of the data, of {stable['n']:,} subcomponents"
+            f"Between {stable['n_samples']} disjoint samples of the data, on average, of"
+            f" {stable['n']:,} subcomponents"
             f" {own['hamming']:.4g} are in another group, by chance {chance['hamming']:.4g};"
-            f" {own['matching']:.4g} pairs are together in one sample alone, by chance {chance['matching']:.4g}."
+            f" {own['matching']:.4g} pairs are together in one sample alone, by chance"
+            f" {chance['matching']:.4g}."
         )
     shown = clusters[:SHOWN_CLUSTERS]
     lines = [
@@ -90,7 +99,11 @@ def _clustering(told: Mapping[str, Any]) -> Section:
         ]
         for own in shown
     ]
-    more = f"{len(clusters) - len(shown):,} smaller groups are in {CLUSTERING}." if shown != clusters else ""
+    more = (
+        f"{len(clusters) - len(shown):,} smaller groups are in {CLUSTERING}."
+        if shown != clusters
+        else ""
+    )
     heads = ["members", "size", "share of positions on", "a member on, of that"]
     drawn = image("clustering", png_bytes(_curves(told)))
     return Section("clustering", "Clusters", said, heads, lines, more, drawn)
@@ -110,9 +123,11 @@ def _members(names: Sequence[str]) -> str:
 def _curves(told: Mapping[str, Any]) -> DescribedFigure:
     costs, best, n = told["costs"], told["best_round"], told["n_positions"]
     stable = told.get("stability")
-    reading = "Bits for each position over the number of merges; the dot is the lowest, whose groups are shown."
+    reading = "Bits for each position over the number of merges; the dot is the lowest, with these groups."
     if stable is not None:
-        reading += " Right: how many subcomponents are in another group in another sample of the data."
+        reading += (
+            " Right: how many subcomponents are in another group in another sample of the data."
+        )
     alt = "The cost of saying which groups are on, over the number of merges."
     text = FigureText("What merging costs", reading, alt)
     figure = DescribedFigure(text, figsize=(8.0, 3.2))
@@ -135,9 +150,9 @@ def _labels(told: Mapping[str, Any]) -> Section:
     labels = told["labels"]
     said = [
         f"{len(labels):,} subcomponents have a label, given by {told['model']} from contexts, and"
-        f" {sum(own.get('detection') is not None for own in labels.values()):,} have scores on other contexts:"
-        " detection is whether the label tells where a subcomponent is on, fuzzing whether it tells at which"
-        " token. 0.5 is chance. A label is a guess of a language model and no finding."
+        f" {sum(own.get('detection') is not None for own in labels.values()):,} have scores on other"
+        " contexts: detection is whether the label tells where a subcomponent is on, fuzzing whether it"
+        " tells at which token. 0.5 is chance. A label is a guess of a language model and no finding."
     ]
     shown = list(labels.items())[:SHOWN_LABELS]
     lines = [

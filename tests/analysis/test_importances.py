@@ -47,7 +47,7 @@ def run_fixture(directory: Path) -> Run:
     return load_run(directory)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -65,12 +65,12 @@ def test_killed_and_gone_on_with_it_leaves_the_same_bytes(
         nonlocal calls
         calls += 1
         if calls in (3, 10):
-            raise Killed
+            raise KilledError
         return observe(*args)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(command, "observe", dies)
     for _ in range(2):
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             importances(load_run(directory), options, save_every=2)
         assert (directory / FOLDER / PARTIAL).is_file()
         assert not (directory / FOLDER / RECORD).exists()
@@ -194,10 +194,10 @@ def test_the_memory_of_memberships_is_bounded_and_what_is_kept_is_right():
     for limits in ({"n_positions": 500}, {"n_entries": 900}):
         made = MembershipSample(7, seed=0, **limits)
         for part in torch.arange(3000).split(100):
-            made.update(g[part], part)
+            made.update(g[part], part, 0 * part)
         kept = made.compute()
         assert len(made.keys) <= 500 if "n_positions" in limits else len(made.columns) <= 900
-        assert 100 < kept.n_positions
+        assert kept.n_positions > 100
         expected = g[kept.sequences]
         assert np.array_equal(kept.on().toarray(), (expected > 0.01).int().numpy())
         together = (expected > 0.01).int().mT @ (expected > 0.01).int()
@@ -220,7 +220,9 @@ def test_recall_precision_and_information_of_a_token():
 
 
 def test_on_text_tokens_at_firings_and_the_model_s_next_tokens_are_counted():
-    model = decomposed(little_model("llama"), {"model.embed_tokens": 5, "model.layers.1.mlp.down_proj": 4})
+    model = decomposed(
+        little_model("llama"), {"model.embed_tokens": 5, "model.layers.1.mlp.down_proj": 4}
+    )
     batches = [next(RandomBatches(seed)) for seed in range(3)]
     C_of = {path: site.C for path, site in model.sites.items()}
     harvest = Harvest(C_of, "tokens", 0)

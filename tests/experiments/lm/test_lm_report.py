@@ -333,7 +333,8 @@ def test_a_context_shades_a_character_by_the_highest_of_its_tokens():
     window[0, 0, begin : begin + 6] = ids
     levels[0, 0, begin : begin + 6] = torch.tensor([0.0, 0.2, 0.4, 1.0, 0.6, 0.0])
     scores, acts = torch.ones(1, 1), torch.zeros_like(levels)
-    one = Contexts(scores, window, levels, acts, torch.zeros(1, 1, dtype=torch.long))
+    nowhere = torch.zeros(1, 1, dtype=torch.long)
+    one = Contexts(scores, window, levels, acts, nowhere, nowhere)
     texts = TokenTexts(tokenizer)
     ((context,),) = context_lists(statistics._replace(contexts=one), torch.tensor([0]), texts)
     middle, shades, *shown = context
