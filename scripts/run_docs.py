@@ -24,6 +24,7 @@ REPO = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     *("README.md", "docs/running.md", "docs/language_models.md", "docs/results.md"),
     *("docs/architecture.md", "docs/performance.md", "docs/from_published.md"),
+    "docs/causes_and_edits.md",
     "benchmarks/README.md",
 )
 SHORT = "steps=3 eval_every=3 n_eval_batches=1 batch_size=64 eval_batch_size=64 compile=false"
@@ -63,6 +64,18 @@ RULES = (
     ),
     Rule("python -m spd.analysis.adversary"),
     Rule("python -m spd.analysis.agreement"),
+    Rule("python -m spd.analysis.editing"),
+    Rule(
+        "python -m spd.analysis.attribution .*--prune",
+        instead=("--prune 2000", "--prune 2"),
+        reason="trains for minutes",
+    ),
+    Rule("python -m spd.analysis.attribution"),
+    Rule(
+        "spd-import ",
+        instead=(".*", "spd-import --help"),
+        reason="needs a directory of the published implementation",
+    ),
     Rule("source ", instead=(".*", "true"), reason="changes an interactive shell"),
     Rule(
         r"(spd-run ss_emb|.*/ts_config\.yaml)",

@@ -1,4 +1,4 @@
-"""What subcomponents of queries and keys make of an attention score, and how those of an MLP share neurons."""
+"""What subcomponents make of an attention score, and how those of an MLP share neurons."""
 
 from typing import NamedTuple
 
@@ -82,8 +82,8 @@ def interaction(
 ) -> Float[Tensor, "C C"]:
     """I_cc′ = (Σ_i |U_ic| |U_ic′| / Σ_i U_ic²) (Σ |g_c a_c| |g_c′ a_c′| / Σ (g_c a_c)²), not symmetric.
 
-    How far c′ shares the neurons of c, on the rows where c is at work; 1 on the diagonal. `contributions` are
-    g_c a_c (VPD paper, section 4.3). 0 where c does nothing.
+    How far c′ shares the neurons of c, on the rows where c is at work; 1 on the diagonal. `contributions`
+    are g_c a_c (VPD paper, section 4.3). 0 where c does nothing.
     """
     sizes, work = U.abs(), contributions.abs()
     shared, together = sizes @ sizes.mT, work.mT @ work

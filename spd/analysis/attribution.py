@@ -1,9 +1,9 @@
 """python -m spd.analysis.attribution RUN_DIR [--prompt TEXT] [--prune]: what causes what, on one example.
 
-Nodes are the subcomponents that are important there, the inputs, and the outputs asked for; edges are direct
-effects, with the gradient stopped at every other subcomponent. With --prune the importances are those of one
-behaviour, trained against an adversary, whose result stands beside the graph. --data N gives the strongest
-edges over N held-out batches instead (VPD paper, Bushnaq et al. 2026).
+Nodes are the subcomponents that are important there, the inputs, and the outputs asked for; edges are
+direct effects, with the gradient stopped at every other subcomponent. With --prune the importances are
+those of one behaviour, trained against an adversary, whose result stands beside the graph. --data N gives
+the strongest edges over N held-out batches instead (VPD paper, Bushnaq et al. 2026).
 """
 
 import argparse
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from spd.analysis.behaviour import Behaviour, Judgement, Pruning, prune
 from spd.analysis.edges import INPUT, Node, over_data, to_unembedding
-from spd.analysis.edits import ever_on
 from spd.analysis.editing import HasTokens, output_named
+from spd.analysis.edits import ever_on
 from spd.analysis.graph import N_NODES, Wanted, as_data, graph_of, running_order
 from spd.components import input_output_weight
 from spd.config import UserError
@@ -53,15 +53,19 @@ def prompt_of(
     position: int | None = None,
     outputs: Sequence[str] = (),
 ) -> Prompt:
-    """A text, or a held-out row; the last position and what the target predicts there, if nothing is said."""
+    """A text, or a held-out row; by default the last position and what is predicted there."""
     model, problem = run.model, run.problem
     batches = [batch for batch in run.prepared.eval_batches if isinstance(batch, Tensor)]
     if not batches:
-        raise UserError(f"{run.directory}: its batches have names; only batches of one Tensor are traced")
+        raise UserError(
+            f"{run.directory}: its batches have names; only batches of one Tensor are traced"
+        )
     tokenizer = problem.tokenizer if isinstance(problem, HasTokens) else None
     if text is not None:
         if tokenizer is None:
-            raise UserError("--prompt: this run's target reads no text that a tokenizer is known of")
+            raise UserError(
+                "--prompt: this run's target reads no text that a tokenizer is known of"
+            )
         batch = torch.tensor([tokenizer.encode(text)], device=batches[0].device)
         if batch.shape[1] == 0:
             raise UserError(f"--prompt: {text!r} has no token")
@@ -120,8 +124,9 @@ def sentences(found: Found, prompt: Prompt) -> list[str]:
     outputs = ", ".join(repr(prompt.names[index]) for index in prompt.outputs)
     n = sum(node["kind"] == "component" for node in data["nodes"])
     told = [
-        f"What causes {outputs} at position {prompt.position}: {n} subcomponents, {len(data['edges'])} direct"
-        f" effects. {data['left_out']} subcomponents that are on, but matter less, are left out."
+        f"What causes {outputs} at position {prompt.position}: {n} subcomponents,"
+        f" {len(data['edges'])} direct effects. {data['left_out']} subcomponents that are on, but matter"
+        " less, are left out."
     ]
     if behaviour is None:
         told.append("With the importances of the run; --prune finds those of this behaviour alone.")
@@ -133,8 +138,9 @@ def sentences(found: Found, prompt: Prompt) -> list[str]:
 
 def _judged(own: Judgement) -> str:
     return (
-        f"{own.n_nodes} nodes; the target gives {own.target:.3f}, the importances as masks {own.masked:.3f},"
-        f" random masks {own.stochastic:.3f}, adversarial masks {own.adversarial:.3f} ({own.n_steps} steps)."
+        f"{own.n_nodes} nodes; the target gives {own.target:.3f}, the importances as masks"
+        f" {own.masked:.3f}, random masks {own.stochastic:.3f}, adversarial masks {own.adversarial:.3f}"
+        f" ({own.n_steps} steps)."
     )
 
 
@@ -171,9 +177,7 @@ def over_held_out(
     return record
 
 
-def _most_on(
-    run: Run, batches: Sequence[Tensor], n: int, alive: dict[str, Tensor]
-) -> list[Node]:
+def _most_on(run: Run, batches: Sequence[Tensor], n: int, alive: dict[str, Tensor]) -> list[Node]:
     means: dict[Node, float] = {}
     for path, g in run.model.importances(batches[0]).lower.items():
         mean = g.clamp(0, 1).flatten(end_dim=-2).mean(dim=0)
@@ -190,7 +194,7 @@ def _n_tokens(run: Run, batches: Sequence[Tensor]) -> int:
 def _towards_tokens(
     run: Run, batches: Sequence[Tensor], unembed: str, alive: dict[str, Tensor]
 ) -> list[Any]:
-    """Of each subcomponent that is ever on, the three tokens whose logits it raises most, by its mean effect."""
+    """Of each subcomponent that is ever on, the three tokens whose logits it raises most."""
     head = run.model.target.get_submodule(unembed)
     original = getattr(head, "original", head)
     columns = input_output_weight(original).detach().float()
@@ -207,7 +211,7 @@ def _towards_tokens(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw which subcomponents cause which, on one example of a run, or list the strongest edges over data."""
+    """Draw which subcomponents cause which on one example, or list the strongest edges over data."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--prompt", metavar="TEXT", help="of a language model")
@@ -234,7 +238,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             record = over_held_out(run, args.data)
             write_json(folder / "data.json", record)
             for source, target, signed, absolute in record["edges"][:20]:
-                print(f"{source[0]}:{source[1]} -> {target[0]}:{target[1]}  {signed:+.3f}  {absolute:.3f}")
+                print(
+                    f"{source[0]}:{source[1]} -> {target[0]}:{target[1]}  {signed:+.3f}  {absolute:.3f}"
+                )
             print(f"Â and |Â|, the strongest of {len(record['edges'])}; in {folder / 'data.json'}")
             return
         asked = {"text": args.prompt, "row": args.row, "position": args.position}

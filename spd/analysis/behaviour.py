@@ -40,8 +40,11 @@ class Pruning(NamedTuple):
     seed: int = 0
 
 
+DEFAULT = Pruning()
+
+
 class Judgement(NamedTuple):
-    """How well a set of importances keeps the behaviour: p of the wanted output, or the value of a toy's."""
+    """How well importances keep the behaviour: p of the wanted token, or the value of a toy's output."""
 
     target: float
     """of the target itself"""
@@ -72,12 +75,12 @@ def prune(
     *,
     position: int,
     wanted: int,
-    how: Pruning = Pruning(),
+    how: Pruning = DEFAULT,
 ) -> Behaviour:
     """Importances of as few subcomponents as keep an output of one example at one position.
 
-    The loss is the cross-entropy of the wanted token there (of a toy: the squared error of the output), half
-    of it under stochastic and half under adversarial masks, and a minimality term.
+    The loss is the cross-entropy of the wanted token there (of a toy: the squared error of the output),
+    half of it under stochastic and half under adversarial masks, and a minimality term.
     """
     inputs = model.target_forward(batch).site_inputs
     start = {path: z.detach() for path, z in model.importance_logits(inputs).items()}
@@ -190,7 +193,7 @@ def ascend(
     n_steps: int,
     step_size: float,
 ) -> Ascended:
-    """r ← clamp(r + η sign ∂error/∂r) where a subcomponent is alive, and of the remainder; the rest stays."""
+    """r ← clamp(r + η sign ∂error/∂r) of what is alive, and of the remainder; the rest stays."""
     sources = task.sources(g, draw)
     moves = {path: F.pad(own.float(), (0, 1), value=1.0) for path, own in alive.items()}
     best, worst = sources, -math.inf
@@ -211,7 +214,9 @@ def ascend(
     return Ascended(best, worst)
 
 
-def judge(task: _Task, g: Masks, seed: int = 0, *, n_steps: int = 20, n_random: int = 20) -> Judgement:
+def judge(
+    task: _Task, g: Masks, seed: int = 0, *, n_steps: int = 20, n_random: int = 20
+) -> Judgement:
     """The wanted output under the target, the importances, random masks, and the worst of three attacks.
 
     What is attacked is what is a node with g below 1, and the remainder where there is one.

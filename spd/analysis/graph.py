@@ -1,4 +1,4 @@
-"""The graph of one prompt: subcomponents at positions as nodes, direct effects as edges, for the page and JSON."""
+"""The graph of one prompt: subcomponents at positions as nodes, direct effects as edges."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def graph_of(
     n_nodes: int = N_NODES,
     n_edges: int = N_EDGES,
 ) -> Graph:
-    """The subcomponents with g > 0 on a batch of one example, and what they cause of each other and of outputs.
+    """The subcomponents with g > 0 on one example, and what they cause of each other and of outputs.
 
     Other importances than the model's may be given, as of a behaviour (`spd.analysis.behaviour`). An edge's
     share is attr over Σ|attr| of all that goes into its target, kept or not: attr itself scales with the
@@ -158,7 +158,7 @@ def _connected(graph: Graph) -> Graph:
 def as_data(
     graph: Graph, sites: Sequence[str], tokens: Sequence[str], names: Mapping[int, str]
 ) -> dict[str, Any]:
-    """For the page: rows of the picture from below, columns, nodes and edges; texts of tokens and outputs."""
+    """For the page: rows of the picture from below, columns, nodes and edges."""
     rows = [INPUT, *sites, "output"]
     nodes = [
         {

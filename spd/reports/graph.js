@@ -2,7 +2,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
-  const CELL = 15, GAP = 26, ROW = 58, LEFT = 150, FOOT = 44, PER_LINE = 8;
+  const CELL = 15, GAP = 26, ROW = 58, LEFT = 178, FOOT = 44, PER_LINE = 8;
   const make = (name, attributes, parent) => {
     const element = document.createElementNS(SVG, name);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
@@ -59,7 +59,7 @@
     if (!used[row]) return;
     if (row % 2) make("rect", { class: "band", x: 0, y: tops[row], width, height: heights[row] }, svg);
     const label = make("text", { x: 8, y: tops[row] + 22, class: "quiet" }, svg);
-    label.textContent = short(name, 24);
+    label.textContent = name.length > 24 ? "…" + name.slice(-23) : name;
     make("title", {}, label).textContent = name;
   });
   data.columns.forEach((text, column) => {
@@ -78,6 +78,8 @@
   });
   const marks = data.nodes.map((node, i) => {
     const [x, y] = place[i];
+    if (node.kind === "component")
+      make("rect", { class: "back", x: x - 5, y: y - 5, width: 10, height: 10 }, svg);
     const mark = node.kind === "component"
       ? make("rect", { x: x - 5, y: y - 5, width: 10, height: 10 }, svg)
       : make("circle", { cx: x, cy: y, r: 5.5 }, svg);
@@ -86,7 +88,7 @@
     mark.setAttribute("role", "button");
     mark.setAttribute("aria-label", nameOf(i));
     mark.setAttribute("data-node", i);
-    if (node.kind === "component") mark.style.fillOpacity = 0.25 + 0.75 * Math.min(1, node.g);
+    if (node.kind === "component") mark.style.fillOpacity = 0.1 + 0.9 * Math.min(1, node.g);
     return mark;
   });
 

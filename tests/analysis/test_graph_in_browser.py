@@ -17,7 +17,13 @@ NODES = [
     {"kind": "input", "row": 0, "column": 0, "index": 1, "g": 1.0, "a": 1.0, "text": AWKWARD[1]},
     {"kind": "input", "row": 0, "column": 1, "index": 2, "g": 1.0, "a": 1.0, "text": " b\n"},
 ]
-EDGES = [[0, 1, 1.5, 0.75], [1, 2, -2.0, -0.5], [0, 2, 0.2, 0.05], [3, 0, 0.7, 1.0], [4, 1, 0.1, 0.001]]
+EDGES = [
+    [0, 1, 1.5, 0.75],
+    [1, 2, -2.0, -0.5],
+    [0, 2, 0.2, 0.05],
+    [3, 0, 0.7, 1.0],
+    [4, 1, 0.1, 0.001],
+]
 DATA = {
     "rows": ["input", "layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "layers.1.empty", "output"],
     "columns": [AWKWARD[1], " b\n"],
@@ -30,7 +36,9 @@ SAID = "Of this behaviour: adversarial masks 0.443 <b>not</b>"
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    return write_graph(tmp_path / "graph.html", DATA, title=f"Causes {AWKWARD[0]}", sentences=[SAID])
+    return write_graph(
+        tmp_path / "graph.html", DATA, title=f"Causes {AWKWARD[0]}", sentences=[SAID]
+    )
 
 
 def test_the_page_needs_nothing_else(page: Path):
@@ -85,7 +93,10 @@ def test_point_pin_and_threshold(tmp_path: Path, page: Path):
     assert n == 3 and name.startswith("layers.0.mlp.up_proj:7 at 0")
     assert "importance 1" in detail and "75.0 %" in detail and AWKWARD[1] in detail
     assert seen["out"] == 0
-    assert seen["pinned"][0].startswith("layers.0.mlp.down_proj:3") and seen["pinned"][1:] == [True, 2]
+    assert seen["pinned"][0].startswith("layers.0.mlp.down_proj:3") and seen["pinned"][1:] == [
+        True,
+        2,
+    ]
     assert seen["unpinned"] == 0 and seen["keyboard"].startswith("output")
     assert seen["all"] == 5 and seen["few"] == 2 and seen["colours"] == ["more", "more"]
     assert "5 nodes, 2 of 5 edges; 4 less important" in seen["counts"]

@@ -1,4 +1,4 @@
-"""Configurations and names of the published implementation in those of this package: the table, as functions."""
+"""Configurations and names of the published implementation in those of this package."""
 
 import re
 from collections.abc import Mapping
