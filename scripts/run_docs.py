@@ -24,8 +24,8 @@ REPO = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     *("README.md", "docs/running.md", "docs/language_models.md", "docs/results.md"),
     *("docs/architecture.md", "docs/performance.md", "docs/from_published.md"),
-    "docs/causes_and_edits.md",
     "benchmarks/README.md",
+    "docs/causes_and_edits.md",
 )
 SHORT = "steps=3 eval_every=3 n_eval_batches=1 batch_size=64 eval_batch_size=64 compile=false"
 SHORT_LM = "steps=2 eval_every=2 n_eval_batches=1 batch_size=2 eval_batch_size=2 compile=false"
@@ -64,18 +64,6 @@ RULES = (
     ),
     Rule("python -m spd.analysis.adversary"),
     Rule("python -m spd.analysis.agreement"),
-    Rule("python -m spd.analysis.editing"),
-    Rule(
-        "python -m spd.analysis.attribution .*--prune",
-        instead=("--prune 2000", "--prune 2"),
-        reason="trains for minutes",
-    ),
-    Rule("python -m spd.analysis.attribution"),
-    Rule(
-        "spd-import ",
-        instead=(".*", "spd-import --help"),
-        reason="needs a directory of the published implementation",
-    ),
     Rule("source ", instead=(".*", "true"), reason="changes an interactive shell"),
     Rule(
         r"(spd-run ss_emb|.*/ts_config\.yaml)",
@@ -111,6 +99,18 @@ RULES = (
     Rule(
         r"python scripts/results\.py ",
         instead=(r"results\.py", "results.py --docs documents/docs"),
+    ),
+    Rule("python -m spd.analysis.editing"),
+    Rule(
+        "python -m spd.analysis.attribution .*--prune",
+        instead=("--prune 2000", "--prune 2"),
+        reason="trains for minutes",
+    ),
+    Rule("python -m spd.analysis.attribution"),
+    Rule(
+        "spd-import ",
+        instead=(".*", "spd-import --help"),
+        reason="needs a directory of the published implementation",
     ),
     Rule(r"python -m benchmarks\.", extra="--help", reason="measures for minutes"),
 )
