@@ -211,6 +211,9 @@ def test_the_model_card_has_figures_and_says_how_to_load(
     C = run.model.sites["linear1"].C
     assert f"| `linear1` | 5 | 2 | {C} |" in card and "comes with it" in card
     value = run.metrics[-1]["eval/mmcs/linear1"]
+    figures = Decomposition.of(run).layout.figures
+    assert f"{value:.3f}" in {figure.value for figure in figures if figure.published == "–"}
+    assert all(figure.label in card for figure in figures)
     assert f"{value:.3f}" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     scope: dict[str, Any] = {"batch": torch.rand(2, 5)}
