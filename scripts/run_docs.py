@@ -26,6 +26,7 @@ DOCUMENTS = (
     *("docs/architecture.md", "docs/performance.md", "docs/from_published.md"),
     "docs/analysis.md",
     "benchmarks/README.md",
+    "docs/causes_and_edits.md",
 )
 SHORT = "steps=3 eval_every=3 n_eval_batches=1 batch_size=64 eval_batch_size=64 compile=false"
 SHORT_LM = "steps=2 eval_every=2 n_eval_batches=1 batch_size=2 eval_batch_size=2 compile=false"
@@ -108,6 +109,18 @@ RULES = (
     Rule(
         r"python scripts/results\.py ",
         instead=(r"results\.py", "results.py --docs documents/docs"),
+    ),
+    Rule("python -m spd.analysis.editing"),
+    Rule(
+        "python -m spd.analysis.attribution .*--prune",
+        instead=("--prune 2000", "--prune 2"),
+        reason="trains for minutes",
+    ),
+    Rule("python -m spd.analysis.attribution"),
+    Rule(
+        "spd-import ",
+        instead=(".*", "spd-import --help"),
+        reason="needs a directory of the published implementation",
     ),
     Rule(r"python -m benchmarks\.", extra="--help", reason="measures for minutes"),
 )

@@ -170,8 +170,8 @@ def refuse_published(raw: Mapping[str, Any], path: Path) -> None:
     keys = [key for key in PUBLISHED_KEYS if key in raw]
     if keys and "sites" not in raw:
         raise UserError(
-            f"{path}: is a configuration of the published implementation ({keys[0]}); spd-import DIR reads a"
-            " directory of its runs, and docs/from_published.md has the names here"
+            f"{path}: is a configuration of the published implementation ({keys[0]}); spd-import DIR reads"
+            " a directory of its runs, and docs/from_published.md has the names here"
         )
 
 

@@ -44,7 +44,7 @@ def gates(C: int, n_hidden: int, seed: int) -> dict[str, Tensor]:
 def state_of(
     target: Mapping[str, Tensor], modules: list[str], C: int, n_hidden: int, *, tied: bool = False
 ) -> dict[str, Tensor]:
-    """A state dict of random subcomponents and gates of these modules, whose weights are `[d_out, d_in]`."""
+    """A state dict of random subcomponents and gates of modules with weights `[d_out, d_in]`."""
     state = {f"model.{name}": tensor for name, tensor in target.items()}
     for i, module in enumerate(modules):
         name, (d_out, d_in) = module.replace(".", "-"), target[f"{module}.weight"].shape
@@ -153,9 +153,7 @@ def write_resid_mlp(folder: Path, *, label_coeffs: list[float] | None = None) ->
 # --- what such a run computes ----------------------------------------------------------------------
 
 
-def masked_site(
-    state: Mapping[str, Tensor], module: str, x: Tensor, mask: Tensor
-) -> Tensor:
+def masked_site(state: Mapping[str, Tensor], module: str, x: Tensor, mask: Tensor) -> Tensor:
     """((x A) ⊙ m) B + bias."""
     name = module.replace(".", "-")
     out = ((x @ state[f"components.{name}.A"]) * mask) @ state[f"components.{name}.B"]

@@ -57,7 +57,7 @@ def check_command(command: Command) -> None:
         for word in words:
             assert "/" not in word or word.startswith("out/") or (REPO / word).is_file(), word
     else:
-        assert program in ("source", "spd-report"), program
+        assert program in ("source", "spd-report", "spd-import"), program
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.program)

@@ -274,7 +274,14 @@ TABLE: dict[str, tuple[Callable[[Raw], Any], Raw, dict[str, Raw]]] = {
             "embedding": {"embedding": "identity"},
         },
     ),
-    "LabelConfig": (labels, {}, {"type": {"type": "abs"}, "coeff_seed": {"coeff_seed": 1}}),
+    "LabelConfig": (
+        labels,
+        {},
+        {
+            **{"type": {"type": "abs"}, "coeff_seed": {"coeff_seed": 1}},
+            "coeffs": {"coeffs": [1.5, 1.0, 1.0, 2.0, 1.0, 1.0]},
+        },
+    ),
     "ResidMLPTrainConfig": (
         resid_mlp_training,
         {**TRAINING, "model": SMALL_RESID_MLP},

@@ -1,8 +1,8 @@
 """Which subcomponent causes which: direct effects on a prompt and over data (VPD paper, section 4).
 
 The edge s → t is ∂a_t/∂a_s · a_s · g_s, with a = x V the inner activations and the gradient stopped at the
-activation of every other subcomponent: what flows through the residual stream, norms, neurons and attention,
-and not through another decomposed matrix. What V U leaves over of a matrix is a constant here.
+activation of every other subcomponent: what flows through the residual stream, norms, neurons and
+attention, and not through another decomposed matrix. What V U leaves over of a matrix is a constant here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,17 +45,10 @@ class Traced:
         return {path: own for path, own in zip(leaves, found, strict=True) if own is not None}
 
 
-def trace(
-    model: ComponentModel,
-    batch: Batch,
-    *,
-    unembed: str | None = None,
-    masks: Mapping[str, Tensor] | None = None,
-) -> Traced:
+def trace(model: ComponentModel, batch: Batch, *, unembed: str | None = None) -> Traced:
     """Run the target with every activation a leaf; its output is what it always is.
 
-    unembed: the module that makes logits, whose input is kept. masks: of subcomponents that are multiplied by
-    m, so that those with 0 are no part of the pass; then what V U leaves over is none either.
+    unembed: the module that makes logits, whose input is kept.
     """
     found = Traced(torch.zeros(()))
     handles = []
@@ -73,11 +66,8 @@ def trace(
             h = parts.acts(x if parts.reads_ids else x.to(parts.V.dtype))
             leaf = h.detach().requires_grad_()
             found.acts[path], found.leaves[path] = h, leaf
-            if masks is None:
-                constant = (output - parts.write(h, None).to(output.dtype)).detach()
-                return parts.write(leaf, None).to(output.dtype) + constant
-            out = parts.write(leaf, masks[path])
-            return (out if site.bias is None else out + site.bias).to(output.dtype)
+            constant = (output - parts.write(h, None).to(output.dtype)).detach()
+            return parts.write(leaf, None).to(output.dtype) + constant
 
         return hook
 
@@ -175,7 +165,7 @@ class Sums:
     """What edges over data are made of."""
 
     effects: dict[Node, dict[str, Float[Tensor, " C"]]] = field(default_factory=dict)
-    """target → source site → A = Σ attr over rows, positions and batches; under `INPUT` by feature or token"""
+    """target → source site → A = Σ attr over all rows; under `INPUT` by feature or token"""
     absolute: dict[Node, dict[str, Float[Tensor, " C"]]] = field(default_factory=dict)
     """the same of |a_t|"""
     importance: dict[str, Float[Tensor, " C"]] = field(default_factory=dict)
@@ -262,9 +252,9 @@ def to_unembedding(
 ) -> dict[str, Float[Tensor, "C d_model"]]:
     """Σ over the data of the direct effect of each subcomponent on what the unembedding reads.
 
-    In the space of the residual stream, so that the effect on any token's logit is a product with its column
-    of the unembedding: d_model backward passes for each batch. Under `INPUT` that of the token embedding as
-    a whole, `[1, d_model]`.
+    In the space of the residual stream, so that the effect on any token's logit is a product with its
+    column of the unembedding: d_model backward passes for each batch. Under `INPUT` that of the token
+    embedding as a whole, `[1, d_model]`.
     """
     sums: dict[str, Tensor] = {}
     for batch in batches:

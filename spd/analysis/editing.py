@@ -1,4 +1,4 @@
-"""python -m spd.analysis.editing RUN_DIR SITE:C … (--scale M | --remove | --rewrite TOKEN): edit the target.
+"""python -m spd.analysis.editing RUN_DIR SITE:C … --scale M | --remove | --rewrite TOKEN: edit the target.
 
 The subcomponents named are scaled, removed, or made to write a token instead; all else of the matrices
 stays, whatever the decomposition leaves over of them included. Told are the effect that was wanted, as it
@@ -105,7 +105,7 @@ def edit_of(run: Run, members: Members, wish: Wish) -> Edit:
 
 
 def direction_of(run: Run, members: Members, output: int) -> Float[Tensor, " d_out"]:
-    """What writes an output: its column of the unembedding, or the output itself where the sites write it."""
+    """What writes an output: its column of the unembedding, or itself where the sites write it."""
     problem = run.problem
     if isinstance(problem, HasTokens) and problem.unembed is not None:
         head = input_output_weight(_plain(run.model.target.get_submodule(problem.unembed)))
@@ -115,8 +115,9 @@ def direction_of(run: Run, members: Members, output: int) -> Float[Tensor, " d_o
     n_outputs = _n_outputs(run)
     if widths != {n_outputs}:
         raise UserError(
-            f"--rewrite: the sites write vectors of {', '.join(map(str, sorted(widths)))} entries, which are"
-            f" not the {n_outputs} outputs, and the target has no unembedding that says how to write one"
+            f"--rewrite: the sites write vectors of {', '.join(map(str, sorted(widths)))} entries, which"
+            f" are not the {n_outputs} outputs, and the target has no unembedding that says how to"
+            " write one"
         )
     _check_output(output, n_outputs)
     return torch.eye(n_outputs, device=next(run.model.target.parameters()).device)[output]
@@ -289,9 +290,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(*lines(found, of_tokens=of_tokens), sep="\n")
     moved = "logit (less the mean of all)" if of_tokens else "output"
     print(
-        f"predicted, measured: mean change of the {moved} that is wanted, where an edited subcomponent is on;"
-        " D: of the original and the edited model, there, on up to 20 tokens on either side where none is on"
-        f" (near), and wherever none is; in {path}"
+        f"predicted, measured: mean change of the {moved} that is wanted, where an edited subcomponent is"
+        " on; D: of the original and the edited model, there, on up to 20 tokens on either side where none"
+        f" is (near), and wherever none is; in {path}"
     )
     if saved is not None:
         print(f"the edited model: {saved}")

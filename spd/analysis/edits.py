@@ -74,7 +74,7 @@ def rewritten(
 ) -> Edit:
     """U′ = s α û: what the subcomponents wrote is gone, and they write û, the direction at length 1.
 
-    `signs` are those of their activations V_c·x where they are on (`activation_signs`), so that s V_c·x > 0;
+    `signs` are those of their activations V_c·x where they are on (`activation_signs`): s V_c·x > 0.
     None: −1, as in the published formula W − V_c (U_c + α û).
     """
     chosen = _checked(model, members)
@@ -84,8 +84,8 @@ def rewritten(
         d_out = model.sites[path].subcomponents.U.shape[1]
         if unit.shape != (d_out,):
             raise UserError(
-                f"{path!r} writes vectors of {d_out} entries, and the direction has {len(unit)}: a site that"
-                " adds to the residual stream is needed"
+                f"{path!r} writes vectors of {d_out} entries, and the direction has {len(unit)}: a site"
+                " that adds to the residual stream is needed"
             )
         s = -torch.ones(len(own)) if signs is None else signs[path]
         writes[path] = alpha * s.to(unit)[:, None] * unit
@@ -248,12 +248,15 @@ def _amount(rows: Float[Tensor, "n d"], wanted: int, kind: str) -> Float[Tensor,
 def _is_on(model: ComponentModel, members: Members, batch: Batch) -> Bool[Tensor, " rows"]:
     """Where any of the subcomponents has g above the threshold, of all rows or positions in one axis."""
     g = model.importances(batch).lower
-    each = [g[path][..., list(own)].flatten(end_dim=-2) > ALIVE_THRESHOLD for path, own in members.items()]
+    each = [
+        g[path][..., list(own)].flatten(end_dim=-2) > ALIVE_THRESHOLD
+        for path, own in members.items()
+    ]
     return torch.cat(each, dim=1).any(dim=1)
 
 
 def _near(on: Bool[Tensor, "*rows"], n_left: int) -> Bool[Tensor, "*rows"]:
-    """Where it is off, within 20 positions of the first `n_left` where it is on; nowhere without positions."""
+    """Where it is off, within 20 positions of the first `n_left` where it is on."""
     if on.dim() < 2:
         return torch.zeros_like(on)
     first = (on.flatten().cumsum(dim=0) <= n_left).reshape(on.shape) & on

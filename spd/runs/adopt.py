@@ -1,4 +1,4 @@
-"""A decomposition that was trained elsewhere, as the directory of a finished run. Knows no format of others."""
+"""A decomposition that was trained elsewhere, as the directory of a finished run."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ class Elsewhere(NamedTuple):
     step: int
     """after which the parameters were saved"""
     parameters: Callable[[ComponentModel], Mapping[str, Tensor]]
-    """those of a model with the sites of the configuration, by its own names; `UserError` if they do not fit"""
+    """for a model with the sites of the configuration, by its names; `UserError` if they do not fit"""
     origin: dict[str, Any]
     """for meta.json: where it comes from"""
 

@@ -13,9 +13,9 @@ CARD = """---
 
 # {{ title }}
 
-A stochastic parameter decomposition ([arXiv 2506.20790](https://arxiv.org/abs/2506.20790)): each of the matrices
-below is a sum of C rank-one subcomponents V_c U_c, and an importance function says for every input which of them it
-needs. {{ target }}
+A stochastic parameter decomposition ([arXiv 2506.20790](https://arxiv.org/abs/2506.20790)): each of the
+matrices below is a sum of C rank-one subcomponents V_c U_c, and an importance function says for every input
+which of them it needs. {{ target }}
 
 | matrix | d_in | d_out | C |
 |---|---|---|---|
@@ -32,10 +32,11 @@ from spd.runs.pretrained import Decomposition
 
 model = Decomposition.from_pretrained("{{ place }}"{{ given }}).model
 g = model.importances(batch).lower  # matrix → how much each subcomponent is needed, [..., C]
-output = model(batch, g)  # every matrix replaced by its subcomponents, masked with g; model(batch, {}) is the target
+output = model(batch, g)  # every matrix replaced by its masked subcomponents; model(batch, {}): the target
 ```
 
-`model.sites["{{ first }}"].subcomponents` has V `[d_in, C]` and U `[C, d_out]`. `batch` is whatever the target takes.
+`model.sites["{{ first }}"].subcomponents` has V `[d_in, C]` and U `[C, d_out]`; `batch` is what the
+target takes.
 """
 
 

@@ -1,7 +1,7 @@
 """A decomposition as a folder or on the Hugging Face hub: V, U, importance functions, and its run's target.
 
-The target travels as weights, or as a name and a revision on the hub where its run has no copy of it. Of one
-that no run keeps, a fingerprint travels, and the target has to be given again.
+The target travels as weights, or as a name and a revision on the hub where its run has no copy of it. Of
+one that no run keeps, a fingerprint travels, and the target has to be given again.
 """
 
 import logging
@@ -149,7 +149,9 @@ class Decomposition(ModelHubMixin, library_name="spd", tags=["stochastic-paramet
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """What it is, its figures, and how to load it."""
-        card = card_of(self.model, self.layout.figures, made_of=self._origin(), travels=self.kept is not None)
+        card = card_of(
+            self.model, self.layout.figures, made_of=self._origin(), travels=self.kept is not None
+        )
         return ModelCard.from_template(
             card_data=self._hub_mixin_info.model_card_data, template_str=CARD, **card, **kwargs
         )
@@ -167,7 +169,7 @@ class Decomposition(ModelHubMixin, library_name="spd", tags=["stochastic-paramet
         device: str = "cpu",
         **download: Any,
     ) -> Self:
-        """Over the target that has come with it, or `target`, a module with the weights of the original one.
+        """Over the target that came with it, or `target`, a module with the weights of the original one.
 
         Where these differ by rounding, as if they were made on another machine, one line in the log says by
         how much. The directory of a run will do, too: its newest checkpoint, over the run's own target.
@@ -207,7 +209,7 @@ def _figures(evaluation: Evaluation) -> tuple[Figure, ...]:
 
 
 def _write_target(found: Run | Path | None, folder: Path) -> None:
-    """What a run keeps of its target, and the weights, unless the hub has them; or the files of a folder."""
+    """What a run keeps of its target, and the weights unless the hub has them; or a folder's files."""
     if found is None:
         return
     if folder.is_dir():  # of what was saved there before
@@ -245,13 +247,17 @@ def _check_matrices(model: ComponentModel, layout: Layout, place: str) -> None:
     if known is not None and known.keys() == model.sites.keys():
         off = distance(known, sketches(model))
     if off is None or not off <= ROUNDING:
-        by = "" if off is None else f" (by about {off:.2g} of their norm; up to {ROUNDING} is rounding)"
+        by = (
+            ""
+            if off is None
+            else f" (by about {off:.2g} of their norm; up to {ROUNDING} is rounding)"
+        )
         raise UserError(
             f"{place}: the matrices of this target are others than those that were decomposed{by}"
         )
     logger.warning(
-        "%s: the matrices of this target differ by about %.1e of their norm from those that were decomposed, as"
-        " by rounding on another machine; it is used as it is",
+        "%s: the matrices of this target differ by about %.1e of their norm from those that were"
+        " decomposed, as by rounding on another machine; it is used as it is",
         *(place, off),
     )
 

@@ -102,14 +102,14 @@ def digest(model: ComponentModel, dtype: torch.dtype = torch.bfloat16) -> str:
 SKETCHED = (4, 8)
 """random combinations of the rows and of the columns of a matrix of which a sketch is made"""
 ROUNDING = 0.01
-"""a relative difference of matrices that another machine or half precision makes; another target is 1 away"""
+"""a relative difference that another machine or half precision makes; another target is 1 away"""
 
 
 @torch.no_grad()
 def sketches(model: ComponentModel) -> dict[str, list[float]]:
-    """A few numbers of every decomposed matrix W of the target, by which another one's distance is estimated.
+    """A few numbers of every decomposed matrix W, by which another target's distance is estimated.
 
-    The entries of R W S / ‖W‖ for R `[4, d_in]` and S `[d_out, 8]` of random signs, with ‖W‖ at the end: the
+    The entries of R W S / ‖W‖ for R `[4, d_in]` and S `[d_out, 8]` of random signs, ‖W‖ at the end: the
     mean square of the difference of two such sketches is that of the matrices.
     """
     found = {}
@@ -126,7 +126,7 @@ def sketches(model: ComponentModel) -> dict[str, list[float]]:
 
 
 def distance(own: Mapping[str, list[float]], other: Mapping[str, list[float]]) -> float:
-    """The largest relative difference ‖W − W′‖ / ‖W‖ of a site by two targets' sketches, to a third or so."""
+    """The largest relative difference ‖W − W′‖ / ‖W‖ of a site by two sketches, to a third or so."""
     largest = 0.0
     for path, (*numbers, norm) in own.items():
         *others, other_norm = other[path]

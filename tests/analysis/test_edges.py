@@ -1,4 +1,4 @@
-"""Direct effects between subcomponents, against numbers computed by hand and against sums that must agree."""
+"""Direct effects between subcomponents, against numbers computed by hand and sums that must agree."""
 
 import math
 
@@ -119,7 +119,9 @@ def test_of_a_language_model_the_sums_are_those_of_every_position():
         {"model.layers.*.mlp.*_proj": 3, "model.layers.*.self_attn.*_proj": 2},
         AffineImportanceConfig(),
     )
-    batches = [torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+    batches = [
+        torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    ]
     up, out = Node("model.layers.1.mlp.up_proj", 1), Node("model.layers.1.self_attn.o_proj", 0)
     sums = over_data(model, batches, [up, out], n_tokens=40)
     across = {f"model.layers.1.self_attn.{x}_proj" for x in "kv"}
@@ -143,7 +145,9 @@ def test_of_a_language_model_the_sums_are_those_of_every_position():
         assert found.keys() == expected.keys()
         for path, own in expected.items():
             assert torch.allclose(found[path], own, atol=1e-5), path
-    layers = [f"model.layers.{i}.{part}" for i, part in ((0, "mlp.down_proj"), (0, "self_attn.o_proj"))]
+    layers = [
+        f"model.layers.{i}.{part}" for i, part in ((0, "mlp.down_proj"), (0, "self_attn.o_proj"))
+    ]
     assert sums.effects[up].keys() == {INPUT, *layers, out.site}, "through the stream alone"
     assert sums.effects[out].keys() == across | {"model.layers.1.self_attn.q_proj"}
     counts = torch.bincount(torch.cat(batches).flatten(), minlength=40)

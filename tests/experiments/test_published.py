@@ -1,4 +1,4 @@
-"""Runs of the published implementation: read from a directory in their layout, or refused with what it is."""
+"""Runs of the published implementation: read from their layout, or refused with what it is."""
 
 import json
 import shutil
@@ -160,7 +160,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no state": (lambda d: (d / "model_40.pth").unlink(), "its decomposition was not saved"),
     "no target": (lambda d: (d / "tms.pth").unlink(), "whose tms.pth is missing"),
-    "no training": (lambda d: (d / "tms_train_config.yaml").unlink(), "tms_train_config.yaml is mi"),
+    "no training": (
+        lambda d: (d / "tms_train_config.yaml").unlink(),
+        "tms_train_config.yaml is mi",
+    ),
     "neither": (
         lambda d: [(d / n).unlink() for n in ("tms.pth", "tms_train_config.yaml")],
         "names no Hugging Face model",
@@ -175,13 +178,25 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "cannot be read",
     ),
     "a pickle": (lambda d: torch.save(Harmful(), d / "model_40.pth"), "cannot be read"),
-    "no tensors": (lambda d: torch.save([1, 2], d / "model_40.pth"), "a list that is no state dict"),
-    "a module less": (lambda d: state_without(d, "components.linear2"), "its subcomponents are those"),
-    "a gate less": (lambda d: state_without(d, "gates.linear1.out_bias"), "out_bias here is missing"),
+    "no tensors": (
+        lambda d: torch.save([1, 2], d / "model_40.pth"),
+        "a list that is no state dict",
+    ),
+    "a module less": (
+        lambda d: state_without(d, "components.linear2"),
+        "its subcomponents are those",
+    ),
+    "a gate less": (
+        lambda d: state_without(d, "gates.linear1.out_bias"),
+        "out_bias here is missing",
+    ),
     "another C": (lambda d: config_with(d, C=9), "has the shape"),
     "another target": (change_target, "linear2.bias differs from the target's by up to 0.001"),
     "a new loss": (lambda d: config_with(d, local_coeff=1.0), "local_coeff: 1.0; local is no loss"),
-    "other sites": (lambda d: config_with(d, target_module_patterns=["linear3"]), "matches no module"),
+    "other sites": (
+        lambda d: config_with(d, target_module_patterns=["linear3"]),
+        "matches no module",
+    ),
     "an odd value": (lambda d: config_with(d, lr=-1.0), "lr: "),
 }
 
@@ -249,7 +264,7 @@ def test_a_language_model(tmp_path: Path):
         "pretrained_model_name_hf": str(tmp_path / "model"),
     }
     write_yaml(theirs / "final_config.yaml", config)
-    data = "{source: %s, separator: <end>, eval_frac: 0.3, context_length: 16}" % text
+    data = f"{{source: {text}, separator: <end>, eval_frac: 0.3, context_length: 16}}"
     ours = import_published(theirs, [*QUICK, f"data={data}", "n_report_batches=1"])
     run = load_run(ours)
     losses = run.config.losses

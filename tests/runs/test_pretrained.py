@@ -124,14 +124,16 @@ print(json.dumps([model(x, {}).tolist(), model(x, g).tolist(), g["linear1"].toli
 """
 
 
-def test_moved_to_a_machine_with_another_processor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_moved_to_a_machine_with_another_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The target was trained here from a YAML; there it is not trained again."""
     monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
     training = tmp_path / "quick_target.yaml"
     text = (TMS_CONFIG.parent / "tms_5-2_target.yaml").read_text(encoding="utf-8")
-    changed = {"steps: 10000": "steps: 300", "lr: 5e-3": "lr: 3e-2", "batch_size: 1024": "batch_size: 256"}
+    changed = {
+        "steps: 10000": "steps: 300",
+        "lr: 5e-3": "lr: 3e-2",
+        "batch_size: 1024": "batch_size: 256",
+    }
     for old, new in changed.items():
         assert old in text
         text = text.replace(old, new)
@@ -196,7 +198,11 @@ def test_the_model_card_has_figures_and_says_how_to_load(
 ):
     monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
     target = make_tms_target(tmp_path / "target")
-    options = [f"target={target}", "steps=2", "metrics={sparsity: {}, column_match: {site: linear1}}"]
+    options = [
+        f"target={target}",
+        "steps=2",
+        "metrics={sparsity: {}, column_match: {site: linear1}}",
+    ]
     run = load_run(start(load_config(TMSConfig, TMS_CONFIG, [*QUICK, *options]), build))
     Decomposition.of(run).save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved/README.md").read_text(encoding="utf-8")
@@ -205,6 +211,9 @@ def test_the_model_card_has_figures_and_says_how_to_load(
     C = run.model.sites["linear1"].C
     assert f"| `linear1` | 5 | 2 | {C} |" in card and "comes with it" in card
     value = run.metrics[-1]["eval/mmcs/linear1"]
+    figures = Decomposition.of(run).layout.figures
+    assert f"{value:.3f}" in {figure.value for figure in figures if figure.published == "–"}
+    assert all(figure.label in card for figure in figures)
     assert f"{value:.3f}" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     scope: dict[str, Any] = {"batch": torch.rand(2, 5)}

@@ -64,7 +64,7 @@ def _write_target(found: Published, folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Turn a directory of the published implementation (June 2025) into a run directory.
 
-    Its decomposition is evaluated here, and gets a report: it is a finished run, which cannot be gone on with.
+    Its decomposition is evaluated here, and gets a report: a finished run, which cannot be gone on with.
     """
     parser = argparse.ArgumentParser(prog="spd-import", description=main.__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR", help=f"that holds {CONFIG_FILE}")

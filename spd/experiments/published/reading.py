@@ -140,8 +140,8 @@ def _check_state(path: Path, state: Mapping[str, Tensor]) -> None:
     missing = [part for part in PARTS if part not in heads]
     if missing:
         raise UserError(
-            f"{path}: has nothing under {', '.join(f'{part}.' for part in missing)}: not the state dict of a"
-            f" published decomposition ({len(state)} tensors, the first {next(iter(state))!r})"
+            f"{path}: has nothing under {', '.join(f'{part}.' for part in missing)}: not the state dict of"
+            f" a published decomposition ({len(state)} tensors, the first {next(iter(state))!r})"
         )
     other = sorted(name for name in state if name.partition(".")[0] not in PARTS)
     if other:
@@ -153,9 +153,7 @@ def _check_state(path: Path, state: Mapping[str, Tensor]) -> None:
 
 def _target(directory: Path, config: Mapping[str, Any]) -> tuple[Family, ToyTarget | None]:
     there = [family for family in TOYS if (directory / f"{family}.pth").is_file()]
-    described = [
-        family for family in TOYS if (directory / f"{family}_train_config.yaml").is_file()
-    ]
+    described = [family for family in TOYS if (directory / f"{family}_train_config.yaml").is_file()]
     if len(there) > 1 or len(described) > 1:
         raise UserError(f"{directory}: holds targets of two kinds; one is needed")
     if there != described:
