@@ -42,8 +42,8 @@ HEAD = """\
 ## How many seeds come out right
 
 One line for each study of `spd-evals`, whose seeds were named before it ran; none was left out or run
-again. In brackets stands Wilson's 95 % interval. `python scripts/results.py rates STUDY` makes such a record. Of
-starts the seed is that of the run, whose starts have seeds of their own.
+again. In brackets stands Wilson's 95 % interval. `python scripts/results.py rates STUDY` makes such a
+record. Of starts the seed is that of the run, whose starts have seeds of their own.
 """
 
 

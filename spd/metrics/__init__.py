@@ -10,13 +10,12 @@ from spd.metrics.ladder import (
     SCOPES,
     SOURCES,
     Ladder,
-    LadderMetric,
     climb,
-    deepest,
     rung,
     share_recovered,
     some_rows,
 )
+from spd.metrics.ladder_metric import LadderMetric, deepest
 from spd.metrics.pattern import (
     PATTERN_TOLERANCE,
     PatternErrorsMetric,

@@ -160,9 +160,8 @@ def run_seeds(
         for seed in config.seeds
     }
     begun = [directory for directory in own if (directory / META_FILE).is_file()]
-    for directory in own:
-        if directory not in begun:
-            refuse_other_files(directory)
+    for directory in (new for new in own if new not in begun):
+        refuse_other_files(directory)
     runs = []
     with kept_log() as earlier:
         for directory, given in own.items():
