@@ -24,6 +24,7 @@ from spd.analysis.description_length import (
     alpha_for,
     best_pair,
     merge_all,
+    size_of,
 )
 from spd.analysis.importances import FOLDER as IMPORTANCES
 from spd.analysis.importances import RECORD, found_or_made
@@ -114,7 +115,7 @@ def cluster(on: sp.csr_array, settings: Settings = USUAL) -> Clustering:
     if not len(members):
         raise UserError(
             f"min_count: {settings.min_count}; no subcomponent is on (g > {settings.threshold}) at so many"
-            f" of the {on.shape[0]:,} positions"
+            f" of the {size_of(on)[0]:,} positions"
         )
     alpha = settings.alpha
     if alpha is None:
@@ -124,7 +125,7 @@ def cluster(on: sp.csr_array, settings: Settings = USUAL) -> Clustering:
         pick = RankPicker(settings.gamma, settings.seed)
     chosen = on.tocsc()[:, members].tocsr()
     merging = merge_all(chosen, alpha=alpha, together=settings.together, pick=pick)
-    return Clustering(members, alpha, merging, merging.labels(), on.shape[0])
+    return Clustering(members, alpha, merging, merging.labels(), size_of(on)[0])
 
 
 def stability(

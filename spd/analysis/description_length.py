@@ -94,9 +94,16 @@ def break_even_alpha(n: float, s: float, *, k: int, S: float = 0.0) -> float:
     return (n * math.log2(k - 1) - S * math.log2((k - 1) / k)) / (2 * (s - n))
 
 
+def size_of(on: sp.csr_array) -> tuple[int, int]:
+    """Positions and subcomponents."""
+    shape = on.shape
+    assert shape is not None and len(shape) == 2, "positions and subcomponents"
+    return shape[0], shape[1]
+
+
 def joint_counts(on: sp.csr_array) -> Int[ndarray, "k k"]:
     """n_ij, in rows at a time; on the diagonal s_i. 4 k² bytes."""
-    k = on.shape[1]
+    k = size_of(on)[1]
     columns = on.tocsc()
     found = np.empty((k, k), np.int32)
     for begin in range(0, k, BLOCK):
@@ -140,23 +147,23 @@ class Groups:
 
     def __init__(self, on: sp.csr_array) -> None:
         on = on.tocsr()
-        self.k = on.shape[1]
+        self.k = size_of(on)[1]
         self.n = joint_counts(on)
         self.s = self.n.diagonal().astype(np.float64)
         self.r = np.ones(self.k)
         self.alive = np.ones(self.k, bool)
         self.table = on.indices.astype(np.int32)
         ones = np.ones(len(self.table), np.uint8)
-        shape = (on.shape[0], self.k + 1)
+        shape = (size_of(on)[0], self.k + 1)
         self.by_position = sp.csr_array((ones, self.table, on.indptr.astype(np.int32)), shape=shape)
         """rows of `table`, whose memory it shares"""
         assert np.shares_memory(self.by_position.indices, self.table), "it is to see every merge"
-        self.row = np.repeat(np.arange(on.shape[0], dtype=np.int32), np.diff(on.indptr))
+        self.row = np.repeat(np.arange(size_of(on)[0], dtype=np.int32), np.diff(on.indptr))
         order = np.argsort(self.table, kind="stable")
         bounds = np.searchsorted(self.table[order], np.arange(self.k + 1))
         self.entries = [order[bounds[c] : bounds[c + 1]] for c in range(self.k)]
         """of each group: its places in the table"""
-        self.marked = np.zeros(on.shape[0], bool)
+        self.marked = np.zeros(size_of(on)[0], bool)
         np.fill_diagonal(self.n, 0)
 
     def merge(self, i: int, j: int) -> None:

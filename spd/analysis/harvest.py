@@ -109,7 +109,8 @@ class Harvest:
         n_positions: int = N_POSITIONS,
     ) -> None:
         """`width`: of the inputs of toys, else 0; `n_positions`: those whose memberships are kept."""
-        self.C_of, self.kind = dict(C_of), kind
+        self.C_of = dict(C_of)
+        self.kind: Kind = kind
         C = sum(C_of.values())
         left, right = (LEFT, RIGHT) if kind == "tokens" else (0, 0)
         self.statistics = SubcomponentStatistics(

@@ -60,8 +60,9 @@ def observe(model: ComponentModel, problem: Problem | None, batch: Batch) -> Obs
 
 def parts_of(batch: Batch, C: int) -> Iterator[Batch]:
     """The batch in parts of so few examples that their importances fit into memory."""
-    tokens = isinstance(batch, Tensor) and not batch.is_floating_point() and batch.dim() > 1
-    width = batch[0].numel() if tokens else 1
+    width = 1
+    if isinstance(batch, Tensor) and not batch.is_floating_point():
+        width = batch[0].numel()
     n = max(1, ENTRIES // (C * width))
     for begin in range(0, len(batch), n):
         yield batch[begin : begin + n]

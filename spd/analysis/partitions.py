@@ -41,7 +41,7 @@ def hamming_distance(a: Int[ndarray, " n"], b: Int[ndarray, " n"]) -> int:
     n − the maximum-weight matching of the contingency table, which is solved for each connected part of it.
     """
     table = contingency(a, b)
-    n_rows = table.shape[0]
+    n_rows = len(np.unique(a))
     joined = sp.block_array([[None, table], [table.T, None]], format="csr")
     n_parts, part = connected_components(joined, directed=False)
     order = np.argsort(part, kind="stable")

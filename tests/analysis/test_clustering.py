@@ -227,7 +227,7 @@ def test_the_dense_matrix_of_a_residual_mlp_is_one_group_and_its_features_stay_a
     """50 subcomponents that are on for any input, 100 that are each on for a feature of their own."""
     generator = np.random.default_rng(0)
     features = generator.random((6000, 100)) < 0.01
-    dense = np.repeat(features.any(axis=1)[:, None], 50, axis=1)
+    dense = np.repeat(features.any(axis=1, keepdims=True), 50, axis=1)
     dense &= generator.random(dense.shape) < 0.97
     found = cluster(sp.csr_array(np.hstack([features, dense]).astype(np.int32)))
     groups = [own.tolist() for own in found.groups()]
