@@ -75,9 +75,10 @@ def _stays_positive(value: "float | ScheduledValue") -> "float | ScheduledValue"
 
 
 def _stays_a_share(value: "float | ScheduledValue") -> "float | ScheduledValue":
-    largest = value
     if isinstance(value, ScheduledValue):
         largest = value.peak * max(_factors(value.start, value.segments))
+    else:
+        largest = value
     if not largest <= 1:
         raise ValueError(f"a share of at most 1 is allowed, and the value rises to {largest:g}")
     return value

@@ -49,7 +49,7 @@ def objective(losses: dict[str, Any], C: int = 2) -> Objective:
     config = make_config(losses, sites={"0": C}, importance={"type": "affine"})
     with torch.no_grad():
         model.sites["0"].subcomponents.V.copy_(torch.eye(C))
-        model.sites["0"].importance.get_parameter("weight").fill_(1.0)
+        model.sites["0"].importance.get_parameter("weight").fill_(1.0)  # pyright: ignore
     return Objective(model.double(), config.losses, "mse")
 
 
@@ -294,7 +294,7 @@ def problem() -> Problem:
     batch = torch.rand(4, 3)
     target = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     with torch.no_grad():
-        target[1].weight *= 100
+        target[1].weight *= 100  # pyright: ignore
     return Problem(target, iter([batch] * 20), iter([batch] * 4))
 
 

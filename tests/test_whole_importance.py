@@ -21,6 +21,7 @@ from spd.engine.sequential import Sequential
 from spd.importance import (
     Chunk,
     GlobalMLPImportanceConfig,
+    SharedMLPImportance,
     SharedMLPImportanceConfig,
     SiteSize,
     TransformerImportance,
@@ -147,6 +148,7 @@ def inputs() -> dict[str, Tensor]:
 def test_the_global_mlp_is_one_of_the_joined_inputs():
     function = GlobalMLPImportanceConfig(hidden_widths=(6,)).build(SIZES, generator=seeded())
     x, (network,) = inputs(), function.double().networks
+    assert isinstance(network, SharedMLPImportance)
     z = torch.cat([x["a"], x["b"]], dim=-1)
     w, b = network.weights, network.biases
     expected = F.gelu(z @ w[0] + b[0]) @ w[1] + b[1]
