@@ -190,7 +190,7 @@ def lines(found: Sequence[Edited], *, of_tokens: bool) -> list[str]:
     wanted = "p" if of_tokens else "output"
     heads = ("edit", "on", f"{wanted} before", "after", "predicted", "measured")
     heads = (*heads, "D there", "near", "elsewhere")
-    rows = [heads]
+    rows: list[tuple[str, ...]] = [heads]
     for own in found:
         rows.append(_cells(own.wish.words, own.effect))
         if own.random:

@@ -20,7 +20,7 @@ class Wanted(NamedTuple):
 
     position: int
     """0 for a toy, whose row has one"""
-    index: int
+    output: int
     """a token, or an output"""
 
 
@@ -32,7 +32,7 @@ class GraphNode(NamedTuple):
     site: str
     """where it stands; `input` and `output` for the two others"""
     position: int
-    index: int
+    item: int
     """a subcomponent, a feature, or a token"""
     g: float
     """its importance"""
@@ -71,16 +71,16 @@ def graph_of(
     traced = trace(model, batch)
     flat = {path: own.clamp(0, 1).flatten(end_dim=-2) for path, own in importance.items()}
     nodes, n_left_out = _components(model, traced, flat, n_nodes)
-    targets = [traced.acts[n.site].flatten(end_dim=-2)[n.position, n.index] for n in nodes]
+    targets = [traced.acts[n.site].flatten(end_dim=-2)[n.position, n.item] for n in nodes]
     values = traced.output.flatten(end_dim=-2)
     for wanted in outputs:
-        own = values[wanted.position, wanted.index]
+        own = values[wanted.position, wanted.output]
         own = own - values[wanted.position].mean() if problem.recon == "kl" else own
         targets.append(own)
-        place = ("output", wanted.position, wanted.index)
+        place = ("output", wanted.position, wanted.output)
         nodes.append(GraphNode("output", *place, 1.0, own.item()))
     inputs = _inputs(traced, batch)
-    index = {(n.site, n.position, n.index): i for i, n in enumerate([*nodes, *inputs])}
+    index = {(n.site, n.position, n.item): i for i, n in enumerate([*nodes, *inputs])}
     edges = []
     for i, target in enumerate(targets):
         if target.requires_grad:
@@ -104,7 +104,7 @@ def _components(
             found.append(GraphNode("component", path, position, c, *own))
     kept = sorted(found, key=lambda node: -node.g * abs(node.activation))[:n_nodes]
     order = {path: i for i, path in enumerate(traced.acts)}
-    kept.sort(key=lambda node: (order[node.site], node.position, node.index))
+    kept.sort(key=lambda node: (order[node.site], node.position, node.item))
     return kept, len(found) - len(kept)
 
 
@@ -165,10 +165,10 @@ def as_data(
             "kind": node.kind,
             "row": rows.index(node.site),
             "column": node.position,
-            "index": node.index,
+            "index": node.item,
             "g": round(node.g, 4),
             "a": float(f"{node.activation:.4g}"),
-            "text": names.get(node.index, str(node.index)) if node.kind != "component" else "",
+            "text": names.get(node.item, str(node.item)) if node.kind != "component" else "",
         }
         for node in graph.nodes
     ]

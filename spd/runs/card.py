@@ -7,7 +7,6 @@ from spd.component_model import ComponentModel
 from spd.config import BaseConfig
 
 CARD = """---
-# For reference on model card metadata, see the spec: https://github.com/huggingface/hub-docs/blob/main/modelcard.md?plain=1
 {{ card_data }}
 ---
 

@@ -40,7 +40,7 @@ def test_the_graph_of_a_prompt_has_the_planted_cause():
     model, problem = always_a_little_on()
     ids = torch.tensor([[3, 4]])
     graph = graph_of(model, problem, ids, [Wanted(1, 5), Wanted(1, 4)])
-    names = [(node.kind, node.position, node.index) for node in graph.nodes]
+    names = [(node.kind, node.position, node.item) for node in graph.nodes]
     component, token = names.index(("component", 1, 4)), names.index(("input", 1, 4))
     output = names.index(("output", 1, 5))
     edges = {(s, t): (value, share) for s, t, value, share in graph.edges}
@@ -53,7 +53,7 @@ def test_the_graph_of_a_prompt_has_the_planted_cause():
         assert graph.nodes[s].position == graph.nodes[t].position, "the map mixes no positions"
         assert graph.nodes[t].kind != "input" and graph.nodes[s].kind != "output"
     few = graph_of(model, problem, ids, [Wanted(1, 5)], n_nodes=1)
-    assert [n.index for n in few.nodes if n.kind == "component"] in ([3], [4])
+    assert [n.item for n in few.nodes if n.kind == "component"] in ([3], [4])
     assert few.n_left_out == 23
     with pytest.raises(UserError, match="of one example; 2 are given"):
         graph_of(model, problem, ids.reshape(2, 1), [Wanted(0, 5)])

@@ -152,8 +152,10 @@ def _check_state(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _target(directory: Path, config: Mapping[str, Any]) -> tuple[Family, ToyTarget | None]:
-    there = [family for family in TOYS if (directory / f"{family}.pth").is_file()]
-    described = [family for family in TOYS if (directory / f"{family}_train_config.yaml").is_file()]
+    there: list[Family] = [name for name in TOYS if (directory / f"{name}.pth").is_file()]
+    described: list[Family] = [
+        name for name in TOYS if (directory / f"{name}_train_config.yaml").is_file()
+    ]
     if len(there) > 1 or len(described) > 1:
         raise UserError(f"{directory}: holds targets of two kinds; one is needed")
     if there != described:
