@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spd.experiments.resid_mlp.model import MLPBlock, ResidMLP
 from spd.experiments.tms.model import TMSModel
 from spd.losses import Losses
+from spd.schedule import peak_of
 
 Linear = Callable[[str, Tensor], Tensor]
 """what the matrix of that path makes of its input"""
@@ -45,7 +46,7 @@ class Naive:
         self.source_of = {tied: source for source, tied in tied_sites}
         names = [name for name, _ in target.named_modules()]
         self.paths = [name for name in names if f"{name}.importance.mlp_in" in parameters]
-        self.coeffs = {name: spec.coeff for name, spec in losses.items()}
+        self.coeffs = {name: peak_of(spec.coeff) for name, spec in losses.items()}
         self.pnorm: float = losses["importance_minimality"].pnorm  # pyright: ignore
 
     def parts(self, path: str) -> Parts:

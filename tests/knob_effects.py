@@ -47,7 +47,7 @@ from spd.spd_config import SPDConfig
 from spd.sweeps import optuna_backend, wandb_backend
 from spd.sweeps.definition import Definition
 from tests.lm_stand_ins import stories
-from tests.toy import MLP
+from tests.toy import MLP, MLP_SITES
 
 Raw = dict[str, Any]
 CPU = torch.device("cpu")
@@ -185,7 +185,7 @@ class Recording(submitit.SlurmExecutor):
 
 def figures(raw: Raw) -> Any:
     """How the figures of a metric are shown: in a report, and in a table of many runs."""
-    made = type("Made", (MetricSpec,), {"quantities": {"x": parse(Quantity, raw, "test")}})
+    made = type("Made", (MetricSpec,), {"quantities": {"x": Quantity.model_validate(raw)}})
     references = {"x/a": {"value": 0.3, "spread": 0.1}, "y/b": {"value": 0.7}}
     spec = made().model_copy(
         update={"published": {k: Published.model_validate(v) for k, v in references.items()}}

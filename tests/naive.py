@@ -54,7 +54,7 @@ def masked_weight(site: Site, mask: Tensor) -> Tensor:
 def logits(site: Site, x: Row) -> list[Tensor]:
     """What the hard sigmoids are applied to, for one row: Σ_k w2 gelu(w1 h + b1) + b2."""
     values = []
-    function = dict(site.importance.named_parameters())
+    function = dict(site.own_importance().named_parameters())
     for c in range(site.C):
         h = sum_of(x[i] * site.subcomponents.V[i, c] for i in range(x.shape[0]))
         value = function["out_bias"][c]

@@ -95,7 +95,7 @@ class Changed(nn.Module):
 
     def __init__(self, site: Site, change: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.inner, self.change = site.importance, change
+        self.inner, self.change = site.own_importance(), change
 
     def forward(self, h: Tensor) -> Tensor:
         return self.change(self.inner(h), h)

@@ -104,9 +104,9 @@ def test_the_use_is_counted_on_held_out_data():
     config = make_config(LOSSES, sites={"first": 5}, n_eval_batches=2)
     prepared = prepare(spd.Problem(MLP(), batches(), batches()), config)
     model = prepared.objective.model
-    for parameter in model.sites["first"].importance.parameters():
+    for parameter in model.sites["first"].own_importance().parameters():
         nn.init.zeros_(parameter)
-    bias = model.sites["first"].importance.get_parameter("out_bias")
+    bias = model.sites["first"].own_importance().get_parameter("out_bias")
     bias.data = torch.tensor([2.0, 1.0, 0.05, 0.0, -1.0])
     assert site_usage(model, eval_contexts(prepared)) == {"first": SiteUsage(5, 3.0, 2, 2)}
 

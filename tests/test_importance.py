@@ -240,11 +240,11 @@ def test_masks_and_minimality_get_the_sigmoids_that_are_theirs(leak: LowerLeak):
     torch.manual_seed(0)
     model = decompose(MLP(), MLP_SITES, lower_leak=leak)
     for site in model.sites.values():
-        nn.init.normal_(site.importance.get_parameter("out_bias"), std=2)
+        nn.init.normal_(site.own_importance().get_parameter("out_bias"), std=2)
     inputs = inputs_of(model, torch.randn(64, 4))
     ci = model.causal_importances(inputs)
     for path, site in model.sites.items():
-        x = site.importance(inputs[path] @ site.subcomponents.V)
+        x = site.own_importance()(inputs[path] @ site.subcomponents.V)
         assert (x < 0).any() and (x > 1).any()
         torch.testing.assert_close(ci.lower[path], lower_leaky_hard_sigmoid(x, leak))
         torch.testing.assert_close(ci.upper[path], upper_leaky_hard_sigmoid(x))

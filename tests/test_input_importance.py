@@ -15,6 +15,7 @@ from spd.importance import (
     SharedMLPImportanceConfig,
     VectorMLPImportance,
     VectorMLPImportanceConfig,
+    WholeImportanceSpec,
     lower_leaky_hard_sigmoid,
     rms_normalized,
     upper_leaky_hard_sigmoid,
@@ -31,6 +32,7 @@ BOTH = pytest.mark.parametrize("config", [SHARED, VECTOR], ids=["shared", "vecto
 
 def made(config: ImportanceConfig, C: int = 5, d_in: int = 4) -> Any:
     """In float64, with biases that are not zero."""
+    assert not isinstance(config, WholeImportanceSpec)
     function = config.build(C, d_in, generator=torch.Generator().manual_seed(0)).double()
     torch.manual_seed(1)
     for name, parameter in function.named_parameters():
@@ -132,7 +134,7 @@ def test_every_site_sees_what_the_target_feeds_to_it(config: Any):
     inputs = model.target_forward(torch.randn(8, 4)).site_inputs
     ci = model.causal_importances(inputs)
     for path, site in model.sites.items():
-        logits = site.importance(inputs[path])
+        logits = site.own_importance()(inputs[path])
         torch.testing.assert_close(ci.lower[path], lower_leaky_hard_sigmoid(logits))
         torch.testing.assert_close(ci.upper[path], upper_leaky_hard_sigmoid(logits))
 
@@ -146,7 +148,7 @@ def test_an_embedding_is_read_by_the_rows_of_the_target(config: Any):
     tokens = torch.randint(0, 11, (2, 5))
     ci = model.causal_importances(model.target_forward(tokens).site_inputs)
     site = model.sites["embed"]
-    expected = lower_leaky_hard_sigmoid(site.importance(rows[tokens]))
+    expected = lower_leaky_hard_sigmoid(site.own_importance()(rows[tokens]))
     torch.testing.assert_close(ci.lower["embed"], expected)
 
 

@@ -121,8 +121,8 @@ def importances_become_(model: ComponentModel, path: str, wanted: Tensor) -> Non
     site = model.sites[path]
     with torch.no_grad():
         site.subcomponents.V.copy_(wanted)
-        site.importance.get_parameter("weight").fill_(1.0)
-        site.importance.get_parameter("bias").zero_()
+        site.own_importance().get_parameter("weight").fill_(1.0)
+        site.own_importance().get_parameter("bias").zero_()
 
 
 def test_errors_of_every_known_site_and_in_all():

@@ -184,7 +184,7 @@ BY_HAND: dict[str, Any] = {"type": "persistent", "scope": "bc", "lr": 0.01, "lr_
 
 
 def taken_step(
-    objective: Objective, inputs: tuple[Any, ...], state: dict[str, Tensor], *, together: bool
+    objective: Objective, inputs: Any, state: dict[str, Tensor], *, together: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is logged, and the new state; gradients are left in the parameters."""
     probes = objective.probes(state)
@@ -219,7 +219,7 @@ def test_a_step_in_its_order_by_hand(together: bool, coeff: float):
         )
         site = objective.model.sites["0"]
         grads = [site.subcomponents.V.grad, site.subcomponents.U.grad]
-        grads += [dict(site.importance.named_parameters())["bias"].grad]
+        grads += [dict(site.own_importance().named_parameters())["bias"].grad]
         values = [grad.item() / coeff for grad in grads if grad is not None]
         assert values == pytest.approx([0.179712, 0.224641, -0.755757], abs=2e-6)
 

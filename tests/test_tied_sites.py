@@ -32,12 +32,12 @@ def test_tied_sites_share_one_parameter_through_transposed_views():
 def test_tied_sites_have_importance_functions_of_their_own():
     model = tied_model()
     for name in ("mlp_in", "in_bias", "mlp_out", "out_bias"):
-        own, other = (model.sites[p].importance.get_parameter(name) for p in ("enc", "dec"))
+        own, other = (model.sites[p].own_importance().get_parameter(name) for p in ("enc", "dec"))
         assert own is not other
         assert {f"{p}.importance.{name}" for p in ("enc", "dec")} <= set(
             model.subcomponent_parameters()
         )
-    own, other = (model.sites[p].importance.get_parameter("mlp_in") for p in ("enc", "dec"))
+    own, other = (model.sites[p].own_importance().get_parameter("mlp_in") for p in ("enc", "dec"))
     assert not torch.equal(own, other)
 
 
@@ -51,8 +51,8 @@ def test_the_gradients_of_tied_sites_add_up():
             for name in ("V", "U"):
                 part = getattr(tied.sites[path].subcomponents, name)
                 getattr(free.sites[path].subcomponents, name).copy_(part)
-            for name, parameter in free.sites[path].importance.named_parameters():
-                parameter.copy_(tied.sites[path].importance.get_parameter(name))
+            for name, parameter in free.sites[path].own_importance().named_parameters():
+                parameter.copy_(tied.sites[path].own_importance().get_parameter(name))
     losses = {
         **FAITHFULNESS,
         "stochastic_recon_layerwise": {"coeff": 1.0},

@@ -188,14 +188,13 @@ def output_named(run: Run, name: str) -> int:
 def lines(found: Sequence[Edited], *, of_tokens: bool) -> list[str]:
     """A line for each edit, and under it the mean of the random ones."""
     wanted = "p" if of_tokens else "output"
-    heads = ("edit", "on", f"{wanted} before", "after", "predicted", "measured")
-    heads = (*heads, "D there", "near", "elsewhere")
-    rows: list[tuple[str, ...]] = [heads]
+    heads: tuple[str, ...] = ("edit", "on", f"{wanted} before", "after", "predicted", "measured")
+    rows = [(*heads, "D there", "near", "elsewhere")]
     for own in found:
         rows.append(_cells(own.wish.words, own.effect))
         if own.random:
             rows.append(_cells(f"  random (mean of {len(own.random)})", _mean(own.random)))
-    widths = [max(len(row[place]) for row in rows) for place in range(len(heads))]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return [
         "  ".join(
             cell.ljust(width) if place == 0 else cell.rjust(width)

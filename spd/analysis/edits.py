@@ -180,10 +180,10 @@ def effect_of(
     The prediction is the derivative by the share of the edit that is applied, at none: it comes from
     V, U and the target's own gradients, and no edited model is run for it.
     """
-    sums: dict[str, float] = dict.fromkeys(
-        ("before", "after", "predicted", "measured", "at", "near", "far"), 0.0
-    )
-    n: dict[str, int] = dict.fromkeys(("on", "near", "far"), 0)
+    figures: tuple[str, ...] = ("before", "after", "predicted", "measured", "at", "near", "far")
+    sums = dict.fromkeys(figures, 0.0)
+    places: tuple[str, ...] = ("on", "near", "far")
+    n = dict.fromkeys(places, 0)
     for batch in batches:
         on = _is_on(model, edit.members, batch)
         original, predicted = _predicted(model, problem, edit, batch, on, wanted)

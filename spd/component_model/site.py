@@ -85,17 +85,22 @@ class Site(nn.Module):
             return x.routed.spread(self.subcomponents.acts(x.rows))
         return self.subcomponents.acts(x)
 
+    def own_importance(self) -> Importance:
+        """Its importance function; there has to be one."""
+        assert self.importance is not None, "a function of all sites has the importances"
+        return self.importance
+
     def importance_logits(self, x: SiteInput) -> Float[Tensor, "*rows C"]:
         """What the hard sigmoids are applied to, from what the target feeds to this site.
 
         Where the site is not applied it is 0, whose sigmoids are 0.
         """
-        assert self.importance is not None, "a function of all sites has the importances"
+        function = self.own_importance()
         if isinstance(x, RoutedInput):
             return x.routed.spread(self.importance_logits(x.rows))
-        if isinstance(self.importance, InputImportance):
-            return self.importance(self.vectors(x))
-        return self.importance(self.subcomponents.acts(self._in_own_type(x)))
+        if isinstance(function, InputImportance):
+            return function(self.vectors(x))
+        return function(self.subcomponents.acts(self._in_own_type(x)))
 
     def vectors(self, x: Tensor) -> Float[Tensor, "*rows d_in"]:
         """Its input vectors; that of a token id is the row that the target's embedding has for it."""

@@ -11,11 +11,12 @@ from spd.metrics.ladder import (
     SOURCES,
     Ladder,
     climb,
+    deepest,
     rung,
     share_recovered,
     some_rows,
 )
-from spd.metrics.ladder_metric import LadderMetric, deepest
+from spd.metrics.ladder_metric import LadderMetric
 from spd.metrics.pattern import (
     PATTERN_TOLERANCE,
     PatternErrorsMetric,

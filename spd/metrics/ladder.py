@@ -87,6 +87,15 @@ def rung(n_steps: int, scope: Scope) -> str:
     return f"adversarial_{n_steps}_{scope}"
 
 
+def deepest(values: Mapping[str, Any], scope: Scope) -> int | None:
+    """The largest number of steps after which an adversary is among these figures."""
+    names = (
+        key.removeprefix("ladder/").split("_") for key in values if key.startswith("ladder/adv")
+    )
+    steps = [int(parts[1]) for parts in names if parts[0] == "adversarial" and parts[2] == scope]
+    return max(steps, default=None)
+
+
 def share_recovered(cross_entropy: float, *, zero: float, target: float) -> float:
     """(CE_zero − CE) / (CE_zero − CE_target): 1 is the target, 0 as bad as without the sites."""
     return (zero - cross_entropy) / (zero - target)

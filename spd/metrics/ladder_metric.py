@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from spd.adversary import Scope
 from spd.component_model import ComponentModel
 from spd.config import counted
 from spd.losses import StepContext
@@ -26,6 +25,7 @@ from spd.metrics.ladder import (
     Ladder,
     Predicts,
     climb,
+    deepest,
     rung,
     some_rows,
 )
@@ -159,15 +159,6 @@ class LadderMetric(MetricSpec):
             f" {values['ladder_rows']:,.0f} held-out rows or positions"
             + (f". {compared}" if compared else ""),
         )
-
-
-def deepest(values: Mapping[str, Any], scope: Scope) -> int | None:
-    """The largest number of steps after which an adversary is among these figures."""
-    names = (
-        key.removeprefix("ladder/").split("_") for key in values if key.startswith("ladder/adv")
-    )
-    steps = [int(parts[1]) for parts in names if parts[0] == "adversarial" and parts[2] == scope]
-    return max(steps, default=None)
 
 
 class _Climbing:

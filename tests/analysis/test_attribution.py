@@ -82,7 +82,7 @@ def test_what_is_pruned_without_an_adversary_looks_better_than_it_is():
         site.subcomponents.V[4, 8] = site.subcomponents.V[4, 9] = 1.0
         site.subcomponents.U[8] = 0.6 * torch.eye(12)[5]
         site.subcomponents.U[9] = -0.6 * torch.eye(12)[5]
-        site.importance.weight[8:10] = 0.0  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        site.own_importance().get_parameter("weight")[8:10] = 0.0
     ids = torch.tensor([[3, 4]])
     found = prune(model, problem, ids, position=1, wanted=5, how=Pruning(steps=1))
     own = found.before

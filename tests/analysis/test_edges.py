@@ -38,7 +38,9 @@ def by_hand(relu: bool) -> ComponentModel:
     target = Residual(relu)
     with torch.no_grad():
         for name, (V, U) in rows.items():
-            target.get_submodule(name).weight.copy_(torch.outer(torch.tensor(U), torch.tensor(V)))
+            target.get_parameter(f"{name}.weight").copy_(
+                torch.outer(torch.tensor(U), torch.tensor(V))
+            )
     model = ComponentModel(target, dict.fromkeys(rows, 1), AffineImportanceConfig())
     with torch.no_grad():
         for name, (V, U) in rows.items():
@@ -154,7 +156,7 @@ def test_of_a_language_model_the_sums_are_those_of_every_position():
     assert torch.equal(sums.importance[INPUT], counts.float())
 
     towards = to_unembedding(model, batches, "lm_head")
-    column = model.target.get_submodule("lm_head").weight[7]
+    column = model.target.get_parameter("lm_head.weight")[7]
     assert isinstance(column, Tensor)
     for path, own in towards.items():
         direct = torch.zeros(())

@@ -146,6 +146,7 @@ def test_several_sites_and_what_is_near():
     assert effect.at == pytest.approx(errors[30].item(), rel=1e-4)
     assert effect.near == pytest.approx((errors[10:51].sum() - errors[30]).item() / 40, rel=1e-4)
     assert effect.far == pytest.approx((errors.sum() - errors[30]).item() / 59, rel=1e-4)
+    assert effect.near is not None and effect.far is not None
     assert effect.near > effect.far > 1e-6
 
 

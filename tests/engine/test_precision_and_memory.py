@@ -152,7 +152,7 @@ def test_only_the_target_and_its_sites_run_in_bf16(together: bool):
         x = ctx.site_inputs[path]
         assert isinstance(x, torch.Tensor)
         h = model.sites[path].subcomponents.acts(x.float() if x.is_floating_point() else x)
-        assert torch.equal(g, lower_leaky_hard_sigmoid(model.sites[path].importance(h)))
+        assert torch.equal(g, lower_leaky_hard_sigmoid(model.sites[path].own_importance()(h)))
     exact = gradients(make_objective(wrapped(), LOSSES, "kl"), together=together)
     for name, grad in gradients(objective, together=together).items():
         assert grad.dtype == torch.float32

@@ -40,6 +40,7 @@ def test_controls_are_jobs_of_their_own_before_the_experiment(tmp_path: Path):
     names = [f"{of}{suffix}-seed3" for suffix in ("-null", "-anchor", "-pairs", "")]
     assert [job.name for job in jobs] == names
     null, *_, own = jobs
+    assert null.run_dir is not None and own.run_dir is not None
     assert "null=true" in null.command and "null=true" not in own.command
     assert null.run_dir.name == f"{tmp_path.name}-null-seed3", "beside which its report looks"
     assert own.run_dir.name == f"{tmp_path.name}-seed3"

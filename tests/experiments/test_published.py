@@ -103,7 +103,8 @@ def test_a_residual_mlp(tmp_path: Path):
     assert run.config.importance.type == "affine"
     x = torch.rand(4, 6)
     labels = x + torch.nn.functional.gelu(torch.tensor(coeffs) * x)
-    assert torch.allclose(run.problem.labels(x), labels)
+    problem: Any = run.problem
+    assert torch.allclose(problem.labels(x), labels)
     training = yaml.safe_load((directory / "target/config.yaml").read_text())
     assert training["model"]["embedding"] == "fixed"
 

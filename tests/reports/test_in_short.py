@@ -3,7 +3,8 @@
 from spd.config import counted
 from spd.metrics import CausesMetric, LadderMetric, quantity_of
 from spd.metrics.causes import beyond
-from spd.reports.results import Result, described, evaluation_of, format_result
+from spd.reports.evaluations import described, evaluation_of
+from spd.reports.results import Result, format_result
 
 VALUES = {
     **{"loss/total": 1.0, **{f"loss/term{n}": 1.0 for n in range(6)}},

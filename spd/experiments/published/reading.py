@@ -152,7 +152,7 @@ def _check_state(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _target(directory: Path, config: Mapping[str, Any]) -> tuple[Family, ToyTarget | None]:
-    there: list[Family] = [name for name in TOYS if (directory / f"{name}.pth").is_file()]
+    there: list[Family] = [*(name for name in TOYS if (directory / f"{name}.pth").is_file())]
     described: list[Family] = [
         name for name in TOYS if (directory / f"{name}_train_config.yaml").is_file()
     ]

@@ -259,8 +259,8 @@ def test_exact_subcomponents_recover_everything():
     with torch.no_grad():
         site.subcomponents.V.copy_(torch.eye(8))
         site.subcomponents.U.copy_(site.target_weight)
-        site.importance.get_parameter("weight").zero_()
-        site.importance.get_parameter("bias").fill_(2.0)
+        site.own_importance().get_parameter("weight").zero_()
+        site.own_importance().get_parameter("bias").fill_(2.0)
         # text that the target predicts: what is taken from it can only make it worse
         batch = torch.zeros(8, 6, dtype=torch.long)
         for position in range(5):

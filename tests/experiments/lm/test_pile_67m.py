@@ -78,7 +78,7 @@ def steps_of(run_dir: Path) -> set[int]:
     """Those that have been logged so far."""
     if not (run_dir / "metrics.jsonl").is_file():
         return set()
-    return {line["step"] for line in log_lines(run_dir) if "loss/total" in line}
+    return {int(line["step"]) for line in log_lines(run_dir) if "loss/total" in line}
 
 
 def starts_and_resumes(
