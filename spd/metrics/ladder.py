@@ -9,7 +9,7 @@ stronger adversary, not another quantity, so that every figure has its number of
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
-from typing import NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
