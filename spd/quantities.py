@@ -5,13 +5,13 @@ Knows no metric and imports no torch: tables of thousands of runs need none.
 
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
+
+from spd.config import BaseConfig
 
 
-class Quantity(BaseModel):
+class Quantity(BaseConfig):
     """How the figures of one name are shown, wherever they are: `<name>/<place>`, or this name alone."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     label: str
     meaning: str = ""
@@ -26,7 +26,7 @@ class Quantity(BaseModel):
     """the name whose published figure this one is compared with, too"""
 
 
-class Conclusion(BaseModel):
+class Conclusion(BaseConfig):
     """What a run comes to, by one of its metrics."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)

@@ -319,7 +319,10 @@ def refuse_other_files(directory: Path) -> None:
     """`UserError` if something else than a run lies where a run is wanted, or below a file."""
     there = next(parent for parent in directory.absolute().parents if os.path.lexists(parent))
     if not there.is_dir():
-        raise UserError(f"--run_dir {directory}: {there} is no folder")
+        raise UserError(
+            f"--run_dir {directory}: {there} is no folder; set SPD_OUT_DIR to a writable folder, or name"
+            " another one"
+        )
     if directory.is_dir() and not any(directory.iterdir()):
         return
     if directory.exists():

@@ -182,10 +182,11 @@ def test_weights_and_importances(path: Path) -> None:
 
 @pytest.mark.parametrize("path", by_kind("losses"), ids=lambda path: path.stem)
 def test_target_output(path: Path) -> None:
-    """In float32, as the numbers to compare with were computed."""
+    """In float32, as the numbers to compare with were computed: rounding goes with the largest entry."""
     case, tensors = read_case(path)
     output = build_objective(case, tensors).model.target_forward(tensors["batch"]).output
-    torch.testing.assert_close(output, tensors["target_out"], rtol=1e-4, atol=1e-6)
+    atol = 1e-6 * max(1.0, tensors["target_out"].abs().max().item())
+    torch.testing.assert_close(output, tensors["target_out"], rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("path", by_kind("kl"), ids=lambda path: path.stem)

@@ -414,6 +414,7 @@ ELSEWHERE = {
     "Definition": ("sweeps/test_sweep_definition.py", "sweeps/test_wandb_sweep.py"),
     "TargetReference": ("runs/test_pretrained.py",),
     "Layout": ("runs/test_pretrained.py",),
+    "Figure": ("runs/test_pretrained.py",),
 }
 """class → the tests that are about its other keys"""
 SELECT = {"type", "kind", "open_group"}

@@ -8,6 +8,7 @@ import pytest
 
 import spd.losses
 from scripts import results
+from scripts.rates import FOLDER
 from scripts.results import BEGIN, END, main, pages, read_records, record_of
 from spd.config import UserError, to_yaml
 from spd.engine.fingerprint import objective_fingerprint
@@ -140,6 +141,8 @@ def test_the_committed_pages_are_what_the_records_give() -> None:
 
 def test_committed_records_are_small_and_name_no_machine() -> None:
     for path in results.DOCS.glob("results/*/*.json"):
+        if path.parent.name == FOLDER:
+            continue
         record = json.loads(path.read_text(encoding="utf-8"))
         assert path.stat().st_size < results.LARGEST_RECORD
         assert (path.parent.name, path.stem) == (

@@ -192,7 +192,7 @@ def taken_step(
         total, logged, new = objective(*inputs, None, state, None, probes)
         total.backward()
     else:
-        logged, new = Sequential(objective)(*inputs, None, state, None, probes)
+        logged, new = Sequential(objective)(*inputs, state=state, probes=probes)
     return logged, {**new, **objective.climb(new, slopes_of(probes), inputs[1])}
 
 

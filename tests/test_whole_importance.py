@@ -91,7 +91,7 @@ def prepared(raw: dict[str, Any], **changes: Any) -> Any:
 
 
 def layer_sizes() -> dict[str, SiteSize]:
-    """Four layers of width 768, the sites and C of VPD.md §1.11 b."""
+    """Four layers of width 768, the sites and C of the largest run of the paper."""
     C = {"q": 512, "k": 512, "v": 1024, "o": 1024, "up": 3072, "down": 3584}
     return {
         f"{layer}.{name}": SiteSize(3072 if name == "down" else 768, n)

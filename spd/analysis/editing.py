@@ -189,7 +189,7 @@ def lines(found: Sequence[Edited], *, of_tokens: bool) -> list[str]:
     """A line for each edit, and under it the mean of the random ones."""
     wanted = "p" if of_tokens else "output"
     heads: tuple[str, ...] = ("edit", "on", f"{wanted} before", "after", "predicted", "measured")
-    rows = [(*heads, "D there", "near", "elsewhere")]
+    rows: list[tuple[str, ...]] = [(*heads, "D there", "near", "elsewhere")]
     for own in found:
         rows.append(_cells(own.wish.words, own.effect))
         if own.random:

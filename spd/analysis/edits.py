@@ -181,9 +181,9 @@ def effect_of(
     V, U and the target's own gradients, and no edited model is run for it.
     """
     figures: tuple[str, ...] = ("before", "after", "predicted", "measured", "at", "near", "far")
-    sums = dict.fromkeys(figures, 0.0)
+    sums: dict[str, float] = dict.fromkeys(figures, 0.0)
     places: tuple[str, ...] = ("on", "near", "far")
-    n = dict.fromkeys(places, 0)
+    n: dict[str, int] = dict.fromkeys(places, 0)
     for batch in batches:
         on = _is_on(model, edit.members, batch)
         original, predicted = _predicted(model, problem, edit, batch, on, wanted)

@@ -373,6 +373,8 @@ def _step(annotation: Any, part: str) -> Any:
                 return member
         elif typing.get_origin(member) in (dict, Mapping):
             return typing.get_args(member)[1]
+        elif typing.get_origin(member) in (list, tuple) and part.isdecimal():
+            return typing.get_args(member)[0]
     return annotation
 
 

@@ -103,8 +103,12 @@ def _check_finite(output: Tensor, kind: str, recon: str) -> None:
 
 
 def check_known(problem: Problem, model: ComponentModel) -> None:
-    """`UserError` unless the solution is of sites, and the target can be given the probes."""
-    unknown = [path for path in problem.solution if path not in model.sites]
+    """`UserError` unless the solution is of modules, and the target can be given the probes.
+
+    What is known of a module that is not decomposed is not asked for.
+    """
+    modules = dict(model.target.named_modules())
+    unknown = [path for path in problem.solution if path not in {**model.sites, **modules}]
     if unknown:
         raise UserError(
             f"solution: {unknown[0]!r} is no site{nearest(unknown[0], model.sites)} (sites:"

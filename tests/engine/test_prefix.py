@@ -132,7 +132,7 @@ def test_passes_are_whole_where_layers_take_more_than_the_one_before_gives_out(
         prefix.try_out(batch)
     said = {
         "left behind": "passes run whole, .* begun after 2 layers, the target gives another output",
-        "gemma4": "passes run whole, .* begun after 1 layers, the target raises KeyError: 'sliding",
+        "gemma4": "passes run whole, .* begun after 1 layer, the target raises KeyError: 'sliding",
     }
     assert prefix.whole == (kind in said) == bool(caplog.records)
     if kind in said:

@@ -140,4 +140,4 @@ def test_the_metrics_need_a_residual_mlp_with_every_matrix_decomposed():
     del model.sites["layers.1.mlp_out"]
     with pytest.raises(UserError, match=r"no sites are layers\.1\.mlp_out"):
         NeuronContributionsMetric().build(model, problem)
-    assert isinstance(replace(problem, probes=None), Problem)
+    assert isinstance(replace(problem, probes=None, solution={}), Problem)

@@ -133,7 +133,9 @@ def test_beyond_the_plane_cosines_and_norms_stand_in_for_vectors():
 def test_tms_vectors_need_linear1_and_probes():
     prepared = solved_toy()
     with pytest.raises(UserError, match="needs the site 'linear1'"):
-        TMSVectors().build(prepared.objective.model, replace(prepared.problem, probes=None))
+        TMSVectors().build(
+            prepared.objective.model, replace(prepared.problem, probes=None, solution={})
+        )
 
 
 # --- the command ---------------------------------------------------------------------------------

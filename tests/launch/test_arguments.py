@@ -101,7 +101,7 @@ MISTAKES = {
     ),
     "experiment twice": (evals, ["--experiments", "tms_5-2,tms_5-2"], ["'tms_5-2' is named twice"]),
     "no experiment": (evals, ["--experiments", ","], ["experiments"]),
-    "no seeds": (evals, ["--seeds", "0"], ["seeds: at least 1 is needed, got 0"]),
+    "no seeds": (evals, ["--seeds", "0"], ["seeds: from 1 to 100,000 are allowed, got 0"]),
     "seeds in words": (evals, ["--seeds", "five"], ["seeds", "'five'"]),
     "negative seed": (evals, ["--seeds", "-1,2"], ["seeds: a seed is at least 0"]),
     "switch that is no truth": (evals, ["--cpu=perhaps"], ["cpu", "'perhaps'"]),

@@ -39,7 +39,7 @@ LOCAL = LaunchOptions(local=True)
 @pytest.fixture(name="study")
 def study_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> launch.Study:
     monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
-    return launch.create_study("evals", "a-study", {"jobs": []})
+    return launch.create_study("evals", "a-study", {"jobs": [], "seeds": [], "experiments": []})
 
 
 def add_job(study: launch.Study, name: str, code: str, minutes: float = 1) -> Job:

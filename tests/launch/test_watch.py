@@ -60,7 +60,7 @@ def test_lines_that_are_damaged_are_passed_over(tmp_path: Path, line: str):
 def test_a_status_that_is_none_is_one_message(tmp_path: Path):
     job = make_job(tmp_path)
     (job.directory / STATUS_FILE).write_text('{"state": "finished", "odd": 1}', encoding="utf-8")
-    with pytest.raises(UserError, match="not the status of a job"):
+    with pytest.raises(UserError, match="odd: is none of state, reason"):
         read_status(job.directory)
 
 

@@ -79,7 +79,9 @@ def test_probe_importances_count_the_errors_of_each_site():
 def test_probe_importances_need_probes():
     prepared = solved_toy()
     with pytest.raises(UserError, match="no probes"):
-        ProbeImportances().build(prepared.objective.model, replace(prepared.problem, probes=None))
+        ProbeImportances().build(
+            prepared.objective.model, replace(prepared.problem, probes=None, solution={})
+        )
 
 
 def test_many_columns_are_cut_to_those_in_use_and_a_few():
