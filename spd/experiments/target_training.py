@@ -173,7 +173,8 @@ def refuse_lost_features(record: dict[str, Any]) -> None:
     tried = ", ".join(f"{seed}: {count}" for seed, count in counts.items())
     raise TargetError(
         f"none of {counted(len(counts), 'seed')} represents all"
-        f" {counted(record['n_features'], 'feature')} (own output of at least {record['required_output']} at input {record['probe']}).\n"
+        f" {counted(record['n_features'], 'feature')} (own output of at least"
+        f" {record['required_output']} at input {record['probe']}).\n"
         f"  Features represented, by seed: {tried}\n"
         f"  Try other seeds (seed={max(counts) + 1}), more of them (n_seeds={2 * len(counts)}) or"
         " more steps."
