@@ -241,6 +241,8 @@ def experiment_table(records: Sequence[Mapping[str, Any]], present: Mapping[str,
             own = format_value(row["value"], row.get("spread"))
             if row["key"].startswith("loss/"):  # digits enough to tell runs apart
                 own = f"{row['value']:.4g}"
+            if row["key"] == "solved" and solved_by_causes(result) is None:
+                continue  # before runs were judged by causes it was another word for the pattern
             cells = rows.setdefault(row["metric"], [published, *["–"] * len(results)])
             cells[column + 1] = own
     said = {True: "yes", False: "no", None: "–"}

@@ -150,7 +150,7 @@ def test_one_hidden_unit_can_be_saved(tmp_path: Path):
 
 def test_a_target_that_lost_features_is_refused_and_not_saved(tmp_path: Path):
     path = write(tmp_path / "lost.yaml", steps=1)
-    with pytest.raises(TargetError, match="none of 3 seeds represents all of 3 features"):
+    with pytest.raises(TargetError, match="none of 3 seeds represents all 3 features"):
         resolve_target(str(path), TMS_TARGET, device=CPU)
     assert not [p for p in settings.targets_root().iterdir() if p.is_dir()]
 

@@ -142,7 +142,7 @@ def test_a_target_that_training_cannot_give_fails_with_what_was_tried(command: C
     training.write_text(settings + " batch_size: 8, lr: 1e-3}\n", encoding="utf-8")
     done = command.tms(f"target={training}")
     assert done.status == 1 and "Traceback" not in done.err
-    assert "none of 2 seeds represents all of 5 features" in done.err
+    assert "none of 2 seeds represents all 5 features" in done.err
     assert not command.runs()
 
 
