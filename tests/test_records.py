@@ -12,6 +12,8 @@ from scripts.rates import FOLDER
 from scripts.results import BEGIN, END, main, pages, read_records, record_of
 from spd.config import UserError, to_yaml
 from spd.engine.fingerprint import objective_fingerprint
+from spd.launch.job import Job
+from spd.launch.study import JOBS, Study
 from spd.runs.cli import checked_config
 from tests.made_up_run import make_run
 
@@ -150,3 +152,39 @@ def test_committed_records_are_small_and_name_no_machine() -> None:
             str(record["result"]["seed"]),
         )
         assert record["commit"] and record["objective"] and "/tmp" not in path.read_text()
+
+
+def finished_study(root: Path, *runs: Path) -> Path:
+    """One of `spd-evals` with a job for each run."""
+    directory = root / "evals" / "many"
+    jobs = [
+        Job(run.name, directory / JOBS / run.name, ["true"], {}, 1, run_dir=run) for run in runs
+    ]
+    for job in jobs:
+        job.save()
+    argv = "/env/bin/spd-evals lr=0.1 --experiments tms_5-2 --seeds 3,4 --cpu --local".split()
+    made = {"argv": argv, "created": "now", "commit": "0123456789", "dirty": False, "slurm": {}}
+    asked = {"experiments": ["tms_5-2"], "seeds": [3, 4], "overrides": []}
+    Study(directory, {**made, **asked, "jobs": [job.name for job in jobs]}).save()
+    return directory
+
+
+def test_a_study_has_a_line_for_each_of_its_runs(docs: Path, tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, seed=seed) for seed in (3, 4)]
+    study = finished_study(tmp_path, *runs)
+    main(["--docs", str(docs), "rates", str(study)])
+    record(docs, runs[0])
+    page = written(docs)[0]
+    command = "spd-evals lr=0.1 --experiments tms_5-2 --seeds 3,4"
+    assert f"| `tms_5-2` | `{command}` | 2 of 2 (0.34–1.00) | 2 of 2 (0.34–1.00) |" in page
+    assert f"`{command}`, commit 01234567" in page
+    lines = [line for line in page.splitlines() if line.startswith(("| 3 |", "| 4 |"))]
+    assert len(lines) == 2 and all("| yes | yes |" in line for line in lines)
+
+
+def test_what_has_no_rates(docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left = finished_study(tmp_path, finished_run(tmp_path, status="interrupted"))
+    for place, said in ((tmp_path, "no study of spd-evals"), (left, "the run is not finished")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--docs", str(docs), "rates", str(place)])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err

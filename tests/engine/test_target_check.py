@@ -68,6 +68,7 @@ NO_LOGITS = torch.tensor([0.0] * 7 + [-torch.inf])
     ],
 )
 def test_what_a_target_may_not_do(run: Callable[[Parts, Tensor], Any], said: str):
+    torch.manual_seed(0)  # by chance as many rows could be chosen in both passes
     with pytest.raises(UserError, match=said):
         prepared(Parts(run), {"a": 6, "b": 6})
 

@@ -39,7 +39,11 @@ LOCAL = LaunchOptions(local=True)
 @pytest.fixture(name="study")
 def study_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> launch.Study:
     monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
-    return launch.create_study("evals", "a-study", {"jobs": [], "seeds": [], "experiments": []})
+    return launch.create_study(
+        "evals",
+        "a-study",
+        {"jobs": [], "seeds": [], "experiments": [], "overrides": [], "slurm": {}},
+    )
 
 
 def add_job(study: launch.Study, name: str, code: str, minutes: float = 1) -> Job:
