@@ -162,7 +162,16 @@ def finished_study(root: Path, *runs: Path) -> Path:
     ]
     for job in jobs:
         job.save()
-    argv = "/env/bin/spd-evals lr=0.1 --experiments tms_5-2 --seeds 3,4 --cpu --local".split()
+    argv = [
+        "/env/bin/spd-evals",
+        "lr=0.1",
+        "--experiments",
+        "tms_5-2",
+        "--seeds",
+        "3,4",
+        "--cpu",
+        "--local",
+    ]
     made = {"argv": argv, "created": "now", "commit": "0123456789", "dirty": False, "slurm": {}}
     asked = {"experiments": ["tms_5-2"], "seeds": [3, 4], "overrides": []}
     Study(directory, {**made, **asked, "jobs": [job.name for job in jobs]}).save()
