@@ -59,6 +59,7 @@ def test_the_graph_of_a_prompt_has_the_planted_cause():
         graph_of(model, problem, ids.reshape(2, 1), [Wanted(0, 5)])
 
 
+@pytest.mark.slow
 def test_pruned_for_a_behaviour_one_node_is_left():
     """Of 24 nodes that are on, the one that writes token 5; the adversary finds nothing against it."""
     model, problem = always_a_little_on()
@@ -175,6 +176,7 @@ def test_the_command_on_a_toy(run: Path, capsys: pytest.CaptureFixture[str]):
     assert "outputs 0 to 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_on_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     sites = {"model.layers.*.mlp.*_proj": 6, "model.layers.*.self_attn.*_proj": 4}
     config = lm_config(sites=sites, metrics={}, n_eval_batches=1, n_report_batches=1)

@@ -84,6 +84,7 @@ def test_a_null_run_loads_and_says_what_it_is(tmp_path: Path):
     assert "A null run:" in (run / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_report_shows_the_null_run_beside_or_named(tmp_path: Path):
     own = start(
         little_config(tmp_path, "metrics={sparsity: {}}"), build, directory=tmp_path / "a-seed0"

@@ -109,6 +109,7 @@ def test_a_residual_mlp(tmp_path: Path):
     assert training["model"]["embedding"] == "fixed"
 
 
+@pytest.mark.slow
 def test_what_runs_are_good_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Report, figures, agreement; and going on is refused in one line."""
     write_tms(tmp_path / "theirs")

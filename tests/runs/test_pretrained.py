@@ -124,6 +124,7 @@ print(json.dumps([model(x, {}).tolist(), model(x, g).tolist(), g["linear1"].toli
 """
 
 
+@pytest.mark.slow
 def test_moved_to_a_machine_with_another_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The target was trained here from a YAML; there it is not trained again."""
     monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
