@@ -50,7 +50,7 @@ def test_seeds_side_by_side_go_on_and_give_the_table_of_single_runs(launcher: La
     collected = launcher.run(EVALS, "--collect", study.name)
     assert collected.returncode == 1 and "2 interrupted" in collected.stdout
     resumed = launcher.run(EVALS, "--resume", study.name, "--local", "--cpu")
-    assert "finished" in resumed.stderr and "1 jobs" in resumed.stdout
+    assert "finished" in resumed.stderr and "1 job" in resumed.stdout
     single = launcher.run(EVALS, *args, "--ensemble", "never")
     assert "2 jobs" in single.stdout
     assert table(resumed.stdout) == table(single.stdout)
