@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from spd.config import UserError, read_yaml
+from spd.config import UserError, counted, read_yaml
 from spd.evals.controls import is_control
 from spd.evals.summary import Rate, in_words
 from spd.launch.study import STUDY_FILE, find_study, study_jobs
@@ -184,8 +184,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         groups = by_group(runs)
         if len(groups) > 1:
             for group, own in groups.items():
-                print(f"{group}: {len(own)} runs", *tables(own, args.loss_within), "", sep="\n")
-        print(f"{'all' if len(groups) > 1 else next(iter(groups))}: {len(runs)} runs")
+                print(
+                    f"{group}: {counted(len(own), 'run')}",
+                    *tables(own, args.loss_within),
+                    "",
+                    sep="\n",
+                )
+        print(f"{'all' if len(groups) > 1 else next(iter(groups))}: {counted(len(runs), 'run')}")
         print(*tables(runs, args.loss_within), sep="\n")
         if len(runs) < len(folders):
             print(f"left out, as no known solution has judged them: {len(folders) - len(runs)}")

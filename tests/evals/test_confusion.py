@@ -80,7 +80,7 @@ def test_the_command_prints_each_group_and_all(tmp_path: Path, capsys: pytest.Ca
     run(tmp_path / "c", solved=True, target_seed=1, lost_effect__linear1=0.2)
     main([str(tmp_path)])
     said = capsys.readouterr().out
-    assert "toy, 10 steps, target seed 1: 1 runs" in said
+    assert "toy, 10 steps, target seed 1: 1 run" in said
     whole = said.partition("all: 3 runs")[2]
     assert "agreement: 1 of 3" in whole and "agreement: 2 of 3" in whole
     assert "c: solved, but linear1: data: 0.2 of the effects lie where g < 0.5" in whole

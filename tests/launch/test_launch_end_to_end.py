@@ -85,7 +85,7 @@ def test_a_sweep_stopped_goes_on_and_is_extended(launcher: Launcher):
     params.write_text(grid.format([0, 1, 2]))
     resumed = launcher.run(SWEEP, "--resume", study.name, "2", "--local", "--params", str(params))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "1 points added" in resumed.stdout and "3 finished" in resumed.stdout
+    assert "1 point added" in resumed.stdout and "3 finished" in resumed.stdout
     logs = {path.name: path.read_text() for path in study.glob("trials/*.output.txt")}
     assert len(logs) == 3 and logs["trial0.output.txt"].count("run directory: ") == 2
     status = launcher.run(SWEEP, "--status", study.name)
