@@ -4,18 +4,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from spd.engine import checkpoint
 from spd.engine.distributed import is_leader, joined
-from spd.engine.prepare import Prepared, prepare
-from spd.experiments.sparse_features import SparseFeatureConfig, SparseFeatures
 from spd.optimize import Silent, run_steps
-from spd.problem import Problem
 from spd.spd_config import SPDConfig
-from tests.toy import MLP, make_config
+from tests.carried_state import prepared, result_of
+from tests.toy import make_config
 
 PERSISTENT: dict[str, Any] = {"type": "persistent", "scope": "bc", "lr_ramp": 0.5}
 MERGED: dict[str, Any] = {**PERSISTENT, "type": "merged", "betas": [0.01, 0.99]}
@@ -29,24 +24,6 @@ def config(source: dict[str, Any] = MERGED, **changes: Any) -> SPDConfig:
         "importance_minimality": {"coeff": 1e-3, "pnorm": 1.0},
     }
     return make_config(losses, **{**settings, "n_eval_batches": 1, **changes})
-
-
-def prepared(settings: SPDConfig) -> Prepared:
-    def batches(stream: str) -> SparseFeatures:
-        data = SparseFeatureConfig(feature_probability=0.5)
-        return SparseFeatures(data, 4, batch_size=8, seed=settings.seed, stream=stream)
-
-    torch.manual_seed(0)  # one target for all seeds
-    return prepare(Problem(MLP(), batches("train"), batches("eval")), settings)
-
-
-def result_of(run: Prepared, checkpoints: Path) -> dict[str, Tensor]:
-    """The parameters at the end, and what the newest checkpoint carries."""
-    newest = checkpoint.latest(checkpoints)
-    assert newest is not None
-    carried = checkpoint.load_state(newest)["carried"]
-    parameters = run.objective.model.subcomponent_parameters()
-    return {**{n: p.detach().clone() for n, p in parameters.items()}, **carried}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.config import UserError
+from spd.config import UserError, counted
 from spd.losses import StepContext
 from spd.metrics.causes import dense_shortfall, partners
 from spd.metrics.spec import Conclusion, Metric, MetricSpec, Quantity
@@ -179,8 +179,7 @@ class PatternErrorsMetric(MetricSpec):
         }
         total = errors.pop("total")
         return Conclusion(
-            headline="does not match the known importance pattern:"
-            f" {total} error{'' if total == 1 else 's'}",
+            headline=f"does not match the known importance pattern: {counted(total, 'error')}",
             detail="errors: " + ", ".join(f"{p} {n}" for p, n in errors.items()),
         )
 
@@ -236,15 +235,7 @@ class UpstreamPatternMetric(MetricSpec):
         return _UpstreamErrors(model, problem.probes, problem.solution)
 
 
-class _UpstreamErrors:
-    def __init__(
-        self, model: ComponentModel, probes: Tensor, solution: Mapping[str, Pattern]
-    ) -> None:
-        self.model, self.probes, self.solution = model, probes, solution
-
-    def update(self, ctx: StepContext) -> None:
-        pass
-
+class _UpstreamErrors(_PatternErrors):
     def compute(self) -> dict[str, float]:
         importances = probe_importances(self.model, self.probes)
         values = {}
