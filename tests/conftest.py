@@ -1,4 +1,5 @@
-"""Shape annotations are executed: every test runs `spd` under an import hook that checks them.
+"""Shape annotations are executed: every test runs `spd` under an import hook that checks them
+(`tests/typechecking.py`).
 
 Compiled code cannot run under the hook. A test marked `compiled` therefore runs in a process of its
 own, without it.
@@ -10,9 +11,8 @@ import subprocess
 import sys
 
 import pytest
-from jaxtyping import install_import_hook
 
-from tests.typechecking import check
+from tests import typechecking
 
 UNCHECKED = "SPD_TESTS_UNCHECKED"
 COMPILER = "a C++ compiler"
@@ -24,7 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, before torc
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if UNCHECKED not in os.environ:
     assert "spd" not in sys.modules, "the hook comes too late: spd has been imported already"
-    install_import_hook("spd", f"{check.__module__}.{check.__name__}")
+    typechecking.check_package()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    typechecking.next_test()
     needed = {what for marker in item.iter_markers("needs") for what in marker.args}
     if item.get_closest_marker("compiled") is not None:
         needed.add(COMPILER)

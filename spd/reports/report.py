@@ -315,13 +315,13 @@ def _coefficient(loss: Mapping[str, Any]) -> str:
 def _curves(
     run_dir: Path, history: Sequence[Mapping[str, float]], last_step: int
 ) -> dict[str, Any]:
-    """The curves, drawn and for the page's script; nothing where less than two steps were logged."""
+    """The curves as they were drawn, and for the page's script; nothing where less than two steps were logged."""
     if len({line["step"] for line in history}) < 2:
         return {"curves": None}
     figure = loss_curves(history)
     live = live_curves(figure)
-    drawn = image(CURVES, png_bytes(figure))  # which leaves the figure empty
     png = run_dir / FIGURES / CURVES / f"{last_step:08d}.png"
+    drawn = image(CURVES, png.read_bytes() if png.is_file() else png_bytes(figure))
     return {"curves": drawn._replace(numbers=numbers_of(png, run_dir / FIGURES)), "live": live}
 
 
