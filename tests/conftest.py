@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Generator
 
 import pytest
 
@@ -29,6 +30,7 @@ if UNCHECKED not in os.environ:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: needs torch.compile; runs without shape checks")
+    config.addinivalue_line("markers", "undrawn: pictures are left out")
     config.addinivalue_line("markers", "needs(what): a program; the test is skipped without it")
 
 
@@ -43,6 +45,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for program in sorted(needed - {COMPILER}):
         if shutil.which(program) is None:
             pytest.skip(f"needs {program} on PATH")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    if item.get_closest_marker("undrawn") is None:
+        return (yield)
+    from tests.undrawn import undrawn  # loads matplotlib
+
+    with undrawn():
+        return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)

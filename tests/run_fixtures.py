@@ -15,6 +15,7 @@ import sys
 import termios
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,6 +108,7 @@ class Command:
         env: Mapping[str, str | None] | None = None,
         stop: Stop | None = None,
         terminal: bool = False,
+        drawn: bool = False,
     ) -> Finished:
         """`python SCRIPT ARGS`, sent a signal where `stop` says, its messages on a terminal or not."""
         settings = {**self.environment, **(env or {})}
@@ -118,7 +120,15 @@ class Command:
             logs[1] = screen.path
         process = SERVER.Process(
             target=_child,
-            args=(str(script), [str(arg) for arg in args], settings, self.folder, logs, stop),
+            args=(
+                str(script),
+                [str(arg) for arg in args],
+                settings,
+                self.folder,
+                logs,
+                stop,
+                drawn,
+            ),
         )
         process.start()
         process.join(timeout=600)
@@ -254,8 +264,11 @@ def _child(
     folder: Path,
     logs: list[Path],
     stop: Stop | None,
+    drawn: bool,
 ) -> None:
     import torch
+
+    from tests.undrawn import undrawn
 
     for number, log in zip((1, 2), logs, strict=False):
         os.dup2(os.open(log, os.O_WRONLY), number)
@@ -266,7 +279,8 @@ def _child(
     torch.set_num_threads(1)
     sys.argv = [script, *args]
     _watch_files(str(folder / "out"), os.open(logs[2], os.O_WRONLY), stop)
-    runpy.run_path(script, run_name="__main__")
+    with nullcontext() if drawn else undrawn():
+        runpy.run_path(script, run_name="__main__")
 
 
 def _is_event(wanted: str | int, line: str, number: int) -> bool:

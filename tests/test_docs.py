@@ -80,6 +80,7 @@ def test_what_is_added_touches_one_source_file_and_brings_a_test(name: str) -> N
     assert touched == [file, f"tests/test_{test}.py"]
 
 
+@pytest.mark.slow
 def test_what_is_added_passes_its_tests(extended: Path) -> None:
     out = run_python(extended, "-m", "pytest", "-q", "tests", package=extended)
     assert "4 passed" in out

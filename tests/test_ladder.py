@@ -28,6 +28,8 @@ from tests.solved_toy import set_importance
 from tests.test_causes import plant_pair, toy
 from tests.toy import make_config
 
+pytestmark = pytest.mark.undrawn
+
 X = torch.tensor([[1.0], [0.5], [0.0], [2.0]])
 CPU = torch.device("cpu")
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -48,15 +49,18 @@ def module_name(path: Path) -> str:
 FILES = {module_name(path): path for path in sorted(SPD.rglob("*.py"))}
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> tuple[str, ...]:
     """Full names of everything a file imports, also inside functions."""
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             assert node.module is not None
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(names)
 
 
 def own_modules(path: Path) -> Iterator[str]:
@@ -163,6 +167,7 @@ print(json.dumps({"changed": changed, "loaded": loaded}))
 """
 
 
+@pytest.mark.slow
 def test_importing_has_no_effects(tmp_path: Path):
     names = ["spd" + f".{name}".removesuffix(".__init__") for name in FILES if name != "__init__"]
     names.sort(key=lambda name: name.startswith("spd.experiments.lm."))  # last: they may load more

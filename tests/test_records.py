@@ -23,7 +23,7 @@ def finished_run(root: Path, *overrides: str, seed: int = 3, **meta: Any) -> Pat
     config = to_yaml(checked_config("tms_5-2", [f"seed={seed}", *overrides]))
     run = make_run(root / f"{seed}", **{"config.yaml": config})
     record = json.loads((run / "meta.json").read_text())
-    record |= {"objective": objective_fingerprint(), "device": "cpu", "num_threads": 2} | meta
+    record |= {"objective": dict(objective_fingerprint()), "device": "cpu", "num_threads": 2} | meta
     (run / "meta.json").write_text(json.dumps(record))
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(result | {"seed": seed}))
@@ -82,7 +82,11 @@ def test_a_record_of_another_objective_is_stale(
     assert "| record |  | current |" in written(docs)[0]
     formula = spd.losses.faithfulness
     monkeypatch.setattr(spd.losses, "faithfulness", lambda sites: 1.001 * formula(sites))
-    page, readme = written(docs)
+    objective_fingerprint.cache_clear()
+    try:
+        page, readme = written(docs)
+    finally:
+        objective_fingerprint.cache_clear()
     assert "| record |  | stale |" in page
     assert "| 1 stale |" in readme
 

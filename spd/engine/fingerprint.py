@@ -6,6 +6,8 @@ give the same numbers. Nothing here is drawn from torch's global generator.
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,7 +47,13 @@ _PENALTIES = {
 }
 
 
-def objective_fingerprint() -> dict[str, float]:
+@cache
+def objective_fingerprint() -> Mapping[str, float]:
+    """What `compute_fingerprint` gives, once per process: its code stays what it is."""
+    return MappingProxyType(compute_fingerprint())
+
+
+def compute_fingerprint() -> dict[str, float]:
     """Terms of the objective and norms of its gradient, by problem and name."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         found: dict[str, float] = {}

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,19 @@ def render_page(
     The template may extend and include those that lie here. All values are escaped, and a name without a
     value is an error.
     """
-    environment = jinja2.Environment(
+    atomic_write(path, templates_of(folder).get_template(template).render(contents))
+    return path
+
+
+@cache  # with the templates that were read: a study writes a page for each of its runs
+def templates_of(folder: Path) -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader([folder, HERE]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(contents)
-    atomic_write(path, page)
-    return path
 
 
 def inline_json(value: Any) -> Markup:

@@ -315,7 +315,7 @@ def _coefficient(loss: Mapping[str, Any]) -> str:
 def _curves(
     run_dir: Path, history: Sequence[Mapping[str, float]], last_step: int
 ) -> dict[str, Any]:
-    """The curves as they were drawn, and for the page's script; nothing where less than two steps were logged."""
+    """The curves, as drawn and for the page's script; nothing where less than two steps were logged."""
     if len({line["step"] for line in history}) < 2:
         return {"curves": None}
     figure = loss_curves(history)

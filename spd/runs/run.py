@@ -326,7 +326,7 @@ def write_beginning(folder: Path, run: Ready, build: Build, more: Mapping[str, A
         "config": type(config).__name__,
         "build": build.__name__,
     }
-    meta["objective"] = objective_fingerprint()
+    meta["objective"] = dict(objective_fingerprint())
     meta[MATRICES] = digest(run.prepared.objective.model)
     meta["format"], meta["run_id"] = FORMAT, secrets.token_hex(8)
     meta["config"], meta["digests"] = config.model_dump(mode="json"), target_digests(folder)

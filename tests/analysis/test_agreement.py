@@ -13,6 +13,8 @@ from spd.runs.run import load_run, start
 from tests.run_fixtures import make_tms_target
 from tests.runs.little_run import little_config, status_of
 
+pytestmark = pytest.mark.undrawn
+
 AXES = torch.eye(2)
 OTHERS = torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, -1.0], [1.0, 0.0]])
 

@@ -32,6 +32,8 @@ from tests.little_lm import RandomBatches, decomposed, little_model
 from tests.runs.little_run import little_config, status_of
 from tests.solved_toy import columns_of, solved_toy
 
+pytestmark = pytest.mark.undrawn
+
 
 @pytest.fixture(scope="module", name="directory")
 def directory_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -36,6 +36,8 @@ from tests.little_lm import RandomBatches, decomposed, little_model
 from tests.made_up_run import make_run
 from tests.runs.little_run import little_config, status_of
 
+pytestmark = pytest.mark.undrawn
+
 SITES = {"model.embed_tokens": 5, "model.layers.1.mlp.down_proj": 4}
 
 

@@ -17,6 +17,8 @@ from tests.carried_state import LOSSES, config, prepared, result_of
 from tests.engine.test_distributed import said, torchrun
 from tests.toy import make_config
 
+pytestmark = pytest.mark.undrawn
+
 
 class Recorder(Silent):
     """Remembers what was logged."""

@@ -102,6 +102,7 @@ def _save_and_die(directory: Path, events: int, step: int) -> None:
     save(directory, step, keep=1)
 
 
+@pytest.mark.slow
 def test_every_checkpoint_there_is_can_be_loaded_wherever_saving_was_killed(tmp_path: Path):
     """Saving step 2 over an older 2 and a 1, killed before each of its file operations."""
     for events in range(40):

@@ -243,7 +243,7 @@ def test_experts_without_a_token_are_named_in_one_line(caplog: pytest.LogCapture
     assert line.startswith("no token of the first batch of held-out data is routed to 4 matrices")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_passes_one_by_one_give_the_gradients_of_all_together(kind: str, checkpointing: bool):
     execution = {"activation_checkpointing": checkpointing}
     patterns = (f"*.{PLACE[kind]}.[0-9].*_proj", "*.self_attn.o_proj")

@@ -34,6 +34,8 @@ from tests.toy import (
     make_objective,
 )
 
+pytestmark = pytest.mark.undrawn
+
 PROGRESS = torch.tensor(0.5)
 
 

@@ -20,6 +20,8 @@ from spd.objective import Objective
 from spd.problem import Problem
 from tests.toy import MLP, MLP_SITES, TokenModel, decompose, make_config, make_objective
 
+pytestmark = pytest.mark.undrawn
+
 SITES = {"model.embed_tokens": 5, "model.layers.*.mlp.down_proj": 4, "model.layers.1.*.q_proj": 3}
 LOSSES: dict[str, Any] = {
     "faithfulness": {"coeff": 1.0},

@@ -21,6 +21,8 @@ from spd.runs.run import load_run, start
 from tests.run_fixtures import EXPERIMENTS, make_resid_mlp_target
 from tests.runs.little_run import little_config
 
+pytestmark = pytest.mark.undrawn
+
 CPU = torch.device("cpu")
 
 

@@ -218,6 +218,7 @@ def test_one_run_alone_is_compared_with_nothing(run_dirs: list[Path]):
     assert not (run_dirs[0].parent / COMPARISON_FILE).exists()
 
 
+@pytest.mark.slow
 def test_runs_with_different_sites_are_not_drawn_side_by_side(
     run_dirs: list[Path], capsys: pytest.CaptureFixture[str]
 ):

@@ -154,7 +154,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         TrainedTarget(weights, {"chosen_seed": 0, "seeds": []}),
     )
     overrides = [
-        *("steps=2", "batch_size=8", "compile=false", "n_eval_batches=1"),
+        *("steps=2", "batch_size=8", "compile=false", "n_eval_batches=1", "eval_batch_size=8"),
         *("figures={tms_vectors: {}, mean_activity: {}}", f"target={root / 'target'}"),
     ]
     yaml = PACKAGE_DIR / "experiments" / "tms" / "tms_5-2_config.yaml"
@@ -199,6 +199,7 @@ def test_an_unfinished_run_is_drawn_but_not_in_the_table(
     assert "Interrupted" in (run_dir / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_one_bad_run_stops_everything_before_anything_is_written(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -11,6 +11,7 @@ from spd.config import load_config
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.runs.run import start
 from tests.run_fixtures import QUICK, TMS_CONFIG, make_tms_target
+from tests.undrawn import undrawn
 
 
 def little_config(folder: Path, *overrides: str) -> TMSConfig:
@@ -24,7 +25,8 @@ def little_config(folder: Path, *overrides: str) -> TMSConfig:
 
 def little_run(folder: Path, name: str = "a-run", *overrides: str) -> Path:
     """The directory of a run with checkpoints at steps 4 and 6."""
-    return start(little_config(folder, *overrides), build, directory=folder / name)
+    with undrawn():
+        return start(little_config(folder, *overrides), build, directory=folder / name)
 
 
 def edit_meta(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -24,6 +24,8 @@ from tests.test_bad_input import assert_one_message
 
 __all__ = ["command_fixture", "target_fixture"]
 
+pytestmark = pytest.mark.undrawn
+
 # --- the YAML file -------------------------------------------------------------------------------
 
 YAML_FILES: dict[str, tuple[bytes | None, str]] = {

@@ -21,6 +21,8 @@ from tests.test_bad_input import assert_one_message
 
 __all__ = ["command_fixture", "original_fixture", "target_fixture"]
 
+pytestmark = pytest.mark.undrawn
+
 NEWEST = "checkpoints/00000006"
 LONG = 300 * "x"
 Damage = Callable[[Path], object]

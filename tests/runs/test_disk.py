@@ -26,6 +26,8 @@ from tests.runs.test_permissions import modes, umask
 
 __all__ = ["original_fixture"]
 
+pytestmark = pytest.mark.undrawn
+
 
 def record(run: Path) -> dict[str, Any]:
     return json.loads((run / "meta.json").read_text(encoding="utf-8"))

@@ -26,6 +26,8 @@ from spd.config import UserError
 from spd.experiments.lm.model import TokenModel
 from tests.toy import Logits, decompose
 
+pytestmark = pytest.mark.undrawn
+
 IDS = torch.arange(2, 14).reshape(2, 6)
 SMALL: dict[str, Any] = {
     "vocab_size": 31,

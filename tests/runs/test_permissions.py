@@ -22,6 +22,8 @@ from spd.runs.run import load_run, start
 from tests.lm_stand_ins import little_llama, make_tokenizer, save_model
 from tests.run_fixtures import QUICK, TMS_CONFIG, make_tms_target
 
+pytestmark = pytest.mark.undrawn
+
 
 @contextmanager
 def umask(mask: int) -> Iterator[None]:

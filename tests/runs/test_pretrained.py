@@ -30,6 +30,8 @@ from spd.runs.run import load_run, start
 from tests.run_fixtures import QUICK, TMS_CONFIG, listing, make_tms_target
 from tests.toy import MLP, MLP_SITES, TiedMLP, TokenModel
 
+pytestmark = pytest.mark.undrawn
+
 
 def toy(kind: str = "plain", seed: int = 0) -> tuple[nn.Module, dict[str, int], Tensor]:
     torch.manual_seed(seed)

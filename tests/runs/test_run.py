@@ -29,6 +29,8 @@ from tests.run_fixtures import (
 
 __all__ = ["command_fixture", "target_fixture"]
 
+pytestmark = pytest.mark.undrawn
+
 
 @pytest.fixture(scope="module", name="finished")
 def finished_fixture(tmp_path_factory: pytest.TempPathFactory, tms_target: Path) -> Path:

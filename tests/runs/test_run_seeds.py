@@ -96,6 +96,7 @@ def test_each_seed_is_an_ordinary_run(command: Command, singles: dict[int, Path]
     assert "seed 0, first of 2: step 6/6" in done.err and done.err.count("step 6/6") == 1
 
 
+@pytest.mark.slow
 def test_a_single_run_goes_on_from_a_members_checkpoint(command: Command, singles: dict[int, Path]):
     assert side_by_side(command, stop=Stop(signal.SIGKILL, "*seed3*.00000006.partial")).status == -9
     first, second = members(command)

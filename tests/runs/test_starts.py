@@ -24,6 +24,8 @@ from tests.little_lm import little_model
 from tests.test_optimize import Recorder
 from tests.toy import MLP, TiedMLP, make_config
 
+pytestmark = pytest.mark.undrawn
+
 STEPS = 20
 
 
@@ -145,7 +147,11 @@ def plain_problem(**changes: Any) -> Problem:
     )
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["together", "one after the other"])
+@pytest.mark.parametrize(
+    "together",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["together", "one after the other"],
+)
 def test_batches_that_do_not_know_their_position_will_do(together: bool):
     config = toy_config(
         sites={"first": 6}, steps=8, eval_every=4, starts_together=together, halve_at=(0.25, 0.5)
@@ -157,6 +163,7 @@ def test_batches_that_do_not_know_their_position_will_do(together: bool):
     assert getattr(result.prepared.problem.train_batches, "kept", None) == []
 
 
+@pytest.mark.slow
 def test_language_models_go_one_after_the_other():
     def problem() -> Problem:
         def tokens(seed: int) -> Iterator[Tensor]:
@@ -199,7 +206,11 @@ def broken_in(monkeypatch: pytest.MonkeyPatch, *indices: int) -> None:
     monkeypatch.setattr(starts, "start_of", broken)
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["together", "one after the other"])
+@pytest.mark.parametrize(
+    "together",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["together", "one after the other"],
+)
 def test_a_start_that_is_not_finite_is_dropped_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, together: bool
 ):
@@ -233,6 +244,7 @@ def test_the_only_one_that_is_left_is_the_run(monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(parameters_of(result)[name], value, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_starts_that_do_not_fit_into_memory_go_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

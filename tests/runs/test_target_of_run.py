@@ -14,6 +14,8 @@ from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.runs.run import load_run, start
 from tests.run_fixtures import QUICK, TMS_CONFIG, make_tms_target
 
+pytestmark = pytest.mark.undrawn
+
 BATCH = torch.eye(5)
 
 

@@ -30,6 +30,8 @@ from tests.wandb_stand_ins import FakeApi, FakeRun
 
 __all__ = ["original_fixture"]
 
+pytestmark = pytest.mark.undrawn
+
 MARK = "it-was-run"
 CODE = f"""
 import os

@@ -27,6 +27,8 @@ from tests.runs.little_run import edit_meta, little_run, original_fixture, statu
 
 __all__ = ["original_fixture"]
 
+pytestmark = pytest.mark.undrawn
+
 FILES_OF_CHECKPOINT = ("model.safetensors", "training_state")
 NEWEST, BEFORE = "checkpoints/00000006", "checkpoints/00000004"
 

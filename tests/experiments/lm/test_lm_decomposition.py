@@ -112,6 +112,7 @@ def test_the_command_of_the_tiny_stories_example(command: Command, tmp_path: Pat
     assert run.prepared.eval_batches[0].shape == (1, 2048)
 
 
+@pytest.mark.slow
 def test_without_the_hub_one_message_names_the_experiment_that_needs_none(command: Command):
     done = command.run(SCRIPT, LM / "ss_emb_config.yaml")
     assert done.status == 3 and done.out == ""
@@ -221,6 +222,7 @@ def test_a_resumed_run_ends_with_the_same_numbers(
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_target_larger_than_allowed_is_not_copied(
     little: LMConfig, caplog: pytest.LogCaptureFixture
 ):

@@ -21,6 +21,8 @@ from spd.runs.run import load_run, start
 from tests.experiments.lm.test_lm_loading import load
 from tests.lm_stand_ins import little_llama, make_tokenizer, save_model, stories
 
+pytestmark = pytest.mark.undrawn
+
 CPU = torch.device("cpu")
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 

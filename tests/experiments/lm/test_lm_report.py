@@ -231,6 +231,7 @@ def test_the_page_still_holds_the_report_of_a_run(tmp_path: Path):
     assert not [value for value in outside if value.startswith(("http", "//"))]
 
 
+@pytest.mark.slow
 def test_two_thousand_subcomponents_fit_a_page_of_ten_megabytes(tmp_path: Path):
     run = make_run(tmp_path, **{"metrics.jsonl": None})
     texts = [f" word{i}" for i in range(4096)]

@@ -21,6 +21,8 @@ from spd.runs.trust import UntrustedError
 from tests.lm_stand_ins import little_llama, make_tokenizer, save_model, stories
 from tests.toy import tensors
 
+pytestmark = pytest.mark.undrawn
+
 IDS = torch.arange(12).reshape(2, 6)
 UP = "model.layers.0.mlp.up_proj"
 
