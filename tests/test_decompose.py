@@ -17,6 +17,8 @@ from spd.runs.library import Result
 from tests.test_optimize import Recorder
 from tests.toy import MLP, make_config
 
+pytestmark = pytest.mark.undrawn
+
 LOSSES = {
     "faithfulness": {"coeff": 1.0},
     "stochastic_recon": {"coeff": 1.0},

@@ -36,6 +36,8 @@ from tests.toy import (
     tensors,
 )
 
+pytestmark = pytest.mark.undrawn
+
 PROGRESS = torch.tensor(0.5)
 TRAIN = {"faithfulness": {"coeff": 1.0}, "stochastic_recon": {"coeff": 1.0}}
 

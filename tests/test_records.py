@@ -17,6 +17,8 @@ from spd.launch.study import JOBS, Study
 from spd.runs.cli import checked_config
 from tests.made_up_run import make_run
 
+pytestmark = pytest.mark.undrawn
+
 
 def finished_run(root: Path, *overrides: str, seed: int = 3, **meta: Any) -> Path:
     """A made-up run of a registered experiment, by code that computes what the present code does."""

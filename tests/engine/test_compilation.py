@@ -59,7 +59,9 @@ def slow_square(x: torch.Tensor) -> torch.Tensor:
     return square(x) + 0 * (large @ large)[0, 0]
 
 
-@pytest.mark.parametrize(("n_steps", "tried"), [(2, False), (2000, True)])
+@pytest.mark.parametrize(
+    ("n_steps", "tried"), [(2, False), pytest.param(2000, True, marks=pytest.mark.slow)]
+)
 def test_auto_compiles_long_runs_alone(
     compiler: Path, caplog: pytest.LogCaptureFixture, n_steps: int, tried: bool
 ):

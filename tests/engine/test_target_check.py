@@ -246,4 +246,4 @@ def test_a_configuration_that_is_written_in_python_is_checked_in_the_same_words(
             spd.SPDConfig(**{"n_eval_batches": 1, **given, **change})
     problem = Problem(nn.Sequential(nn.Linear(8, 8)), [torch.ones(1)], [torch.ones(1)])
     with pytest.raises(UserError, match=r"config: a dict; a spd\.SPDConfig is needed"):
-        spd.decompose.__wrapped__(problem, given)  # pyright: ignore
+        spd.decompose(problem, given)  # pyright: ignore

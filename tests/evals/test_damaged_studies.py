@@ -17,6 +17,8 @@ from tests.run_fixtures import listing
 from tests.runs.little_run import status_of
 from tests.sweeps.many_trials import ended_study
 
+pytestmark = pytest.mark.undrawn
+
 Damage = Callable[[Path], object]
 
 

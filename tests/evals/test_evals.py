@@ -16,6 +16,8 @@ from spd.registry import EXPERIMENTS, expected_minutes
 from spd.sweeps import sweep
 from tests.made_up_run import result
 
+pytestmark = pytest.mark.undrawn
+
 RECORD = {"argv": ["x", "--seeds", "2"], "overrides": ["lr=1"], "seeds": [0, 1], "commit": "abc"}
 
 

@@ -133,6 +133,7 @@ def test_a_job_runs_the_copy_wherever_it_is_started(study: launch.Study, monkeyp
 # --- on this machine --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_shortest_come_first_and_as_many_as_allowed(study: launch.Study, capsys):
     log = study.directory / "order"
     code = "import time; f = open({!r}, 'a'); f.write('{} '); f.flush(); time.sleep(0.1); f.write('- ')"

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from spd.metrics import LadderMetric, SparsityMetric
 from spd.reports.evaluations import evaluation_of
 from spd.reports.ladder import Ladder, ladder_of
@@ -11,6 +13,8 @@ from spd.reports.report import write_report
 from spd.reports.results import verdict
 from tests.made_up_run import make_run
 from tests.reports.test_report import Page
+
+pytestmark = pytest.mark.undrawn
 
 RUNGS = {
     **{"unmasked": 0.01, "stochastic": 0.1, "importance_masked": 0.2, "rounded": 0.3},

@@ -27,6 +27,8 @@ from tests.run_fixtures import (
 
 __all__ = ["command_fixture", "target_fixture"]
 
+pytestmark = pytest.mark.undrawn
+
 OWN = ("metrics={sparsity: {}}", "figures={mean_activity: {}}", "eval_every=3", "figures_every=3")
 
 

@@ -225,7 +225,11 @@ def test_a_start_that_is_not_finite_is_dropped_with_its_reason(
     assert sorted(str(start.dropped) for start in result.starts) == ["0", "3", "6", "None"]
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["together", "one after the other"])
+@pytest.mark.parametrize(
+    "together",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["together", "one after the other"],
+)
 def test_where_no_start_is_left_the_run_fails(monkeypatch: pytest.MonkeyPatch, together: bool):
     broken_in(monkeypatch, 0, 1)
     config = toy_config(starts=2, starts_together=together)

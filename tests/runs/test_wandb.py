@@ -75,6 +75,7 @@ def offline_fixture(tmp_path_factory: pytest.TempPathFactory, tms_target: Path) 
     return run
 
 
+@pytest.mark.slow
 def test_the_recorded_history_is_that_of_metrics_jsonl(offline: Path):
     rows = history(offline)
     assert [row for row in rows if "mean_activity/_type" not in row] == log_lines(offline)
@@ -82,6 +83,7 @@ def test_the_recorded_history_is_that_of_metrics_jsonl(offline: Path):
     assert figures["step"] == 6 and figures["mean_activity/_type"] == "image-file"
 
 
+@pytest.mark.slow
 def test_the_recorded_run_bears_name_project_and_settings(offline: Path):
     (path,) = offline.glob("wandb/offline-run-*/*.wandb")
     (run, *_) = [record.run for record in recorded(path) if record.HasField("run")]
@@ -100,6 +102,7 @@ def labels(run: Path) -> tuple[str, str, list[str], str]:
     return record.run_group, record.job_type, list(record.tags), record.notes
 
 
+@pytest.mark.slow
 def test_group_job_type_tags_and_notes_are_set_by_themselves(offline: Path):
     group, job_type, tags, notes = labels(offline)
     assert (group, job_type, tags) == ("tms_5-2", "decomposition", ["tms_5-2", "seed0"])
@@ -121,6 +124,7 @@ def test_labels_are_those_of_the_command_line_or_of_the_study(command: Command):
     assert refused.status == 2 and "wandb_tags.0: " in refused.err
 
 
+@pytest.mark.slow
 def test_the_summary_holds_the_verdict_the_last_figures_and_the_best_losses(offline: Path):
     (path,) = offline.glob("wandb/offline-run-*/*.wandb")
     summary = {
@@ -142,6 +146,7 @@ def test_the_summary_holds_the_verdict_the_last_figures_and_the_best_losses(offl
     assert summary["best/eval/loss/total"] == lowest
 
 
+@pytest.mark.slow
 def test_the_run_directory_is_as_without_wandb_but_for_its_folder(offline: Path):
     ours = {name for name in listing(offline) if not name.startswith("wandb/")}
     assert {"config.yaml", "metrics.jsonl", "result.json", "report.html"} <= ours
@@ -153,6 +158,7 @@ def test_the_run_directory_is_as_without_wandb_but_for_its_folder(offline: Path)
     assert {f"{offline.name}/{name}" for name in ours - {".lock"}} <= sent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
 )
@@ -187,6 +193,7 @@ def test_the_newest_folder_of_a_resumed_offline_run_holds_all_of_it(command: Com
     assert sorted(drawn) == sorted(files) and len(drawn) > 1
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_does_not_stop_the_run(command: Command):
     env = {
         **{"WANDB_MODE": None, "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "1"},

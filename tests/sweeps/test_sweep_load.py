@@ -28,6 +28,8 @@ from tests.launch_fixtures import EVALS, QUICK, SWEEP, Launcher
 from tests.sweeps.many_trials import FAILED_EVERY, ended_study
 from tests.sweeps.test_sweeps import ended, make_study
 
+pytestmark = pytest.mark.undrawn
+
 STAND_IN = """
 import json, os, pathlib, sys, time
 words = sys.orig_argv
@@ -94,6 +96,7 @@ class Agents:
         assert local_study.n_waiting(self.study) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_agent_loses_no_point(tmp_path: Path):
     agents = Agents(tmp_path, 12, 2)
     until(lambda: agents.n_ended() >= 2)

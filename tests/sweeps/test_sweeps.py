@@ -19,6 +19,8 @@ from spd.sweeps.figures import Scale, against_each, parallel_coordinates
 from spd.sweeps.page import write_page
 from spd.sweeps.trials import Trial, by_value, trials_of
 
+pytestmark = pytest.mark.undrawn
+
 GRID = {
     "method": "grid",
     "metric": {"name": "eval/loss/total"},

@@ -34,6 +34,8 @@ from tests.wandb_stand_ins import FakeApi, FakeRun
 
 __all__ = ["command_fixture", "target_fixture"]
 
+pytestmark = pytest.mark.undrawn
+
 LM = PACKAGE_DIR / "experiments" / "lm"
 SCRIPT = LM / "lm_decomposition.py"
 FEW = (
