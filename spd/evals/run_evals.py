@@ -38,6 +38,7 @@ from spd.launch.study import (
     new_id,
     no_collector,
     preview,
+    print_at_once,
     statuses,
     study_jobs,
 )
@@ -218,8 +219,8 @@ def _collect(study: Study) -> int:
 
     with no_collector():
         jobs = study_jobs(study)
-        summary = write_summary(study.directory, jobs, statuses(study, jobs), study.record)
-    print(summary.text)
+        states = statuses(study, jobs)
+        summary = write_summary(study.directory, jobs, states, study.record, show=print_at_once)
     print(f"summary: {summary.page}")
     if summary.unfinished:
         print(f"not finished: go on with spd-evals --resume {study.id}, or collect later")

@@ -6,19 +6,15 @@ import math
 import os
 import re
 import statistics
-from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spd.config import UserError
 from spd.evals.controls import CONTROLS
 from spd.launch.job import Job, Status
 from spd.launch.watch import duration
-from spd.reports.dots import Dot, Panel, dots
-from spd.reports.numbers import figure_csv
 from spd.reports.page import render_page
-from spd.reports.png import FigureText, png_bytes, read_png
 from spd.reports.results import Result, read_result
 from spd.reports.seeds import Figure, figures_over
 from spd.run_files import (
@@ -30,6 +26,9 @@ from spd.run_files import (
     read_json,
     sha256_of,
 )
+
+if TYPE_CHECKING:
+    from spd.evals.picture import Picture
 
 PAGE, DATA = "summary.html", "summary.json"
 MEANINGS = {control.suffix: control.meaning for control in CONTROLS}
@@ -160,8 +159,10 @@ def write_summary(
     jobs: Sequence[Job],
     statuses: Mapping[str, Status],
     record: Mapping[str, Any],
+    *,
+    show: Callable[[str], object] | None = None,
 ) -> Summary:
-    """Write `summary.html` and `summary.json` into the study."""
+    """Write `summary.html` and `summary.json` into the study; `show` is given the table before that."""
     rows = [
         summarise(
             *(name + suffix, [seed for job in group for seed in _seeds(directory, job, statuses)]),
@@ -169,6 +170,10 @@ def write_summary(
         )
         for (name, suffix), group in _by_experiment(jobs, record).items()
     ]
+    table = format_rows(rows)
+    if show is not None:
+        show(table)
+
     states = [status.state for status in statuses.values()]
     unfinished = any(state not in ("finished", "failed", "skipped") for state in states)
     good = not any(row.misses for row in rows if not row.control)
@@ -186,41 +191,18 @@ def write_summary(
     page = render_page(directory / PAGE, f"{PAGE}.j2", contents, folder=Path(__file__).parent)
     data = json.dumps([_plain(row) for row in rows])  # without indentation C writes it
     atomic_write(directory / DATA, f"{data}\n")
-    return Summary(format_rows(rows), page, good, unfinished)
+    return Summary(table, page, good, unfinished)
 
 
-class Picture(NamedTuple):
-    """The seeds of an experiment as dots, ready to be inlined."""
+def _picture(directory: Path, row: Row) -> "Picture | None":
+    from spd.evals.picture import (  # matplotlib: nobody who waits for a table needs it
+        Run,
+        picture_of,
+    )
 
-    text: FigureText
-    data: str
-    """the PNG in base64"""
-    width: int
-    """in CSS pixels"""
-    numbers: str
-    """where its CSV lies, from the study"""
-
-
-def _picture(directory: Path, row: Row) -> Picture | None:
-    """None of fewer than two finished runs. Its PNG and CSV lie beside the page."""
-    panels = [
-        Panel(f.key, f.label, f.published) for f in row.figures if f.headline or f.key == ERRORS
-    ]
-    if len(row.finished) < 2 or not panels:
-        return None
-    runs = [
-        Dot(s.name, s.target, s.result.solved, {r.key: r.value for r in s.result.rows})
-        for s in row.finished
-        if s.result is not None
-    ]
-    figure = dots(row.experiment, panels, runs)
-    numbers = directory / f"{row.experiment}-seeds.csv"
-    atomic_write(numbers, figure_csv(figure))
-    png = png_bytes(figure)
-    atomic_write(numbers.with_suffix(".png"), png)
-    text, (width, _) = read_png(png)
-    assert text is not None, "it was drawn with one"
-    return Picture(text, b64encode(png).decode(), width, numbers.name)
+    figures = [figure for figure in row.figures if figure.headline or figure.key == ERRORS]
+    runs = [Run(s.name, s.target, s.result) for s in row.finished if s.result is not None]
+    return picture_of(directory, row.experiment, figures, runs)
 
 
 def summarise(name: str, seeds: list[Seed], control: str = "") -> Row:

@@ -192,6 +192,11 @@ def no_collector() -> Iterator[None]:
             gc.enable()
 
 
+def print_at_once(text: str) -> None:
+    """Also into a pipe: what is still to come may take a while."""
+    print(text, flush=True)
+
+
 def preview(study: Path, jobs: Sequence[Job], options: LaunchOptions) -> None:
     """Print what `launch` would do."""
     if on_slurm(options):

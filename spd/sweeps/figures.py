@@ -1,5 +1,6 @@
 """The figures of a sweep: parallel coordinates, and the metric against every parameter."""
 
+import base64
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from spd.reports.png import png_bytes, read_png
 from spd.sweeps.definition import Metric
 from spd.sweeps.trials import Trial, shown
+
+MOST_DRAWN = 1000
+"""runs in the figures: more make them no clearer"""
 
 LOG_SPAN = 30
 """positive values that lie further apart than this factor are shown on a logarithmic axis"""
@@ -121,3 +126,33 @@ def _scatter(
 
 def _colour(share: float, metric: Metric) -> tuple[float, float, float, float]:
     return COLOURS(PALEST * (share if metric.goal == "minimize" else 1.0 - share))
+
+
+def figures_of(
+    trials: Sequence[Trial], keys: Sequence[str], metric: Metric
+) -> list[dict[str, Any]]:
+    """Those of the page, ready to be inlined; none as long as no run has a value."""
+    every = [trial for trial in trials if trial.value is not None]
+    valued = every[:MOST_DRAWN]
+    if not valued:
+        return []
+    left_out = len(every) > len(valued)
+    which = f" Of {len(every):,} runs the best {len(valued):,} are shown." if left_out else ""
+    drawn: list[tuple[str, str, Any]] = [
+        (
+            "Parallel coordinates",
+            f"One line per run, through its value on every axis; the best are the darkest.{which}",
+            parallel_coordinates(valued, keys, metric),
+        ),
+        (
+            "The metric against each parameter",
+            f"One point per run; the best are the darkest.{which}",
+            against_each(valued, keys, metric),
+        ),
+    ]
+    return [_image(title, text, png_bytes(figure)) for title, text, figure in drawn]
+
+
+def _image(title: str, text: str, png: bytes) -> dict[str, Any]:
+    data = base64.b64encode(png).decode("ascii")
+    return {"title": title, "text": text, "data": data, "width": read_png(png)[1][0]}

@@ -1,20 +1,16 @@
 """How a sweep stands: a table of the best runs, and `sweep.html` beside it. Reads files alone."""
 
-import base64
 import functools
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from spd.launch.job import Status
 from spd.launch.study import Study
 from spd.reports.page import render_page
-from spd.reports.png import png_bytes, read_png
 from spd.run_files import REPORT_FILE
-from spd.sweeps.definition import Definition, Metric
-from spd.sweeps.figures import against_each, parallel_coordinates
+from spd.sweeps.definition import Definition
 from spd.sweeps.trials import (
     Trial,
     by_value,
@@ -27,40 +23,52 @@ from spd.sweeps.trials import (
 PAGE = "sweep.html"
 N_LISTED = 20
 """runs in the table on the terminal; the page lists all"""
-MOST_DRAWN = 1000
-"""runs in the figures: more make them no clearer"""
 LONG_REASON = 80
 """characters from which on a reason stands below the table"""
 
 
 def write_page(
-    study: Study, agents: Mapping[str, Status], n_waiting: int | None
+    study: Study,
+    agents: Mapping[str, Status],
+    n_waiting: int | None,
+    *,
+    show: Callable[[str], object] | None = None,
 ) -> tuple[str, Path, bool]:
-    """The table as text, the page, and whether all points were run and none failed."""
+    """The table as text, the page, and whether all points were run and none failed.
+
+    `show` is given the table before anything is drawn.
+    """
     definition = definition_of(study)
     trials = by_value(trials_of(study), definition)
     keys = [key for key, parameter in definition.parameters.items() if parameter.kind != "constant"]
     keys = keys or list(definition.parameters)
     counts = _counts(trials, n_waiting)
     shared = shared_reasons(trials)
+    notes = _notes(study, trials, shared)
+    unwell = [f"{name}: {s.state}: {s.reason}" for name, s in agents.items() if s.state == "failed"]
+    table = format_trials(trials, keys, definition, shared)
+    below = [f"({number}) {reason}\n    log: {log}" for number, reason, log in notes]
+    text = "\n".join([table, *below, counts, *unwell])
+    if show is not None:
+        show(text)
+    from spd.sweeps.figures import (
+        figures_of,
+    )  # whoever waits for the table need not wait for matplotlib
+
     contents = {
         "study": study.id,
         "record": study.record,
         "definition": definition,
         "keys": keys,
         "trials": [(trial, _report(study, trial)) for trial in trials],
-        "figures": _figures(trials, keys, definition.metric),
+        "figures": figures_of(trials, keys, definition.metric),
         "counts": counts,
         "agents": agents,
         "shown": shown,
         "words": [reason_in_row(trial, shared) for trial in trials],
-        "notes": _notes(study, trials, shared),
+        "notes": notes,
     }
     path = render_page(study.directory / PAGE, f"{PAGE}.j2", contents, folder=Path(__file__).parent)
-    unwell = [f"{name}: {s.state}: {s.reason}" for name, s in agents.items() if s.state == "failed"]
-    table = format_trials(trials, keys, definition, shared)
-    notes = [f"({number}) {reason}\n    log: {log}" for number, reason, log in contents["notes"]]
-    text = "\n".join([table, *notes, counts, *unwell])
     good = not unwell and not n_waiting and bool(trials)
     good = good and all(trial.state in ("finished", "pruned") for trial in trials)
     return text, path, good
@@ -124,33 +132,6 @@ def _counts(trials: Sequence[Trial], n_waiting: int | None) -> str:
     parts = [f"{states.count(state)} {state}" for state in sorted(set(states))]
     parts += [f"{n_waiting} to go on with or to begin"] if n_waiting else []
     return ", ".join(parts) or "nothing begun"
-
-
-def _figures(trials: Sequence[Trial], keys: Sequence[str], metric: Metric) -> list[dict[str, Any]]:
-    every = [trial for trial in trials if trial.value is not None]
-    valued = every[:MOST_DRAWN]
-    if not valued:
-        return []
-    left_out = len(every) > len(valued)
-    which = f" Of {len(every):,} runs the best {len(valued):,} are shown." if left_out else ""
-    drawn: list[tuple[str, str, Any]] = [
-        (
-            "Parallel coordinates",
-            f"One line per run, through its value on every axis; the best are the darkest.{which}",
-            parallel_coordinates(valued, keys, metric),
-        ),
-        (
-            "The metric against each parameter",
-            f"One point per run; the best are the darkest.{which}",
-            against_each(valued, keys, metric),
-        ),
-    ]
-    return [_image(title, text, png_bytes(figure)) for title, text, figure in drawn]
-
-
-def _image(title: str, text: str, png: bytes) -> dict[str, Any]:
-    data = base64.b64encode(png).decode("ascii")
-    return {"title": title, "text": text, "data": data, "width": read_png(png)[1][0]}
 
 
 def _report(study: Study, trial: Trial) -> str | None:

@@ -34,6 +34,7 @@ from spd.launch.study import (
     new_id,
     no_collector,
     preview,
+    print_at_once,
     python,
     statuses,
     study_jobs,
@@ -211,8 +212,8 @@ def _show(study: Study) -> int:
 
     with no_collector():
         left = _module(study).n_waiting(study)
-        text, page, good = write_page(study, statuses(study, study_jobs(study)), left)
-    print(text)
+        agents = statuses(study, study_jobs(study))
+        _, page, good = write_page(study, agents, left, show=print_at_once)
     print(f"page: {page}")
     return 0 if good else 1
 
