@@ -16,6 +16,7 @@ from spd.engine.ensemble import train_together
 from spd.engine.members import NonFiniteError, restore, save, shared, step_inputs, warm_up, whole
 from spd.engine.prepare import Prepared, check_side_by_side, evaluate, progress_at
 from spd.engine.step import execution_record, make_step
+from spd.engine.target_check import blamed_on_data
 from spd.engine.threads import as_before
 from spd.engine.update import Update
 from spd.losses import State
@@ -143,9 +144,10 @@ def run_side_by_side(
                 _evaluate(members, everywhere, step, last=last)
             if last or not _going(members):
                 break
-            inputs = zip(runs, states, strict=True)
-            joint = trained.inputs([step_inputs(run, step, state) for run, state in inputs])
-            terms, new_state = take_step(joint)  # gradients are set
+            given = zip(runs, states, strict=True)
+            inputs = [step_inputs(run, step, state) for run, state in given]
+            with blamed_on_data(runs[0].problem.target, [own.batch for own in inputs], step):
+                terms, new_state = take_step(trained.inputs(inputs))  # gradients are set
             average_(p.grad for p in trained.parameters if p.grad is not None)
             logging = due(step, config.log_every, step + 1 == config.steps)
             norms = trained.gradient_norms() if logging else {}

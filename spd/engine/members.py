@@ -12,6 +12,7 @@ from spd.engine import checkpoint
 from spd.engine.distributed import average_, gathered, own_share
 from spd.engine.ensemble import StepInputs
 from spd.engine.prepare import Prepared, progress_at
+from spd.engine.target_check import blamed_on_data
 from spd.engine.update import Update
 from spd.engine.zero_rows import Rows
 from spd.losses import Faithfulness, State
@@ -48,7 +49,8 @@ def step_inputs(prepared: Prepared, step: int, state: State) -> StepInputs:
     # several processes have sources for the rows that are theirs of a whole batch
     fits = len(merged.batch) % share.of == 0 and not (by_example and share.of > 1)
     batch, row_weights, slots = merged if fits else Rows(batch)
-    noise = objective.noise(batch, stream="train", seed=config.seed, step=step, share=share)
+    with blamed_on_data(problem.target, [batch], step):
+        noise = objective.noise(batch, stream="train", seed=config.seed, step=step, share=share)
     # filled in on the device: a copy from the host would wait for it
     progress = torch.full((), progress_at(step, config.steps), device=batch.device)
     own = share.rows(len(batch))

@@ -1,7 +1,8 @@
 """Whether a target can be decomposed at all, tried out on a real batch before anything is trained."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +73,66 @@ def check_output(problem: Problem, batch: Batch) -> None:
             f"{kind} returns {describe(output)}{layout}; a dense Tensor with an axis at least, and with"
             " entries, is needed"
         )
-    if problem.position_weights is None:  # what does not count may be anything
+    if problem.position_weights is None:
         _check_finite(output, kind, problem.recon)
+    else:  # what does not count may be anything
+        _check_weights(problem.position_weights(batch), output)
     if not torch.allclose(output, run_target(target, batch), rtol=1e-3, atol=1e-5, equal_nan=True):
         raise UserError(
             f"{kind} gives two different outputs for one batch, in evaluation mode too; remove what is"
             " random in it, such as dropout in its forward, before decomposing"
         )
+
+
+def _check_weights(weights: object, output: Tensor) -> None:
+    """`UserError` unless there is a weight for every row of an output, and one of them counts."""
+    rows = output.shape[:-1] or output.shape
+    needed = f"weights of shape {tuple(rows)}, one for each row of the output, are needed"
+    if not isinstance(weights, Tensor):
+        raise UserError(
+            f"position_weights: {_kind(weights)} for the first held-out batch; {needed}"
+        )
+    if weights.shape != rows:
+        raise UserError(
+            f"position_weights: {describe(weights)} for the first held-out batch; {needed}"
+        )
+    if weights.is_meta:
+        return
+    if not weights.isfinite().all() or (weights < 0).any():
+        raise UserError("position_weights: a weight is a finite number of at least 0")
+    if not weights.any():
+        raise UserError(
+            "position_weights: all of the first held-out batch are 0, so that nothing counts"
+        )
+
+
+@contextmanager
+def blamed_on_data(target: nn.Module, batches: Sequence[Batch], step: int) -> Iterator[None]:
+    """`UserError` where a step fails on a training batch on which the target fails by itself, too."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        for batch in batches:
+            said = _failure_on(target, batch)
+            if said is not None:
+                raise UserError(
+                    f"train_batches: {type(target).__name__} fails on the batch of step {step},"
+                    f" {describe(batch)}: {said}; training batches are such as the held-out ones"
+                ) from error
+        raise
+
+
+@torch.no_grad()
+def _failure_on(target: nn.Module, batch: Batch) -> str | None:
+    try:
+        run_target(target, batch)
+    except torch.OutOfMemoryError:
+        return None
+    except Exception as error:
+        return _said(error)
+    return None
 
 
 def _check_finite(output: Tensor, kind: str, recon: str) -> None:

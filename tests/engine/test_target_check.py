@@ -1,5 +1,6 @@
 """A target, a batch or a problem that cannot be right is refused before anything is trained."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import spd
 from spd.components import decomposable
 from spd.config import UserError
+from spd.engine.ensemble import Alone
 from spd.engine.prepare import Prepared, prepare
 from spd.problem import Identity, Problem
 
@@ -21,10 +23,13 @@ def prepared(
     target: nn.Module, sites: dict[str, int], batch: Tensor | None = None, **problem: Any
 ) -> Prepared:
     batches = [torch.randn(16, 8) if batch is None else batch]
-    config = spd.SPDConfig.model_validate(
+    return prepare(Problem(target, batches, batches, **problem), config_of(sites))
+
+
+def config_of(sites: dict[str, int]) -> spd.SPDConfig:
+    return spd.SPDConfig.model_validate(
         {"sites": sites, "losses": LOSSES, "steps": 2, "lr": 1e-2, "n_eval_batches": 1}
     )
-    return prepare(Problem(target, batches, batches, **problem), config)
 
 
 class Parts(nn.Module):
@@ -247,3 +252,52 @@ def test_a_configuration_that_is_written_in_python_is_checked_in_the_same_words(
     problem = Problem(nn.Sequential(nn.Linear(8, 8)), [torch.ones(1)], [torch.ones(1)])
     with pytest.raises(UserError, match=r"config: a dict; a spd\.SPDConfig is needed"):
         spd.decompose(problem, given)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        ([torch.rand(8, 6)], r"batch of step 0, a Tensor of shape \(8, 6\): RuntimeError: mat1"),
+        ([torch.rand(8, 5), torch.rand(8, 7)], r"batch of step 1, a Tensor of shape \(8, 7\)"),
+        ([torch.rand(8, 5).double()], r"batch of step 0, .*Double"),
+    ],
+    ids=["wider", "the second one wider", "of another type"],
+)
+def test_a_training_batch_that_is_none_of_the_targets_is_named(batches: list[Tensor], said: str):
+    problem = Problem(nn.Sequential(nn.Linear(5, 3)), batches, [torch.rand(8, 5)])
+    config = config_of({"0": 4})
+    with pytest.raises(UserError, match=f"train_batches: Sequential fails on the {said}"):
+        spd.decompose(problem, config, quiet=True)
+
+
+def test_an_error_that_is_not_the_datas_stays_what_it_is(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any) -> None:
+        raise RuntimeError("not the data")
+
+    problem = Problem(nn.Sequential(nn.Linear(5, 3)), [torch.rand(8, 5)], [torch.rand(8, 5)])
+    config = config_of({"0": 4})
+    monkeypatch.setattr(Alone, "inputs", broken)
+    with pytest.raises(RuntimeError, match="not the data"):
+        spd.decompose(problem, config, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        (torch.ones(3), r"a Tensor of shape \(3,\).*weights of shape \(8,\), one for each row"),
+        (torch.ones(8, 5), r"a Tensor of shape \(8, 5\)"),
+        (None, "None for the first held-out batch"),
+        (torch.zeros(8), "so that nothing counts"),
+        (-torch.ones(8), "a finite number of at least 0"),
+        (torch.full((8,), math.nan), "a finite number of at least 0"),
+    ],
+    ids=["too few", "one for each entry", "none", "zeros", "below 0", "nan"],
+)
+def test_position_weights_are_one_for_each_row(weights: Any, said: str):
+    batches = [torch.rand(8, 5)]
+    problem = Problem(
+        nn.Sequential(nn.Linear(5, 3)), batches, batches, position_weights=lambda _: weights
+    )
+    config = config_of({"0": 4})
+    with pytest.raises(UserError, match=f"position_weights: .*{said}"):
+        prepare(problem, config)
