@@ -100,8 +100,12 @@ Batch = Tensor | NamedTensors
 
 
 def as_batch(given: Batch | Mapping[str, Tensor]) -> Batch:
-    """A mapping becomes the batch that it stands for."""
-    return NamedTensors(given) if isinstance(given, Mapping) else given
+    """A mapping becomes the batch that it stands for; `UserError` of what is none."""
+    if isinstance(given, Mapping):
+        return NamedTensors(given)
+    if not isinstance(given, Batch):
+        raise UserError(f"a batch is {describe(given)}; a Tensor, or names with Tensors, is needed")
+    return given
 
 
 def run_target(target: nn.Module, batch: Batch) -> Any:

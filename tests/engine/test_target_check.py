@@ -301,3 +301,9 @@ def test_position_weights_are_one_for_each_row(weights: Any, said: str):
     config = config_of({"0": 4})
     with pytest.raises(UserError, match=f"position_weights: .*{said}"):
         prepare(problem, config)
+
+
+def test_what_is_no_batch_is_said_by_a_model_too():
+    model = prepared(nn.Sequential(nn.Linear(8, 8)), {"0": 4}).objective.model
+    with pytest.raises(UserError, match="a batch is a ndarray; a Tensor, or names with Tensors"):
+        model.importances(torch.zeros(2, 8).numpy())  # pyright: ignore[reportArgumentType]
