@@ -62,7 +62,7 @@ test-docs: env-dev ## every command and snippet of README and docs, shortened
 	@"$(BIN)/python" scripts/run_docs.py
 
 test-all: env-dev ## all tests, and what test-docs does
-	@"$(BIN)/python" -m pytest
+	@SPD_TESTS_CHECK_ALL=1 "$(BIN)/python" -m pytest
 	@"$(BIN)/python" scripts/run_docs.py
 
 demo: env ## decompose a toy model: make demo EXPERIMENT=tms_40-10 ARGS="steps=100"

@@ -16,6 +16,7 @@ import pytest
 from tests import typechecking
 
 UNCHECKED = "SPD_TESTS_UNCHECKED"
+CHECK_ALL = "SPD_TESTS_CHECK_ALL"
 COMPILER = "a C++ compiler"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,7 +26,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, before torc
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if UNCHECKED not in os.environ:
     assert "spd" not in sys.modules, "the hook comes too late: spd has been imported already"
-    typechecking.check_package()
+    typechecking.check_package(every_call=CHECK_ALL in os.environ)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,8 +1,8 @@
 """The type checker under which the tests run the package.
 
 It sees the functions that say something about shapes, in their first calls in each test: a training step
-calls the same ones over and over, and to check them all would take more time than the steps. The other
-types are pyright's.
+calls the same ones over and over, and to check them all would take more time than the steps. With
+`SPD_TESTS_CHECK_ALL` in the environment, as in `make test-all`, it sees every call of every function.
 """
 
 import functools
@@ -59,9 +59,10 @@ def jaxtyped_at_first(*, typechecker: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-def check_package() -> None:
+def check_package(*, every_call: bool) -> None:
     """Before `spd` is imported: have its functions checked."""
-    jaxtyping.jaxtyped = jaxtyped_at_first  # what the import hook decorates them with
+    if not every_call:
+        jaxtyping.jaxtyped = jaxtyped_at_first  # what the import hook decorates them with
     jaxtyping.install_import_hook("spd", f"{check.__module__}.{check.__name__}")
 
 

@@ -1,4 +1,7 @@
-"""Whether a target can be decomposed at all, tried out on a real batch before anything is trained."""
+"""Whether a target can be decomposed at all, tried out on a real batch before anything is trained.
+
+Training batches are not tried out: where a step fails, `blamed_on_data` says whether it is their fault.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,7 +78,7 @@ def check_output(problem: Problem, batch: Batch) -> None:
         )
     if problem.position_weights is None:
         _check_finite(output, kind, problem.recon)
-    else:  # what does not count may be anything
+    else:  # outputs that do not count may be anything
         _check_weights(problem.position_weights(batch), output)
     if not torch.allclose(output, run_target(target, batch), rtol=1e-3, atol=1e-5, equal_nan=True):
         raise UserError(

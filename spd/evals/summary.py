@@ -173,7 +173,6 @@ def write_summary(
     table = format_rows(rows)
     if show is not None:
         show(table)
-
     states = [status.state for status in statuses.values()]
     unfinished = any(state not in ("finished", "failed", "skipped") for state in states)
     good = not any(row.misses for row in rows if not row.control)
@@ -195,10 +194,8 @@ def write_summary(
 
 
 def _picture(directory: Path, row: Row) -> "Picture | None":
-    from spd.evals.picture import (  # matplotlib: nobody who waits for a table needs it
-        Run,
-        picture_of,
-    )
+    # matplotlib comes with it: whoever waits for the table need not wait for that
+    from spd.evals.picture import Run, picture_of
 
     figures = [figure for figure in row.figures if figure.headline or figure.key == ERRORS]
     runs = [Run(s.name, s.target, s.result) for s in row.finished if s.result is not None]

@@ -16,7 +16,6 @@ from spd.sweeps.trials import Trial, shown
 
 MOST_DRAWN = 1000
 """runs in the figures: more make them no clearer"""
-
 LOG_SPAN = 30
 """positive values that lie further apart than this factor are shown on a logarithmic axis"""
 COLOURS = colormaps["viridis"]

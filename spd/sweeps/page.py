@@ -51,9 +51,8 @@ def write_page(
     text = "\n".join([table, *below, counts, *unwell])
     if show is not None:
         show(text)
-    from spd.sweeps.figures import (
-        figures_of,
-    )  # whoever waits for the table need not wait for matplotlib
+    # matplotlib comes with it: whoever waits for the table need not wait for that
+    from spd.sweeps.figures import figures_of
 
     contents = {
         "study": study.id,
