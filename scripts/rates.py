@@ -13,10 +13,11 @@ from typing import Any
 
 from spd.config import UserError
 from spd.engine.fingerprint import is_stale
+from spd.evals.confusion import Judged, Near, by_group
 from spd.evals.summary import in_words, matches_pattern, rate_of
 from spd.launch.job import Job
 from spd.launch.study import STUDY_FILE, find_study, study_jobs
-from spd.metrics.causes import BY_SOLUTION
+from spd.metrics.causes import BY_SOLUTION, beyond
 from spd.reports.results import Result, format_value, read_result
 from spd.run_files import CONFIG_FILE, META_FILE, RESULT_FILE, has_finished, read_json
 from spd.runs.verify import check_run
@@ -27,6 +28,7 @@ FIGURES = {
     "pattern errors": ("errors/total",),
     "MMCS": ("mmcs/linear1",),
     "ML2R": ("ml2r/linear1",),
+    "unfaithful": ("unfaithful/",),
     "effect errors": ("effect_errors/", "wrong_weights/"),
     "lost effect": ("lost_effect/",),
     "idle importance": ("idle_importance/",),
@@ -35,6 +37,8 @@ FIGURES = {
 }
 """column of the table → the figures it is made of: errors are added up, of others the largest counts"""
 SUMMED = ("effect errors",)
+WITHOUT_SOLUTION = ("unfaithful", "lost effect", "idle importance", "adversary, 20 steps")
+"""columns that a verdict is made of where no solution is known"""
 NOT_SHOWN = ("max_parallel", "local", "cpu", "wait", "partition", "account", "qos", "time", "cpus")
 """options of a command that change where its runs are, not what comes out"""
 
@@ -44,6 +48,15 @@ HEAD = """\
 One line for each study of `spd-evals`, whose seeds were named before it ran; none was left out or run
 again. In brackets stands Wilson's 95 % interval. `python scripts/results.py rates STUDY` makes such a
 record. Of starts the seed is that of the run, whose starts have seeds of their own.
+"""
+
+CONFUSION_HEAD = """\
+## What can be said without a solution
+
+A target that nobody has solved has no known solution to compare with. Here is what the points that need
+none (faithful, adversary, data) would have said of the runs above, alone and with the best run of the same
+target and settings beside them, against the verdict by all points. `python -m spd.evals.confusion PLACE`
+prints it of any finished runs. The limits were chosen on other seeds, 10 to 29 of `tms_5-2_fast`.
 """
 
 
@@ -165,6 +178,43 @@ def rates_part(root: Path, present: Mapping[str, float]) -> str:
     return "\n".join(parts)
 
 
+def confusion_part(root: Path) -> str:
+    """What the verdict without a solution is worth on these runs."""
+    records = read_rates(root)
+    runs = [judged for record in records for judged in _judged(record)]
+    if not runs:
+        return ""
+    parts = ["\n".join(["```text", *lines, "```\n"]) for lines in by_group(runs, Near())]
+    return "\n".join([CONFUSION_HEAD, *parts])
+
+
+def _judged(record: Mapping[str, Any]) -> list[Judged]:
+    """Both verdicts of the runs of a record, as far as its figures go."""
+    settings = [word for word in shlex.split(record["command"]) if "=" in word]
+    found = []
+    for run in record["runs"]:
+        if run["solved"] is None:
+            continue
+        named = {FIGURES[name][0]: run.get(name) for name in WITHOUT_SOLUTION}
+        figures = {
+            f"{key}worst site" if key.endswith("/") else key: value
+            for key, value in named.items()
+            if value is not None
+        }
+        target = f"target seed {run['target_seed'] or 0}"
+        found.append(
+            Judged(
+                f"seed {run['seed']}, {target}",
+                ", ".join([record["experiment"], *settings, target]),
+                run["solved"],
+                tuple(beyond(figures)),
+                run["loss"],
+                run["adversary, 20 steps"],
+            )
+        )
+    return found
+
+
 def _range_of_losses(runs: Sequence[Mapping[str, Any]], solved: bool) -> str:
     losses = [run["loss"] for run in runs if run["solved"] is solved and run["loss"] is not None]
     if not losses:
@@ -182,7 +232,7 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> str:
             str(run["seed"]),
             said[run["solved"]],
             said[run["pattern"]],
-            *(_shown(name, run[name]) for name in FIGURES),
+            *(_shown(name, run.get(name)) for name in FIGURES),
         ]
         for run in runs
     ]

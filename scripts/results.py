@@ -29,9 +29,9 @@ from spd.runs.verify import check_run
 from spd.settings import REPO_DIR
 
 if __package__:
-    from scripts.rates import rates_part, rates_record, write_rates
+    from scripts.rates import confusion_part, rates_part, rates_record, write_rates
 else:  # run as a script
-    from rates import rates_part, rates_record, write_rates
+    from rates import confusion_part, rates_part, rates_record, write_rates
 
 DOCS = REPO_DIR / "docs"
 RECORDS, EARLIER = "results", "earlier.json"
@@ -181,7 +181,9 @@ def results_page(
     docs: Path, records: Mapping[str, Sequence[Mapping[str, Any]]], present: Mapping[str, float]
 ) -> str:
     """The whole of docs/results.md."""
-    parts = [PAGE_HEAD, summary(records, present) + "\n", rates_part(docs / RECORDS, present)]
+    rates = docs / RECORDS
+    parts = [PAGE_HEAD, summary(records, present) + "\n"]
+    parts += [rates_part(rates, present), confusion_part(rates)]
     for name, of_experiment in records.items():
         parts.append(f"## `{name}`\n\n{experiment_table(of_experiment, present)}\n")
     parts.append(earlier_part(docs / RECORDS / EARLIER))

@@ -5,6 +5,7 @@ Compiled code cannot run under the hook. A test marked `compiled` therefore runs
 own, without it.
 """
 
+import gc
 import os
 import shutil
 import subprocess
@@ -33,6 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: needs torch.compile; runs without shape checks")
     config.addinivalue_line("markers", "undrawn: pictures are left out")
     config.addinivalue_line("markers", "needs(what): a program; the test is skipped without it")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what has been imported stays: the collector need not look through it again
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

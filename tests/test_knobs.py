@@ -1,14 +1,17 @@
 """Every setting has a reader; what it changes: `test_knobs_change_something.py`."""
 
 import ast
+import functools
 from collections.abc import Iterator
-
-import pytest
 
 from spd.settings import PACKAGE_DIR
 
-TREES = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE_DIR.rglob("*.py"))]
-CLASSES = [node for tree in TREES for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+@functools.cache
+def nodes() -> list[ast.AST]:
+    """Those of every file of the package."""
+    files = sorted(PACKAGE_DIR.rglob("*.py"))
+    return [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))]
 
 
 def names_of_bases(node: ast.ClassDef) -> set[str]:
@@ -18,11 +21,12 @@ def names_of_bases(node: ast.ClassDef) -> set[str]:
 
 def configs() -> Iterator[ast.ClassDef]:
     """All classes that derive from `BaseConfig`."""
+    classes = [node for node in nodes() if isinstance(node, ast.ClassDef)]
     known = {"BaseConfig"}
     while True:
-        more = {node.name for node in CLASSES if names_of_bases(node) & known} - known
+        more = {node.name for node in classes if names_of_bases(node) & known} - known
         if not more:
-            return iter([node for node in CLASSES if node.name in known - {"BaseConfig"}])
+            return iter([node for node in classes if node.name in known - {"BaseConfig"}])
         known |= more
 
 
@@ -32,18 +36,21 @@ def fields(node: ast.ClassDef) -> Iterator[str]:
             yield line.target.id
 
 
-def read_names(tree: ast.AST) -> Iterator[str]:
+@functools.cache
+def names_read() -> frozenset[str]:
     """Attributes that are read, those in patterns of `match`, and texts, as `getattr` takes them."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            yield node.attr
-        elif isinstance(node, ast.MatchClass):
-            yield from node.kwd_attrs
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
-
-
-READ = {name for tree in TREES for name in read_names(tree)}
+    found: set[str] = set()
+    for node in nodes():
+        match node:
+            case ast.Attribute(ctx=ast.Load()):
+                found.add(node.attr)
+            case ast.MatchClass():
+                found.update(node.kwd_attrs)
+            case ast.Constant(value=str(text)):
+                found.add(text)
+            case _:
+                pass
+    return frozenset(found)
 
 
 READ_ELSEWHERE = {
@@ -51,14 +58,13 @@ READ_ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("node", configs(), ids=lambda node: node.name)
-def test_every_field_of_a_configuration_is_read(node: ast.ClassDef):
+def test_every_field_of_a_configuration_is_read():
     """`type` selects the class itself."""
-    unread = {name for name in fields(node) if name not in READ} - {"type"}
-    assert unread == READ_ELSEWHERE.get(node.name, set())
+    unread = {node.name: set(fields(node)) - names_read() - {"type"} for node in configs()}
+    assert {name: own for name, own in unread.items() if own} == READ_ELSEWHERE
 
 
 def test_the_search_finds_configurations_and_what_nobody_reads():
     found = {node.name: list(fields(node)) for node in configs()}
     assert len(found) > 30 and "lr_schedule" in found["SPDConfig"], "with those of base classes"
-    assert "no_such_setting" + "_anywhere" not in READ and "lr_schedule" in READ
+    assert "no_such_setting" + "_anywhere" not in names_read() and "lr_schedule" in names_read()

@@ -195,6 +195,8 @@ def test_a_study_has_a_line_for_each_of_its_runs(docs: Path, tmp_path: Path) -> 
     assert f"`{command}`, commit 01234567" in page
     lines = [line for line in page.splitlines() if line.startswith(("| 3 |", "| 4 |"))]
     assert len(lines) == 2 and all("| yes | yes |" in line for line in lines)
+    without = page.partition("## What can be said without a solution")[2]
+    assert "tms_5-2, lr=0.1, target seed 0: 2 runs" in without and "agreement: " in without
 
 
 def test_what_has_no_rates(docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

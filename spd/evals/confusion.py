@@ -2,14 +2,15 @@
 
 A toy model has a known solution, by which a run is judged (`spd.metrics.causes`). A target that nobody
 has solved has none: what is left are the points on faithfulness, adversarial masks and data, and, where
-there are runs of several seeds, how far the held-out loss of one lies above the lowest among them. On
-finished runs of toys both verdicts are there; a table shows how often the second one is right.
+there are runs of several seeds, how far one lies above the best of them, the run with the lowest held-out
+loss, in this loss and under adversarial masks. On finished runs of toys both verdicts are there; a table
+shows how often the second one is right.
 
 PLACE is a run, a study of `spd-evals`, or any folder that holds runs.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +23,32 @@ from spd.reports.results import read_result
 from spd.run_files import CONFIG_FILE, RESULT_FILE, STARTS
 from spd.runs.console import console_log, user_errors
 
-LOSS = "loss/total"
-WITHIN = 0.065
-"""how far above the lowest held-out loss of its group a run may lie: between the 0.064 of the worst solved
-run and the 0.066 of the best one that is not, of the 26 with fresh seeds by which it was chosen (seeds
-10–29 of `tms_5-2_fast`, 5–10 of `tms_40-10_fast`)"""
+LOSS, ADVERSARY = "loss/total", "adversarial/20_steps"
+
+
+class Near(NamedTuple):
+    """How far above the best run of its group, the one with the lowest held-out loss, a run may lie.
+
+    Chosen on seeds 10–29 of `tms_5-2_fast`, of which 8 are solved and accepted, 10 are not and refused;
+    2 are accepted in which the weights of one feature are not the target's, which nothing here can see.
+    """
+
+    loss: float = 0.065
+    adversary: float = 0.15
+
+    def beyond(self, run: "Judged", best: "Judged | None") -> list[str]:
+        """What of a run lies farther above the best, each in one line."""
+        if best is None or best.loss is None or run.loss is None:
+            return ["no held-out loss"]
+        found = []
+        if not run.loss <= (1 + self.loss) * best.loss:
+            found.append(f"its loss is {run.loss / best.loss - 1:.1%} above the lowest")
+        if run.adversary is None or best.adversary is None:
+            return [*found, "no figure of an adversary"]
+        if not run.adversary <= (1 + self.adversary) * best.adversary:
+            above = f"{run.adversary / best.adversary - 1:.0%}" if best.adversary else "far"
+            found.append(f"adversarial masks cost it {above} more than the best")
+        return found
 
 
 class Judged(NamedTuple):
@@ -41,6 +63,8 @@ class Judged(NamedTuple):
     """those that do not hold of the ones that need no solution, each in one line"""
     loss: float | None
     """held-out total"""
+    adversary: float | None
+    """mean D under adversarial masks over that of ablating everything"""
 
     @property
     def without_solution(self) -> bool:
@@ -87,21 +111,13 @@ def confusion(pairs: Sequence[tuple[bool, bool]]) -> Confusion:
     )
 
 
-def with_losses(runs: Sequence[Judged], within: float) -> list[tuple[bool, bool]]:
-    """(full verdict, points that need no solution and a loss near the lowest of the run's group)."""
-    lowest: dict[str, float] = {}
+def beside_the_best(runs: Sequence[Judged], near: Near) -> list[list[str]]:
+    """Why each run is refused without a solution, by its points and beside the best of its group."""
+    best: dict[str, Judged] = {}
     for run in runs:
-        if run.loss is not None:
-            lowest[run.group] = min(run.loss, lowest.get(run.group, run.loss))
-    return [
-        (
-            run.solved,
-            run.without_solution
-            and run.loss is not None
-            and run.loss <= (1 + within) * lowest[run.group],
-        )
-        for run in runs
-    ]
+        if run.loss is not None and run.loss < getattr(best.get(run.group), "loss", float("inf")):
+            best[run.group] = run
+    return [[*run.open_points, *near.beyond(run, best.get(run.group))] for run in runs]
 
 
 def judged(directory: Path) -> Judged | None:
@@ -119,7 +135,8 @@ def judged(directory: Path) -> Judged | None:
     group = (
         f"{result.experiment}, {result.steps} steps, target seed {config.get('target_seed') or 0}"
     )
-    return Judged(name, group, result.solved, tuple(beyond(without)), values.get(LOSS))
+    points = tuple(beyond(without))
+    return Judged(name, group, result.solved, points, values.get(LOSS), values.get(ADVERSARY))
 
 
 def runs_in(place: Path) -> list[Path]:
@@ -141,38 +158,43 @@ def runs_in(place: Path) -> list[Path]:
     return finished
 
 
-def tables(runs: Sequence[Judged], within: float) -> list[str]:
+def tables(runs: Sequence[Judged], near: Near) -> list[str]:
     """Both tables of these runs, and the runs on which the verdicts differ, each with its reasons."""
-    loss_pairs = with_losses(runs, within)
-    lines = confusion([(run.solved, run.without_solution) for run in runs]).lines(
-        "accepted by points 1, 4 and 5"
-    )
-    lines += [""]
-    lines += confusion(loss_pairs).lines(f"and a loss within {within:.1%} of the lowest")
-    for run, (full, without) in zip(runs, loss_pairs, strict=True):
-        if full != without:
-            reasons = "; ".join(run.open_points) or ("its loss" if full else "nothing refuses it")
-            lines.append(f"  {run.name}: {'solved' if full else 'not solved'}, but {reasons}")
+    refusals = beside_the_best(runs, near)
+    points = confusion([(run.solved, run.without_solution) for run in runs])
+    both = confusion([(run.solved, not why) for run, why in zip(runs, refusals, strict=True)])
+    limits = f"loss within {near.loss:.1%} and adversary within {near.adversary:.0%} of the best"
+    lines = [*points.lines("accepted by points 1, 4 and 5"), "", *both.lines(f"and {limits}")]
+    for run, why in zip(runs, refusals, strict=True):
+        if run.solved == bool(why):
+            said = "solved" if run.solved else "not solved"
+            lines.append(f"  {run.name}: {said}, but {'; '.join(why) or 'nothing refuses it'}")
     return lines
 
 
-def by_group(runs: Sequence[Judged]) -> Mapping[str, list[Judged]]:
-    """The runs of each group, in order of name."""
+def by_group(runs: Sequence[Judged], near: Near) -> list[list[str]]:
+    """The tables of each group of runs, in order of name, and of all together."""
     groups: dict[str, list[Judged]] = {}
     for run in sorted(runs, key=lambda run: run.group):
         groups.setdefault(run.group, []).append(run)
-    return groups
+    parts = [*groups.items(), *([("all", list(runs))] if len(groups) > 1 else [])]
+    return [[f"{name}: {counted(len(own), 'run')}", *tables(own, near)] for name, own in parts]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The verdict that needs no solution beside the full one, over finished runs: a table of two by two."""
     parser = argparse.ArgumentParser(prog="python -m spd.evals.confusion", description=main.__doc__)
     parser.add_argument("places", nargs="+", type=Path, metavar="PLACE")
-    about = f"share by which a loss may lie above the lowest of its group (default {WITHIN})"
-    parser.add_argument("--loss-within", type=float, default=WITHIN, metavar="SHARE", help=about)
+    for name, share in Near()._asdict().items():
+        about = f"share by which its {name} may lie above that of the best of its group (default {share})"
+        parser.add_argument(
+            f"--{name}-within", type=float, default=share, metavar="SHARE", help=about
+        )
     args = parser.parse_args(argv)
-    if not 0 <= args.loss_within < float("inf"):
-        parser.error(f"--loss-within {args.loss_within}: a share of at least 0 is needed")
+    near = Near(args.loss_within, args.adversary_within)
+    for name, share in near._asdict().items():
+        if not 0 <= share < float("inf"):
+            parser.error(f"--{name}-within {share}: a share of at least 0 is needed")
     with console_log(), user_errors():
         folders = list(dict.fromkeys(run for place in args.places for run in runs_in(place)))
         found = {run: judged(run) for run in folders}
@@ -181,17 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"{args.places[0]}: no run there was judged by a known solution; the metric causes does it"
             )
-        groups = by_group(runs)
-        if len(groups) > 1:
-            for group, own in groups.items():
-                print(
-                    f"{group}: {counted(len(own), 'run')}",
-                    *tables(own, args.loss_within),
-                    "",
-                    sep="\n",
-                )
-        print(f"{'all' if len(groups) > 1 else next(iter(groups))}: {counted(len(runs), 'run')}")
-        print(*tables(runs, args.loss_within), sep="\n")
+        print("\n\n".join("\n".join(lines) for lines in by_group(runs, near)))
         if len(runs) < len(folders):
             print(f"left out, as no known solution has judged them: {len(folders) - len(runs)}")
 

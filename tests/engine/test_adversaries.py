@@ -58,6 +58,7 @@ def test_stopped_and_resumed_it_goes_on_bit_for_bit(
         assert torch.equal(result[name], value), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [MERGED, {**PERSISTENT, "scope": "c"}])
 def test_side_by_side_each_seed_has_its_own(tmp_path: Path, source: dict[str, Any]):
     runs = [prepared(config(seed=seed, source=source)) for seed in (0, 1)]

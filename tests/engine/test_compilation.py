@@ -111,6 +111,7 @@ def test_cxx_alone_counts_where_it_is_set(compiler: Path, monkeypatch: pytest.Mo
     require_compiler()
 
 
+@pytest.mark.slow
 def test_auto_falls_back_where_the_compiler_fails(compiler: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     step = CompiledStep(slow_square, "auto", 10_000)

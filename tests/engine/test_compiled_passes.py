@@ -82,6 +82,7 @@ def test_terms_and_gradients_are_those_of_an_eager_step(kind: str):
     )
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_be_compiled_is_done_eagerly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

@@ -168,6 +168,7 @@ def parameters_of(prepared: Prepared) -> list[Tensor]:
     return [p.detach() for p in prepared.objective.model.subcomponent_parameters().values()]
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_by_each_members_own_norm():
     members, singles = (toys(grad_clip=0.05) for _ in range(2))
     for pair in zip(members, singles, run_both(members, singles), strict=True):

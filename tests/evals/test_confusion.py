@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from spd.evals.confusion import Confusion, confusion, judged, main, runs_in, with_losses
+from spd.evals.confusion import Confusion, Near, beside_the_best, confusion, judged, main, runs_in
 from tests.evals.many_runs import ended_study
 
-FINE = {"unfaithful/linear1": 0.01, "lost_effect/linear1": 0.02, "idle_importance/linear1": 0.0}
 FINE = {
-    **FINE,
+    "unfaithful/linear1": 0.01,
+    "lost_effect/linear1": 0.02,
+    "idle_importance/linear1": 0.0,
     "adversarial/20_steps": 0.03,
     "effect_errors/linear1": 0,
     "wrong_weights/linear1": 0,
@@ -51,14 +52,27 @@ def test_what_compares_with_a_solution_is_not_looked_at(tmp_path: Path):
 
 
 def test_a_loss_far_above_the_lowest_of_its_group_refuses(tmp_path: Path):
-    """Each target has a group of its own; 0.065 above the lowest is allowed."""
+    """Each target has a group of its own."""
     given = [(1.0, 0), (1.06, 0), (1.07, 0), (5.0, 1), (5.2, 1)]
     runs = [
         judged(run(tmp_path / f"{i}", solved=True, target_seed=target, loss__total=loss))
         for i, (loss, target) in enumerate(given)
     ]
-    found = with_losses([own for own in runs if own is not None], within=0.065)
-    assert [without for _, without in found] == [True, True, False, True, True]
+    found = beside_the_best([own for own in runs if own is not None], Near(loss=0.065))
+    assert [len(why) for why in found] == [0, 0, 1, 0, 0]
+    assert "7.0% above the lowest" in found[2][0]
+
+
+def test_an_adversary_that_costs_more_than_the_best_run_refuses(tmp_path: Path):
+    """The best is the run of the lowest loss, also where another one withstands more."""
+    given = [(1.0, 0.030), (1.01, 0.020), (1.02, 0.034), (1.03, 0.035), (1.04, None)]
+    runs = [
+        judged(run(tmp_path / f"{i}", solved=True, loss__total=loss, adversarial__20_steps=cost))
+        for i, (loss, cost) in enumerate(given)
+    ]
+    found = beside_the_best([own for own in runs if own is not None], Near(adversary=0.15))
+    assert [len(why) for why in found] == [0, 0, 0, 1, 1]
+    assert "17% more than the best" in found[3][0] and "no figure" in found[4][0]
 
 
 def test_a_run_without_a_known_solution_is_left_out(tmp_path: Path):

@@ -82,6 +82,7 @@ def assert_are_single_runs(command: Command, singles: dict[int, Path]) -> None:
         assert load_run(run).step == 6
 
 
+@pytest.mark.slow
 def test_each_seed_is_an_ordinary_run(command: Command, singles: dict[int, Path]):
     done = side_by_side(command)
     assert done.status == 0, done.err

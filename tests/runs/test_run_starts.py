@@ -216,6 +216,7 @@ def test_killed_before_every_few_events(
         shutil.rmtree(tmp_path / str(number))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["together", pytest.param("one by one", marks=pytest.mark.slow)])
 def test_a_signal_has_a_checkpoint_written_in_the_middle_of_a_stage(
     command: Command, undisturbed: dict[str, Undisturbed], way: str

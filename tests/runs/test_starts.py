@@ -63,7 +63,11 @@ def parameters_of(result: Result) -> dict[str, Tensor]:
     return {k: p.detach() for k, p in result.model.subcomponent_parameters().items()}
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["together", "one after the other"])
+@pytest.mark.parametrize(
+    "together",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["together", "one after the other"],
+)
 def test_the_survivor_is_the_run_of_its_seed_alone(together: bool):
     """To the last bit where it was trained alone, to the rounding of an ensemble where it was not."""
     # the lowest losses are those of another start than the first
@@ -108,6 +112,7 @@ def test_without_a_halving_the_best_at_the_end_is_chosen():
     assert result.history[-1]["step"] == STEPS and "eval/loss/total" in result.history[-1]
 
 
+@pytest.mark.slow
 def test_the_choice_does_not_look_at_the_verdict():
     """Other held-out data lead to the same choice, by the same losses."""
     config = toy_config()
