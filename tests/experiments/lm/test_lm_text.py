@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -183,16 +184,28 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(
-    "name", ["data [v2].txt", "corpus", "notes.text", "all.txt.gz", "a [1].jsonl", "all.jsonl.gz"]
+    "name",
+    [
+        "data [v2].txt",
+        "corpus",
+        "notes.text",
+        "all.txt.gz",
+        "ALL.TXT.GZ",
+        "a [1].jsonl",
+        "all.jsonl.gz",
+        "all.ndjson",
+        "all.ndjson.gz",
+    ],
 )
 def test_a_file_that_exists_is_read_whatever_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
     monkeypatch.chdir(tmp_path)
     rows = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
-    data = (rows if ".jsonl" in name else "<end>".join(DOCUMENTS)).encode()
-    Path(name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    changes = {} if ".jsonl" in name else {"separator": "<end>"}
+    as_json = ".jsonl" in name or ".ndjson" in name
+    data = (rows if as_json else "<end>".join(DOCUMENTS)).encode()
+    Path(name).write_bytes(gzip.compress(data) if name.lower().endswith(".gz") else data)
+    changes = {} if as_json else {"separator": "<end>"}
     train, held_out = load_text(config(name, **changes))
     assert sorted(texts(train) + texts(held_out)) == DOCUMENTS
 
@@ -225,6 +238,10 @@ def test_the_suffix_may_be_written_in_capitals(tmp_path: Path):
     [
         ("all.csv", "files of that kind are not read; give"),
         ("all.jsonl.bz2", "files of that kind are not read; give"),
+        ("all.csv.gz", "files of that kind are not read; give"),
+        ("all.TSV.GZ", "files of that kind are not read; give"),
+        ("all.tar.gz", "files of that kind are not read; give"),
+        ("all.parquet.gz", "files of that kind are not read; give"),
         ("none.jsonl", "is empty"),
         ("folder.txt", "is a folder"),
     ],
@@ -245,3 +262,62 @@ def test_nulls_do_not_tell_what_a_column_holds(tmp_path: Path):
     assert len(texts(train)) + len(texts(held_out)) == 11
     with pytest.raises(UserError, match="has only nulls in its first 4 rows"):
         load_text(config(write_jsonl(tmp_path / "b.jsonl", [{"text": None}] * 4)))
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.jsonl", "link", "link.txt", "all/*.jsonl"])
+def test_what_is_there_but_no_file_is_not_looked_for_on_the_hub(tmp_path: Path, name: str):
+    path = tmp_path / name
+    if name.startswith("pipe"):
+        os.mkfifo(path)
+        said = f"{re.escape(name)}': is a pipe, socket or device; a file or a folder is needed"
+    elif name.startswith("link"):
+        path.symlink_to(tmp_path / "gone")
+        said = f"{re.escape(name)}': is a link that leads nowhere; a file or a folder is needed"
+    else:
+        path.parent.mkdir()
+        write_jsonl(path.parent / "a.jsonl", [{"text": text} for text in DOCUMENTS])
+        (path.parent / "b.jsonl").symlink_to(tmp_path / "gone")
+        said = "b.jsonl: is a link that leads nowhere"
+    with pytest.raises(UserError, match=said) as caught:
+        load_text(config(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["data/*/x.jsonl", "d?ta/**/x.jsonl", "data/a [1]/*.jsonl", "data/[a]*/[x-y].jsonl"]
+)
+def test_wildcards_and_brackets_may_stand_in_folders(tmp_path: Path, pattern: str):
+    for name in ("a [1]", "ab"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        rows = [{"text": f"{name} {text}"} for text in DOCUMENTS]
+        write_jsonl(tmp_path / "data" / name / "x.jsonl", rows)
+    train, held_out = load_text(config(tmp_path / pattern))
+    expected = ["a [1]"] if "a [1]" in pattern else ["a [1]", "ab"]
+    assert sorted(texts(train) + texts(held_out)) == [
+        f"{n} {t}" for n in expected for t in DOCUMENTS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("*", "what a pattern ends in says how its files are read; give .txt, .jsonl"),
+        ("*.csv", "files of that kind are not read; give .txt, .jsonl"),
+        ("none-*", "matches no file"),
+        ("**x/*.txt", "no pattern of files"),
+    ],
+)
+def test_a_pattern_that_will_not_do_is_not_looked_for_on_the_hub(
+    tmp_path: Path, pattern: str, said: str
+):
+    (tmp_path / "a.csv").write_text("text\nhello\n")
+    with pytest.raises(UserError, match=f"{re.escape(pattern)}'?:? {said}") as caught:
+        load_text(config(tmp_path / pattern))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_in_a_folder_with_brackets_is_refused_by_name(tmp_path: Path):
+    save_data_set(tmp_path / "set [v2]", {"train": DOCUMENTS, "test": DOCUMENTS}, column="text")
+    with pytest.raises(UserError, match=r"set \[v2\]': a folder with .* in its name") as caught:
+        load_text(config(tmp_path / "set [v2]", eval_split="test"))
+    assert "\n" not in str(caught.value)

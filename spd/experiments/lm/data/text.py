@@ -7,6 +7,7 @@ import glob
 import gzip
 import importlib
 import logging
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -27,10 +28,19 @@ from spd.noise import derive_seed
 logger = logging.getLogger(__name__)
 
 PYDOC = "pydoc"
-LOADER_OF = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""how a file is read, by its suffix in letters of any size; `.gz` may follow"""
-PACKED_OR_TABLE = {".csv", ".tsv", ".bz2", ".xz", ".zst", ".zip", ".7z"}
+LOADER_OF = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+"""how a file is read, by its suffix in letters of any size; `.gz` may follow, but not `.parquet`"""
+TABLES = {".csv", ".tsv", ".arrow", ".feather", ".orc", ".xlsx", ".sqlite"}
+ARCHIVES = {".bz2", ".xz", ".lzma", ".zst", ".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz"}
+NOT_READ = {*TABLES, *ARCHIVES, ".parquet.gz"}
 """suffixes of what is no plain text, and is not read here"""
+READ = ".txt, .jsonl, .ndjson, .json (.gz may follow) or .parquet"
 MAX_NULLS = 10_000
 """rows at the beginning of a column that may hold nothing"""
 
@@ -42,8 +52,9 @@ class TextConfig(BaseConfig):
     """Where text comes from, what is held out, and how it is cut into sequences."""
 
     source: str
-    """`pydoc`, a file, or a pattern of .txt, .json(l) (both also .gz) or .parquet files; else a directory
-    laid out like a data set of the hub, or one on the hub. A file of another name is read as text."""
+    """`pydoc`, a file, or a pattern of .txt, .json(l), .ndjson (all also .gz) or .parquet files; else a
+    directory laid out like a data set of the hub, or one on the hub. A file of another name is read as
+    text."""
     subset: str | None = None
     revision: str | None = None
     """branch, tag or commit of a data set on the hub"""
@@ -96,9 +107,7 @@ class TextConfig(BaseConfig):
     @property
     def kind(self) -> str | None:
         """`pydoc`, or how files of that name are read; None where its name does not tell."""
-        path = Path(self.source.lower())
-        suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-        return PYDOC if self.source == PYDOC else LOADER_OF.get(suffix)
+        return PYDOC if self.source == PYDOC else LOADER_OF.get(_suffix_of(Path(self.source)))
 
     def check_is_whole(self) -> None:
         """`ValueError` where parts are asked for of what has none."""
@@ -168,7 +177,7 @@ def _load(config: TextConfig, split: str) -> Documents:
     path = Path(config.source).expanduser()
     if config.kind == PYDOC:
         found = datasets.Dataset.from_dict({"text": pydoc_documents()})
-    elif config.kind is not None or path.is_file():
+    elif config.kind is not None or _is_pattern(path) or (_is_there(path) and not path.is_dir()):
         found = _load_files(config, path)
     elif config.separator is not None:
         raise UserError(f"data.separator: goes with text files, and {config.source!r} is none")
@@ -177,18 +186,61 @@ def _load(config: TextConfig, split: str) -> Documents:
     return found.to_iterable_dataset() if config.streaming else found
 
 
-def _load_files(config: TextConfig, path: Path) -> datasets.Dataset:
-    """Of one file, whatever is in its name, or of all that a pattern fits."""
-    files = [path] if path.is_file() else sorted(path.parent.glob(path.name))
-    files = [file for file in files if file.is_file()]
+def _is_there(path: Path) -> bool:
+    """Whether anything has that name, though it be a link that leads nowhere."""
+    return os.path.lexists(path)
+
+
+def _is_pattern(path: Path) -> bool:
+    return glob.has_magic(str(path)) and not _is_there(path)
+
+
+def _suffix_of(path: Path) -> str:
+    """What tells how a file is read; a `.gz` is passed over, except after `.parquet`."""
+    name = Path(path.name.lower())
+    packed = name.suffix == ".gz"
+    suffix = name.with_suffix("").suffix if packed else name.suffix
+    return f"{suffix}.gz" if packed and suffix == ".parquet" else suffix
+
+
+def _files_of(config: TextConfig, path: Path) -> list[Path]:
+    """One file, whatever is in its name, or all that a pattern fits; `UserError` if one is not read."""
+    place = f"data.source: {config.source!r}"
+    try:
+        matches = _fitting(path) if _is_pattern(path) else [path]
+    except ValueError as error:
+        raise UserError(f"{place}: no pattern of files: {error}") from None
+    files = [file for file in matches if _is_there(file) and not file.is_dir()]
     if not files:
-        found = "is a folder" if path.is_dir() else "matches no file"
-        raise UserError(f"data.source: {config.source!r} {found}")
-    if path.suffix.lower() in PACKED_OR_TABLE:
-        raise UserError(
-            f"data.source: {config.source!r}: files of that kind are not read; give .txt, .jsonl (.gz may"
-            " follow) or .parquet"
-        )
+        raise UserError(f"{place} {'is a folder' if path.is_dir() else 'matches no file'}")
+    for file in files:
+        which = "" if file == path else f": {file}"
+        if not file.is_file():
+            what = "a link that leads nowhere" if file.is_symlink() else "a pipe, socket or device"
+            raise UserError(f"{place}{which}: is {what}; a file or a folder is needed")
+    if _suffix_of(path) in NOT_READ:
+        raise UserError(f"{place}: files of that kind are not read; give {READ}")
+    if _is_pattern(path) and config.kind is None:
+        raise UserError(f"{place}: what a pattern ends in says how its files are read; give {READ}")
+    return files
+
+
+def _fitting(pattern: Path) -> list[Path]:
+    """What a pattern fits, in order. A part of it that is there by its very name, as a folder with
+    brackets, stands for itself."""
+    found = [Path(pattern.anchor)]
+    for part in pattern.parts[len(found[0].parts) :]:
+        found = [
+            match
+            for folder in found
+            for match in ([folder / part] if _is_there(folder / part) else folder.glob(part))
+        ]
+    return sorted(set(found))
+
+
+def _load_files(config: TextConfig, path: Path) -> datasets.Dataset:
+    """Of one file, or of all that a pattern fits."""
+    files = _files_of(config, path)
     if config.kind in ("text", None):
         try:
             config.check_is_whole()
@@ -213,7 +265,7 @@ def _load_files(config: TextConfig, path: Path) -> datasets.Dataset:
 
 
 def _read_text(path: Path) -> str:
-    opened = gzip.open if path.suffix == ".gz" else open
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8") as file:
             return str(file.read())
@@ -225,6 +277,11 @@ def _load_dataset(config: TextConfig, split: str) -> Documents:
     """A data set of the hub, or a directory laid out as the hub lays them out."""
     local = Path(config.source).expanduser()
     if local.is_dir():
+        if glob.has_magic(str(local)):
+            raise UserError(
+                f"data.source: {config.source!r}: a folder with '*', '?' or '[' in its name cannot be read"
+                " as a data set; rename it, or name the files in it"
+            )
         name, revision = str(local), None
     else:
         name = config.source
