@@ -113,6 +113,10 @@ def run_target(target: nn.Module, batch: Batch) -> Any:
     return target(**batch.tensors) if isinstance(batch, NamedTensors) else target(batch)
 
 
+MOST_IN_A_LIST = 4
+"""Tensors of one shape, such as (x, y, mask); more are the examples of a batch that was not stacked"""
+
+
 class Batches:
     """A field that is given whatever holds batches, such as a `DataLoader`, and is an iterator of batches.
 
@@ -148,6 +152,7 @@ class Batches:
             n = 0
             for item in given:
                 n += 1
+                _check_no_examples(item, self.name, n)
                 batch = item[0] if isinstance(item, list | tuple) and item else item
                 batch = self._named(batch, n) if isinstance(batch, Mapping) else batch
                 if not isinstance(batch, Batch):
@@ -156,6 +161,10 @@ class Batches:
                         " with one of these, is needed"
                     )
                 batch = _plain(batch)
+                if isinstance(batch, Tensor) and batch.dim() == 0:
+                    raise UserError(
+                        f"{self.name}: batch {n} is one number; a Tensor with an axis is needed"
+                    )
                 if batch.numel() == 0:
                     raise UserError(f"{self.name}: batch {n} is {describe(batch)}: it is empty")
                 yield batch
@@ -163,7 +172,7 @@ class Batches:
                 return
             if not said:
                 seen = counted(n, "batch", "batches")
-                logger.info("%s: ended after %s, and begins again", self.name, seen)
+                logger.warning("%s: ended after %s, and begins again", self.name, seen)
                 said = True
 
     def _named(self, item: Mapping[Any, Any], n: int) -> NamedTensors:
@@ -181,6 +190,16 @@ class Batches:
                 " each Tensor is that of the examples"
             )
         return NamedTensors(item)
+
+
+def _check_no_examples(item: Any, name: str, n: int) -> None:
+    """`UserError` of a list of examples where a batch is needed: all but the first would be lost."""
+    alike = isinstance(item, list) and len(item) > MOST_IN_A_LIST
+    if alike and all(isinstance(x, Tensor) and x.shape == item[0].shape for x in item):
+        raise UserError(
+            f"{name}: batch {n} is a list of {len(item)} Tensors of one shape; a Tensor that holds them all"
+            " (torch.stack), or (x, y), is needed"
+        )
 
 
 def _are_pairs(ties: Any) -> bool:
@@ -250,6 +269,11 @@ class Problem:
                 )
         if self.solution and self.probes is None:
             raise UserError("probes: there are none, but the solution is that on probes; give both")
+        if self.independent_rows and self.position_weights is not None:
+            raise UserError(
+                "independent_rows: True merges the rows without input, of which position_weights would give"
+                " each its own weight; give one of the two"
+            )
         allowed = get_args(ReconKind)
         if self.recon not in allowed:
             hint = nearest(str(self.recon).lower(), allowed)

@@ -20,6 +20,7 @@ UNCHECKED = "SPD_TESTS_UNCHECKED"
 CHECK_ALL = "SPD_TESTS_CHECK_ALL"
 COMPILER = "a C++ compiler"
 
+gc.disable()  # until everything has been imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of the processes that tests start, too:
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a thread that waits leaves its core to the others
@@ -37,7 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what has been imported stays: the collector need not look through it again
+    """What has been imported stays: the collector need not look through it again."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

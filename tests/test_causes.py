@@ -1,6 +1,7 @@
 """Solved by causes: the known solution is, and whatever is wrong with a decomposition is named."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,6 +180,28 @@ def test_without_a_known_solution_the_other_points_are_judged():
     with torch.no_grad():
         off_on_data(prepared.objective.model)
     assert not judge(prepared, problem=unknown).solved
+
+
+def test_rows_that_do_not_count_are_not_looked_at():
+    """What is wrong on them alone is no fault, and what is wrong on the others is not diluted by them."""
+    prepared = toy()
+    with torch.no_grad():
+        off_on_data(prepared.objective.model)
+    problem = prepared.problem
+    batch = torch.cat(list(prepared.eval_batches))
+    counts = batch.amax(dim=1) > 0.5
+    assert 0.1 < counts.float().mean() < 0.95
+    weighed = replace(
+        problem,
+        independent_rows=False,
+        position_weights=lambda rows: (rows.amax(dim=1) > 0.5).float() / counts.float().mean(),
+    )
+    model = prepared.objective.model
+    own = causes_of(model, weighed, [batch], how=QUICK, n_rows=len(batch))
+    only = causes_of(model, problem, [batch[counts]], how=QUICK, n_rows=len(batch))
+    assert own.n_rows == only.n_rows == counts.sum()
+    for path, site in only.sites.items():
+        assert own.sites[path][:6] == pytest.approx(site[:6], rel=1e-5)
 
 
 def test_effects_of_large_sites_are_measured_on_a_seeded_sample():

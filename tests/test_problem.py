@@ -71,7 +71,7 @@ XS = torch.arange(24.0).reshape(12, 2)
 def test_what_holds_batches_is_taken_and_begins_again(
     held: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", logger="spd"):
+    with caplog.at_level("WARNING", logger="spd"):  # what a library user sees
         own = Problem(nn.Linear(2, 2), held, held)
         seen = torch.cat([next(own.train_batches) for _ in range(9)])
     assert torch.equal(seen, XS.repeat(3, 1))
@@ -89,11 +89,20 @@ def test_what_holds_batches_is_taken_and_begins_again(
         ([{"x": XS, "y": 3}], "train_batches: in batch 1, 'y' is a int; a batch of names has a T"),
         ([{}], "train_batches: in batch 1, no name; a batch of names has a Tensor for each"),
         ([{"x": XS, "y": XS[1:]}], r"batch 1 has different numbers of examples \(x 12, y 11\)"),
+        ([torch.tensor(1.0)], "batch 1 is one number; a Tensor with an axis is needed"),
+        ([list(XS)], "batch 1 is a list of 12 Tensors of one shape; a Tensor that holds them all"),
     ],
 )
 def test_what_holds_no_batches_is_refused(given: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         next(Problem(nn.Linear(2, 2), given, batches(1)).train_batches)
+
+
+def test_weights_of_rows_that_are_merged_are_refused() -> None:
+    """A zero row that stands for many can have no weight of its own."""
+    given = {"independent_rows": True, "position_weights": lambda batch: torch.ones(len(batch))}
+    with pytest.raises(UserError, match="independent_rows: True merges the rows without input"):
+        Problem(nn.Linear(2, 2), batches(1), batches(1), **given)
 
 
 class Returns(nn.Module):

@@ -227,6 +227,15 @@ def test_a_cell_that_is_run_again_begins_anew():
         first.model.importances(batch)
 
 
+def test_a_part_of_the_target_that_is_told_to_train_stays_as_it_was():
+    target = nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3)))
+    model = decompose(target, {"0": 4}, torch.rand(8, 4)).model
+    batch = torch.rand(8, 4)
+    before = model(batch)
+    target[1].train()
+    assert torch.equal(model(batch), before)
+
+
 def test_after_a_mistake_the_same_target_can_be_decomposed():
     target, batch = mlp(), torch.rand(8, 4)
     with pytest.raises(UserError, match="n_eval_batches"):
@@ -260,7 +269,7 @@ def test_a_site_without_any_effect_is_named(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.WARNING)
     torch.manual_seed(0)
     decompose(WithUnused(), {"*used": 4}, torch.rand(8, 4))
-    (message,) = [record.message for record in caplog.records]
+    (message,) = [own.message for own in caplog.records if own.name.endswith("target_check")]
     assert message.startswith("site 'unused' has no effect on the output")
 
 

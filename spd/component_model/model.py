@@ -260,7 +260,7 @@ class ComponentModel(nn.Module):
                 f"masks: {unknown[0]!r} is no site{nearest(unknown[0], self.sites)} (sites:"
                 f" {', '.join(self.sites)})"
             )
-        self._check_current()
+        self.check_current()
         this = GivenMasks(given, self.sites, self._lower_importances)
         this.copied = self.overwritten
         kind = next(self.target.parameters()).device.type
@@ -287,16 +287,18 @@ class ComponentModel(nn.Module):
     def run(self, batch: Batch | Mapping[str, Tensor], this: Pass) -> Tensor:
         """Run the target as the pass says."""
         this.copied = self.overwritten
-        self._check_current()
+        self.check_current()
         before, self.running.current = self.running.current, this
         try:
             return self._run_target(as_batch(batch))
         finally:
             self.running.current = before
 
-    def _check_current(self) -> None:
-        if self.target.training:  # it has been told so by itself
-            self.target.eval()
+    def check_current(self) -> None:
+        """`UserError` if the target was decomposed again since; it is in evaluation mode afterwards."""
+        if not torch.compiler.is_compiling():
+            if any(part.training for part in self.target.modules()):  # one was told so by itself
+                self.target.eval()
         if self.running.over:
             raise UserError(
                 "this model's target has been decomposed again since, so that its subcomponents are no part"

@@ -143,7 +143,8 @@ def causes_of(
 ) -> Causes:
     """The five points of a decomposition, on the problem's probes and on held-out `batches`."""
     rows = _rows_with_input(batches, n_rows)
-    on_data = _Measured(model, rows, problem.recon)
+    weigh = problem.position_weights
+    on_data = _Measured(model, rows, problem.recon, None if weigh is None else weigh(rows))
     on_probes = None
     if problem.probes is not None and problem.solution:
         on_probes = _Measured(model, problem.probes, problem.recon)
@@ -152,7 +153,7 @@ def causes_of(
         columns = _sample(site.C, n_sampled, seed, path, rows.device)
         pattern = problem.solution.get(path)
         effects = on_data.effects(path, columns)
-        g = on_data.g[path].flatten(end_dim=-2)
+        g = on_data.counted(on_data.g[path].flatten(end_dim=-2))
         effect_errors = wrong_weights = None
         if on_probes is not None and pattern is not None:
             seen = on_probes.effects(path, torch.arange(site.C, device=rows.device))
@@ -162,7 +163,7 @@ def causes_of(
             unfaithfulness(model, path, pattern),
             effect_errors,
             wrong_weights,
-            *_on_data(effects, on_data.ablated(path), g[:, columns]),
+            *_on_data(on_data.counted(effects), on_data.counted(on_data.ablated(path)), g[:, columns]),
             size_of(site, (g <= ALIVE_THRESHOLD).all(dim=0)),
             len(columns),
             site.C,
@@ -176,18 +177,33 @@ def causes_of(
 class _Measured:
     """The target on some rows, and how far masked passes are from it."""
 
-    def __init__(self, model: ComponentModel, batch: Tensor, recon: ReconKind) -> None:
-        self.model, self.batch = model, batch
+    def __init__(
+        self,
+        model: ComponentModel,
+        batch: Tensor,
+        recon: ReconKind,
+        weights: Tensor | None = None,
+    ) -> None:
+        self.model, self.batch, self.weights = model, batch, weights
         self.recon: ReconKind = recon
         target = model.target_forward(batch)
         self.output = target.output
         lower = model.causal_importances(target.site_inputs).lower
         self.g = {path: own.clamp(0, 1) for path, own in lower.items()}
-        self.n_rows = self.output[..., 0].numel()
+        self.n_rows = len(self.counted(self.output[..., 0].flatten()))
+
+    def counted(self, values: Float[Tensor, "rows *columns"]) -> Float[Tensor, "counted *columns"]:
+        """Without the rows of weight 0; all of what has not one value for every row."""
+        if self.weights is None or len(values) != self.weights.numel():
+            return values
+        return values[self.weights.flatten() > 0]
 
     def errors(self, masks: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
         on_device = {path: mask.to(self.batch.device) for path, mask in masks.items()}
         errors = recon_errors(self.model(self.batch, on_device), self.output, self.recon)
+        if self.weights is not None:
+            weights = self.weights
+            errors = errors * weights.reshape(*weights.shape, *[1] * (errors.dim() - weights.dim()))
         return by_example(errors, self.g)
 
     def one_off(self, path: str, mask: Float[Tensor, " C"]) -> Float[Tensor, " rows"]:

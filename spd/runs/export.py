@@ -50,7 +50,12 @@ def export(
             f"what: {what!r} is unknown{nearest(str(what), get_args(What))} (allowed:"
             f" {', '.join(get_args(What))})"
         )
+    if not isinstance(source, ComponentModel) and not hasattr(source, "model"):
+        raise UserError(
+            f"source: {type(source).__name__}; what decompose or load_run gave, or its model, is needed"
+        )
     model = source if isinstance(source, ComponentModel) else source.model
+    model.check_current()
     if (what == "edited") != bool(edits):
         raise UserError(
             f"edits: {'needed for' if what == 'edited' else 'no part of'} what={what!r}"
@@ -62,8 +67,7 @@ def export(
     inner = _pretrained(model)
     with new_directory(folder) as partial:
         if inner is None:
-            state = {name: _alone(value) for name, value in model.target.state_dict().items()}
-            write_safetensors(partial / WEIGHTS_FILE, state | _named(model.target, weights))
+            write_safetensors(partial / WEIGHTS_FILE, _state(model.target, weights))
         else:
             _save_pretrained(inner, weights, partial)
             for path in partial.glob("*.safetensors"):
@@ -71,6 +75,24 @@ def export(
         if isinstance(source, Run):
             _copy_others(source.directory / TARGET, partial)
     return folder
+
+
+def _state(target: nn.Module, weights: Mapping[nn.Module, Tensor]) -> dict[str, Tensor]:
+    """What `load_state_dict` takes; `UserError` where one parameter would have two values."""
+    new, old = _named(target, weights), target.state_dict()
+    owner = {value.data_ptr(): name for name, value in old.items() if name in new}
+    for name, value in old.items():
+        shared = owner.get(value.data_ptr()) if value.numel() else None
+        if shared is not None and not _equal(new.get(name, value), new[shared]):
+            raise UserError(
+                f"{shared} and {name} are one parameter, which would have two values; untie them in a copy"
+                " of the target, or decompose both with tied_sites"
+            )
+    return {name: _alone(value) for name, value in old.items()} | new
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
 
 
 def _weights(

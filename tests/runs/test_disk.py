@@ -116,6 +116,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_disk_that_is_only_read(
     small_disk: Path, original: Path, capsys: pytest.CaptureFixture[str]
 ):

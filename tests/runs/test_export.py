@@ -171,6 +171,32 @@ def test_what_cannot_be_exported_leaves_nothing(options: Any, said: str, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_whose_target_was_decomposed_again_is_refused(tmp_path: Path):
+    target = mlp()
+    first = decompose(target, {"0": 9})
+    decompose(target, {"0": 9})
+    with pytest.raises(UserError, match="decomposed again since"):
+        spd.export(first, tmp_path / "new", "sum")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_parameter_has_one_value(tmp_path: Path):
+    """Where two modules share it and one is changed, a state would hold both values."""
+    target = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    target[2].weight = target[0].weight
+    model = decompose(target, {"0": 9})
+    assert spd.export(model, tmp_path / "same").is_dir()
+    with pytest.raises(UserError, match=r"0\.weight and 2\.weight are one parameter"):
+        spd.export(model, tmp_path / "new", "sum")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_path_is_no_model(tmp_path: Path):
+    given: Any = str(tmp_path)
+    with pytest.raises(UserError, match="source: str; what decompose or load_run gave"):
+        spd.export(given, tmp_path / "new")
+
+
 def test_a_folder_with_files_is_not_overwritten(tmp_path: Path):
     (tmp_path / "mine").write_text("1")
     with pytest.raises(UserError, match="not empty"):
