@@ -9,7 +9,7 @@ the strongest edges over N held-out batches instead (VPD paper, Bushnaq et al. 2
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ from spd.runs.run import Run, load_run
 ANALYSIS = "analysis/attribution"
 N_POSITIONS = 32
 """of a held-out text, where no prompt is given"""
+
+
+@runtime_checkable
+class EncodesText(Protocol):
+    """A problem that knows how a text becomes token ids as in its data."""
+
+    def encode(self, text: str) -> list[int]: ...
 
 
 class Prompt(NamedTuple):
@@ -66,7 +73,8 @@ def prompt_of(
             raise UserError(
                 "--prompt: this run's target reads no text that a tokenizer is known of"
             )
-        batch = torch.tensor([tokenizer.encode(text)], device=batches[0].device)
+        encode = problem.encode if isinstance(problem, EncodesText) else tokenizer.encode
+        batch = torch.tensor([encode(text)], dtype=torch.long, device=batches[0].device)
         if batch.shape[1] == 0:
             raise UserError(f"--prompt: {text!r} has no token")
     else:

@@ -1,7 +1,9 @@
 """Graphs of causes: of a prompt, pruned for one behaviour; what attention and neurons share."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,13 @@ from spd.analysis.edges import INPUT
 from spd.analysis.graph import Wanted, graph_of
 from spd.component_model import ComponentModel
 from spd.components import LinearSubcomponents
-from spd.config import UserError
+from spd.config import UserError, parse
+from spd.engine.prepare import prepare
+from spd.experiments.lm.data.text import TextConfig
 from spd.experiments.tms.tms_decomposition import build
 from spd.importance import AffineImportance
 from spd.problem import Problem
-from spd.runs.run import start
+from spd.runs.run import Run, start
 from tests.analysis.test_editing import planted
 from tests.little_lm import build as build_lm
 from tests.little_lm import little_config as lm_config
@@ -174,6 +178,29 @@ def test_the_command_on_a_toy(run: Path, capsys: pytest.CaptureFixture[str]):
     assert status_of(attribution.main, run, "--row", "100000") == 2
     assert status_of(attribution.main, run, "--output", "7") == 2
     assert "outputs 0 to 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "shown", "columns"),
+    [
+        ({"bos": True}, "word8 word9", ["word7", "word8", "word9"]),
+        ({"lowercase": True}, "WORD8 word9", ["word8", "word9"]),
+        ({"bos": True, "lowercase": True}, "WORD8 word9", ["word7", "word8", "word9"]),
+        ({"bos": "auto"}, "WORD8 word9", ["?", "word9"]),
+    ],
+)
+def test_a_prompt_is_read_as_the_data_of_the_run(
+    data: dict[str, Any], shown: str, columns: list[str]
+):
+    """Here word7 is the token that a sequence begins with, and no word in capitals is known."""
+    problem = build_lm(lm_config(), torch.device("cpu"))
+    assert problem.tokenizer is not None
+    problem.tokenizer.bos_token = "word7"
+    raw = {"source": "a.txt", "eval_frac": 0.5, "context_length": 8, "end_token": "?", **data}
+    text = parse(TextConfig, raw, "test")
+    prepared = prepare(replace(problem, text=text), lm_config(metrics={}, n_eval_batches=1))
+    run = Run(Path("nowhere"), None, prepared, 0, [])
+    assert attribution.prompt_of(run, text=shown).columns == columns
 
 
 @pytest.mark.slow

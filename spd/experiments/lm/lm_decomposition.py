@@ -141,6 +141,7 @@ def build(
         device=device,
         tokenizer=loaded.tokenizer,
         unembed=loaded.unembed,
+        text=settings.text,
         n_report_batches=config.n_report_batches,
         write_target=lambda directory: _write(directory, config, loaded, batches, settings),
     )

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from spd.config import UserError
 from spd.engine.prepare import Prepared
+from spd.experiments.lm.data.text import TextConfig
+from spd.experiments.lm.data.tokens import beginning_with
 from spd.experiments.lm.report.page import write_lm_report
 from spd.experiments.lm.report.token_texts import token_text
 from spd.problem import Batch, Problem
@@ -29,6 +31,8 @@ class LMProblem(Problem):
     """None where the data came as token ids and names no tokenizer"""
     unembed: str | None
     """path of the module that makes logits of the residual stream; None: the model has none"""
+    text: TextConfig | None = None
+    """how text became the token ids of its batches; None: as the tokenizer does it by itself"""
     write_target: Callable[[Path], None] | None = None
     """writes target, tokenizer and held-out text into a new directory, from which a run loads them"""
     n_report_batches: int = 32
@@ -37,6 +41,14 @@ class LMProblem(Problem):
     def save_target(self, directory: Path) -> None:
         if self.write_target is not None:
             self.write_target(directory)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text as the data have them: `bos` and `lowercase` are those of the data."""
+        if self.tokenizer is None:
+            raise UserError(f"{text!r} cannot be read: this target has no tokenizer; name one")
+        if self.text is None:
+            return self.tokenizer.encode(text)
+        return beginning_with(text, self.text, self.tokenizer)
 
     def token_text(self, token: int) -> str:
         """A token as text, with the space that it begins with."""

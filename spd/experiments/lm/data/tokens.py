@@ -108,6 +108,17 @@ def begin_token(config: TextConfig, tokenizer: PreTrainedTokenizerBase | None) -
     return found[0]
 
 
+def beginning_with(text: str, config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a text as the beginning of a sequence of the data.
+
+    It is in lower case where the data are, after the token that sequences begin with, and has no end.
+    """
+    begin = begin_token(config, tokenizer)
+    written = text.lower() if config.lowercase else text
+    ids = list(tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"])
+    return ids if begin is None else [begin, *ids]
+
+
 def begun(rows: Int[np.ndarray, "n rest"], begin: int | None) -> Int[np.ndarray, "n length"]:
     """Sequences with the token that they begin with, if there is one."""
     if begin is None:
