@@ -4,9 +4,8 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +17,9 @@ from spd.config import (
     parse,
     read_yaml,
 )
+
+if TYPE_CHECKING:
+    from spd.sweeps.logged import Logged
 
 Point = dict[str, Any]
 """swept key → value"""
@@ -192,6 +194,7 @@ def overrides_of(point: Mapping[str, Any]) -> list[str]:
 def check(definition: Definition, experiment: str, fixed: Sequence[str], source: str) -> None:
     """`UserError` unless the experiment takes every key and every value, and logs the metric."""
     from spd.runs.cli import checked_config
+    from spd.sweeps.logged import logged
 
     base = checked_config(experiment, fixed)
     flat = definition.parameters
@@ -215,34 +218,27 @@ def check(definition: Definition, experiment: str, fixed: Sequence[str], source:
             checked_config(experiment, [*fixed, *overrides_of(point)])
         except UserError as error:
             raise UserError(f"{source}: parameters: {error}") from None
-    names = list(base.sites), list(base.losses)
-    _check_metric(definition.metric.name, *names, list(base.metrics.values()), source)
+    _check_metric(definition, logged(base), source)
 
 
-def _check_metric(
-    name: str, sites: Sequence[str], losses: Sequence[str], metrics: Sequence[Any], source: str
-) -> None:
-    """`UserError` unless runs with such sites (patterns), losses and specs of metrics log the figure.
+def only_at_end(definition: Definition, experiment: str, fixed: Sequence[str]) -> bool:
+    """Whether its runs are known to log the metric in their last evaluation alone."""
+    from spd.runs.cli import checked_config
+    from spd.sweeps.logged import logged
 
-    What follows the name of a figure is a site, or, for an experiment's own figures, what it pleases.
-    """
-    exact = [f"{place}loss/{term}" for place in ("", "eval/") for term in ("total", *losses)]
-    with_site, with_more = ["l0"], []
-    for spec in metrics:
-        own = not type(spec).__module__.startswith("spd.metrics.")
-        for key, quantity in spec.quantities.items():
-            names = [f"eval/{one}" for one in (key, quantity.spread) if one is not None]
-            exact += names
-            (with_more if own else with_site).extend(names)
-    figure, _, place = name.rpartition("/") if name.count("/") > 1 else name.partition("/")
-    at_site = figure in with_site and any(fnmatchcase(place, pattern) for pattern in sites)
-    if name in exact or at_site or (figure in with_more and place):
-        return
-    known = [*dict.fromkeys(exact), *(f"{f}/{site}" for f in with_site for site in sites)]
-    raise UserError(
-        f"{source}: metric.name: {name!r} is not logged{nearest(name, known)} (allowed:"
-        f" {', '.join(known)})"
-    )
+    return logged(checked_config(experiment, fixed)).only_at_end(definition.metric.name)
+
+
+def _check_metric(definition: Definition, figures: "Logged", source: str) -> None:
+    """`UserError` unless the metric has a value in the end, and where trials may end early, before it."""
+    name = definition.metric.name
+    if not figures.ends_with(name):
+        raise UserError(f"{source}: metric.name: {figures.said_of(name)}")
+    if definition.early_terminate is not None and figures.only_at_end(name):
+        raise UserError(
+            f"{source}: early_terminate: {name!r} is logged by the last evaluation alone, when there is"
+            " nothing left to end early; allowed with a figure that every evaluation has"
+        )
 
 
 def _to_check(definition: Definition) -> Iterator[Point]:

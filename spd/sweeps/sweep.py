@@ -41,8 +41,8 @@ from spd.launch.study import (
 )
 from spd.registry import expected_minutes, get_experiment
 from spd.settings import PACKAGE_DIR, output_root
-from spd.sweeps.definition import Definition, check, read_definition
-from spd.sweeps.trials import trials_of
+from spd.sweeps.definition import Definition, check, only_at_end, read_definition
+from spd.sweeps.trials import ONLY_AT_END, trials_of
 
 KIND = "sweeps"
 SHIPPED = PACKAGE_DIR / "sweeps" / "sweep_params.yaml"
@@ -134,6 +134,7 @@ def _new(words: Sequence[str], options: SweepOptions) -> int:
     backend, project = _backend(options, definition, experiment, overrides)
     asked |= {
         "definition": definition.model_dump(mode="json", exclude_unset=True),
+        ONLY_AT_END: only_at_end(definition, experiment, overrides),
         "backend": backend,
         "project": project,
         "name": _job_name(options.job_suffix),
@@ -174,6 +175,8 @@ def _go_on(study: Study, n_agents: int, extended: Definition | None, options: Sw
         if corrected:
             module.begin_anew(study)
         study.record["definition"] = extended.model_dump(mode="json", exclude_unset=True)
+        runs_of = study.record["experiment"], study.record["overrides"]
+        study.record[ONLY_AT_END] = only_at_end(extended, *runs_of)
         n_added = module.extend(study)
         study.save()
         print(f"{counted(n_added, 'point')} added")

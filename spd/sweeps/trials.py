@@ -34,6 +34,8 @@ TRIALS = "trials"
 OUTPUT = "output.txt"
 EARLIER = "earlier"
 """trials that ended under another metric, none of which had a value"""
+ONLY_AT_END = "metric_only_at_end"
+"""in a study's record: whether its runs log the metric in their last evaluation alone"""
 
 
 class Trial(NamedTuple):
@@ -147,8 +149,8 @@ def _run(
     experiment = get_experiment(study.record["experiment"])
     words = [*experiment.command(study.code / "spd"), *study.record["overrides"], *arguments]
     command = python(*words)
-    metric = definition_of(study).metric.name
-    watched = [_Watched(Path(trial.run_dir), metric, watcher) for trial in trials]
+    metric, late = definition_of(study).metric.name, study.record.get(ONLY_AT_END, False)
+    watched = [_Watched(Path(trial.run_dir), metric, watcher, late=late) for trial in trials]
     for trial in trials:
         _write(study, trial)
         wait_until_free(Path(trial.run_dir))
@@ -176,8 +178,8 @@ def _run(
 class _Watched:
     """The metric of one run, read from what it logs, each line once."""
 
-    def __init__(self, run_dir: Path, metric: str, watcher: Watcher) -> None:
-        self.run_dir, self.metric, self.watcher = run_dir, metric, watcher
+    def __init__(self, run_dir: Path, metric: str, watcher: Watcher, *, late: bool) -> None:
+        self.run_dir, self.metric, self.watcher, self.late = run_dir, metric, watcher, late
         self.log = GrowingLines(run_dir / METRICS_FILE)
         self.found: list[float] = []
         self.keys: set[str] = set()
@@ -185,13 +187,14 @@ class _Watched:
         self.problem: str | None = None
 
     def hopeless(self) -> bool:
-        """Whether the run should be stopped: the watcher says so, or its metric is not logged."""
+        """Whether the run should be stopped: the watcher says so, or it will never have its metric."""
         if not self._read():
             return False
         for n, value in enumerate(self.found[self.n_heard :], start=self.n_heard):
             self.watcher.heard(n, value)
         self.n_heard = max(self.n_heard, len(self.found))
-        self.problem = self.problem or self._missing()
+        if self._comparable() and not self.late:
+            self.problem = self.problem or self.missing()
         self.pruned = self.problem is None and self.watcher.hopeless()
         return self.pruned or self.problem is not None
 
@@ -213,15 +216,18 @@ class _Watched:
                 self.found.append(line[self.metric])
         return bool(lines)
 
-    def _missing(self) -> str | None:
-        """What is wrong if the first lines of its kind do not hold the metric."""
+    def _comparable(self) -> set[str]:
+        """What stands in the lines of the metric's kind: evaluations, or steps of training."""
         evaluated = self.metric.startswith("eval/")
-        keys = {key for key in self.keys if key.startswith("eval/") == evaluated} - {"step"}
-        if self.metric in keys or not keys:
+        return {key for key in self.keys if key.startswith("eval/") == evaluated} - {"step"}
+
+    def missing(self) -> str | None:
+        """What is wrong if no line that was read holds the metric."""
+        keys = sorted(self._comparable())
+        if self.metric in keys:
             return None
-        logged = sorted(keys)
-        hint = nearest(self.metric, logged)
-        return f"the metric {self.metric!r} is not logged{hint} (logged: {', '.join(logged)})"
+        hint = nearest(self.metric, keys)
+        return f"the metric {self.metric!r} is not logged{hint} (logged: {', '.join(keys) or 'nothing'})"
 
 
 def _judged(trial: Trial, watched: _Watched, ended: Ended, n_trials: int) -> Trial:
@@ -235,7 +241,8 @@ def _judged(trial: Trial, watched: _Watched, ended: Ended, n_trials: int) -> Tri
     if watched.pruned and ended.state == "interrupted" and ended.signum is None:
         return trial._replace(state="pruned", value=value)
     if ended.state == "finished" and (value is None or not math.isfinite(value)):
-        return trial._replace(state="failed", value=None, reason=f"its metric is {value}")
+        reason = watched.missing() or f"the metric {watched.metric!r} is {value}"
+        return trial._replace(state="failed", value=None, reason=reason)
     return trial._replace(state=ended.state, value=value, reason=ended.reason)
 
 
