@@ -108,6 +108,11 @@ def start(
     A target that is not found as it is named is looked for in `folder`, where the YAML file lies.
     """
     check_entry(type(config), build)
+    if config.seeds:
+        raise UserError(
+            f"seeds: {list(config.seeds)} are several runs and start begins one: call run_seeds(config,"
+            " build), or give seed and no seeds"
+        )
     directory = distributed.on_leader(lambda: _place_for(config, directory))
     with kept_log() as earlier, distributed.leader_first():
         run = _prepared(config, build, folder, directory, earlier)

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from spd.config import UserError
+from spd.experiments.tms.tms_decomposition import build
 from spd.problem import Problem
 from spd.runs.cli import parts_of
 from spd.runs.execution import ExperimentConfig
 from spd.runs.run import load_run, start
 from spd.settings import PACKAGE_DIR
 from tests.run_fixtures import QUICK, make_tms_target
+from tests.runs.little_run import little_config
 
 CLASS = """
 from spd.runs.execution import ExperimentConfig
@@ -69,6 +71,13 @@ def test_a_build_that_is_not_found_again_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match="inner is no function of the module itself"):
         start(config, inner)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_run_is_not_begun_where_several_seeds_are_asked_for(tmp_path: Path):
+    config = little_config(tmp_path, "seeds=[0, 1]")
+    with pytest.raises(UserError, match=r"seeds: \[0, 1\] .* call run_seeds.* or give seed"):
+        start(config, build, directory=tmp_path / "a-run")
+    assert not (tmp_path / "a-run").exists()
 
 
 IN_A_NOTEBOOK = """
