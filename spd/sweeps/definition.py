@@ -182,7 +182,15 @@ def read_definition(path: Path) -> Definition:
         raise UserError(f"{path}: {ours[0]}: is set by spd-sweep")
     parameters = raw.get("parameters")
     if isinstance(parameters, dict):
-        raw["parameters"] = dict(_flat("", parameters))
+        pairs = list(_flat("", parameters))
+        keys = [key for key, _ in pairs]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise UserError(
+                f"{path}: parameters.{twice[0]}: stands twice, with dots and below another key"
+                " (allowed: one of them)"
+            )
+        raw["parameters"] = dict(pairs)
     return parse(Definition, raw, str(path))
 
 

@@ -120,6 +120,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"parameters": {"tf32": {"value": True}, "execution.tf32": {"value": False}}},
         "parameters.tf32: stands twice, also as execution.tf32",
     ),
+    "nested and dotted": (
+        {
+            "parameters": {
+                "data.feature_probability": {"value": 0.1},
+                "data": {"parameters": {"feature_probability": {"value": 0.2}}},
+            }
+        },
+        "parameters.data.feature_probability: stands twice, with dots and below another key",
+    ),
     "unknown site": (
         {"parameters": {"sites.linear3": {"values": [5]}}},
         "sites.linear3: .*no such",
