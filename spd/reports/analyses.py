@@ -8,7 +8,7 @@ from spd.config import UserError
 from spd.reports.drawing import BLUE, GREY, ORANGE, DescribedFigure, count, panel_grid
 from spd.reports.images import Image, image
 from spd.reports.png import FigureText, png_bytes
-from spd.reports.reading import object_of
+from spd.reports.reading import made_elsewhere, object_of
 
 IMPORTANCES = Path("analysis", "importances", "importances.json")
 CLUSTERING = Path("analysis", "clustering", "clustering.json")
@@ -30,8 +30,11 @@ class Section(NamedTuple):
     figure: Image | None = None
 
 
-def analyses_of(run_dir: Path) -> list[Section]:
-    """The sections of the analyses that a run holds, in their order."""
+def analyses_of(run_dir: Path, step: int | None = None) -> list[Section]:
+    """The sections of the analyses that a run holds, in their order.
+
+    One that was made at another checkpoint than that of `step`, which the page shows, begins by saying so.
+    """
     found = []
     for path, section in (
         (IMPORTANCES, _importances),
@@ -42,13 +45,30 @@ def analyses_of(run_dir: Path) -> list[Section]:
         if not told:
             continue
         try:
-            found.append(section(told))
+            made = section(told)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(
                 f"{run_dir / path}: not what the analysis writes there ({type(error).__name__}: {error});"
                 f" python -m spd.analysis.{path.parts[1]} {run_dir} writes it anew"
             ) from None
+        elsewhere = made_elsewhere(_checkpoint_of(told, run_dir), step)
+        found.append(made._replace(said=[elsewhere, *made.said]) if elsewhere else made)
     return found
+
+
+def _checkpoint_of(told: Mapping[str, Any], run_dir: Path) -> Any:
+    """The step whose checkpoint an analysis looked at; None where its record does not tell.
+
+    What was made of importances is of their checkpoint, as long as these are the same ones.
+    """
+    about = told.get("about")
+    if isinstance(about, dict):
+        return about.get("checkpoint")
+    if "importances" in told:
+        importances = object_of(run_dir / IMPORTANCES)
+        same = importances.get("sha256") == told["importances"]
+        return _checkpoint_of({"about": importances.get("about")}, run_dir) if same else None
+    return told.get("checkpoint")
 
 
 def _importances(told: Mapping[str, Any]) -> Section:

@@ -17,7 +17,7 @@ from spd.metrics.baselines import NAMES as BASELINES
 from spd.reports.drawing import DescribedFigure
 from spd.reports.panels import BLUE, GREY, ORANGE, PALETTE, panel_grid
 from spd.reports.png import FigureText
-from spd.reports.reading import object_of
+from spd.reports.reading import made_elsewhere, object_of
 from spd.reports.results import format_value
 
 LADDER = "ladder"
@@ -52,12 +52,21 @@ def is_of_ladder(key: str) -> bool:
 
 
 def ladder_of(
-    values: Mapping[str, float], history: Sequence[Mapping[str, float]], run_dir: Path
+    values: Mapping[str, float],
+    history: Sequence[Mapping[str, float]],
+    run_dir: Path,
+    step: int | None = None,
 ) -> Ladder | None:
-    """The ladder among the figures of the last evaluation; None where there is none."""
+    """The ladder among the figures of the evaluation at `step`; None where there is none.
+
+    What an analysis has found at another step is left out, and a sentence says so.
+    """
     whole = values.get(f"{PREFIX}ablated")
     if whole is None:
         return None
+    analysis: dict[str, Any] = object_of(run_dir / ANALYSIS)
+    elsewhere = made_elsewhere(analysis.get("checkpoint"), step)
+    left_out = f" Not drawn: spd.analysis.adversary. {elsewhere}" if elsewhere else ""
     known = any(key.startswith(RECOVERED) for key in values)
     names = [key.removeprefix(PREFIX) for key in values if key.startswith(PREFIX)]
     beside = [name for name in BASELINES if any(k.startswith(f"ladder_{name}/") for k in values)]
@@ -77,8 +86,8 @@ def ladder_of(
             ]
             for name in names
         ],
-        how_much_is_on(values),
-        ladder_figure(values, history, run_dir),
+        how_much_is_on(values) + left_out,
+        ladder_figure(values, history, {} if elsewhere else analysis),
     )
 
 
@@ -108,7 +117,9 @@ def how_much_is_on(values: Mapping[str, float]) -> str:
 
 
 def ladder_figure(
-    values: Mapping[str, float], history: Sequence[Mapping[str, float]], run_dir: Path
+    values: Mapping[str, float],
+    history: Sequence[Mapping[str, float]],
+    analysis: Mapping[str, Any],
 ) -> DescribedFigure:
     """D over that of ablating all, over the steps of the adversary, and over the steps of the run."""
     text = FigureText(
@@ -123,7 +134,7 @@ def ladder_figure(
     search, run = panel_grid(figure, 2)
     for scope in SCOPES:
         _search_line(search, values, scope)
-    _lines_of_analysis(search, run_dir)
+    _lines_of_analysis(search, analysis)
     search.set_xscale("log")
     search.set_xticks(TICKS, [str(n) for n in TICKS])
     search.minorticks_off()
@@ -159,9 +170,8 @@ def _search_line(ax: Axes, values: Mapping[str, float], scope: Scope) -> None:
     ax.plot(*_columns(points), "o-", color=COLOURS[scope], markersize=4, label=label)
 
 
-def _lines_of_analysis(ax: Axes, run_dir: Path) -> None:
+def _lines_of_analysis(ax: Axes, found: Mapping[str, Any]) -> None:
     """What `python -m spd.analysis.adversary` has found of this run, if it was asked."""
-    found: dict[str, Any] = object_of(run_dir / ANALYSIS)
     rungs, curves = found.get("rungs"), found.get("adversary")
     if not isinstance(rungs, dict) or not isinstance(curves, dict) or not rungs.get("ablated"):
         return

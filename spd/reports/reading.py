@@ -50,6 +50,13 @@ def configuration_in(path: Path) -> dict[str, Any]:
     return config
 
 
+def made_elsewhere(made: Any, shown: int | None) -> str:
+    """A sentence on an analysis of another checkpoint than the page shows; empty where that is unknown."""
+    if not isinstance(made, int) or shown is None or made == shown:
+        return ""
+    return f"Made at the checkpoint of step {made:,}, while this page shows step {shown:,}."
+
+
 def paces_in(path: Path) -> list[float]:
     """Steps per second, as far as a run has noted them."""
     lines = read_lines(path) if path.is_file() else []

@@ -107,6 +107,7 @@ def report_contents(
     result = _evaluation(run_dir, history, metrics or {})
     experiment = str(config.get("experiment", run_dir.parent.name))
     last_step, logged_step = _last_step(history), _last_step(logged)
+    shown_step = _shown_step(run_dir, meta, last_step)
     known, starts = EXPERIMENTS.get(experiment), read_starts(run_dir)
     return {
         "experiment": experiment,
@@ -134,8 +135,8 @@ def report_contents(
             at=last_step if stopped else None,
         ),
         **_curves(run_dir, history, last_step),
-        **_ladder(run_dir, result, history),
-        "analyses": analyses_of(run_dir),
+        **_ladder(run_dir, result, history, shown_step),
+        "analyses": analyses_of(run_dir, shown_step),
         "target": target_record(run_dir / TARGET / "training.json"),
         "target_config": text_of(run_dir / TARGET / CONFIG_FILE),
         "config_text": config_text,
@@ -206,6 +207,14 @@ def _until_checkpoint(
 
 def _last_step(history: Sequence[Mapping[str, float]]) -> int:
     return int(max((line["step"] for line in history), default=0))
+
+
+def _shown_step(run_dir: Path, meta: Mapping[str, Any], last_step: int) -> int | None:
+    """The step whose state the page shows; None where it is not known."""
+    newest = checkpoint.latest(run_dir / CHECKPOINTS)
+    if meta.get("status") == "finished" and newest is not None:
+        return int(newest.name)
+    return last_step or None
 
 
 def _capital(text: str) -> str:
@@ -326,10 +335,10 @@ def _curves(
 
 
 def _ladder(
-    run_dir: Path, result: Evaluation, history: Sequence[Mapping[str, float]]
+    run_dir: Path, result: Evaluation, history: Sequence[Mapping[str, float]], step: int | None
 ) -> dict[str, Any]:
     """What masks cost, as a table and drawn; nothing where it was not looked at."""
-    found = ladder_of({row.key: row.value for row in result.rows}, history, run_dir)
+    found = ladder_of({row.key: row.value for row in result.rows}, history, run_dir, step)
     drawn = found and image(LADDER, png_bytes(found.figure))
     return {"ladder": found, "ladder_figure": drawn}
 

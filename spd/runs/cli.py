@@ -16,7 +16,7 @@ from spd.registry import get_experiment
 from spd.reports.figures import draw, loss_curves, save_figures
 from spd.reports.report import REPORT_FILE, look_at_checkpoint, report_on, write_report
 from spd.reports.results import format_result, format_table, read_result
-from spd.run_files import CHECKPOINTS, FIGURES, META_FILE, RESULT_FILE, is_run
+from spd.run_files import CHECKPOINTS, FIGURES, META_FILE, RESULT_FILE, has_finished, is_run
 from spd.runs.console import console_log, resolve_device, user_errors
 from spd.runs.execution import ExperimentConfig, load_experiment
 from spd.runs.provenance import import_entry, is_interactive
@@ -344,10 +344,18 @@ def _few(names: Sequence[str]) -> str:
 
 
 def redraw(run: Run) -> None:
-    """Draw every figure of a run anew, from its newest checkpoint, and write its report."""
-    look_at_checkpoint(run.directory, run.prepared, run.step, run.config.figures)
-    figures = {**draw(run.prepared, run.config.figures), "loss_curves": loss_curves(run.metrics)}
-    save_figures(run.directory / FIGURES, run.step, figures)
+    """Draw every figure of a run anew, from its newest checkpoint, and write its report.
+
+    The curves of a run that has not finished end where that checkpoint is, as all of its page does.
+    """
+    if has_finished(run.directory):
+        figures = {
+            **draw(run.prepared, run.config.figures),
+            "loss_curves": loss_curves(run.metrics),
+        }
+        save_figures(run.directory / FIGURES, run.step, figures)
+    else:
+        look_at_checkpoint(run.directory, run.prepared, run.step, run.config.figures)
     report_on(run.directory, run.prepared)
 
 

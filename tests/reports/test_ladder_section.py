@@ -88,6 +88,22 @@ def test_the_curves_over_the_search_and_over_the_run(tmp_path: Path):
     assert over["rounded"] == [0.15] and over["adversarial 20 batch"] == [0.5]
 
 
+@pytest.mark.parametrize(("checkpoint", "is_drawn"), [(5, True), (4, False)])
+def test_what_was_found_at_another_checkpoint_is_left_out_and_named(
+    tmp_path: Path, checkpoint: int, is_drawn: bool
+):
+    kept = {"checkpoint": checkpoint, "rungs": {"ablated": 4.0}, "n_restarts": 3}
+    (tmp_path / "analysis" / "adversary").mkdir(parents=True)
+    path = tmp_path / "analysis" / "adversary" / "ladder.json"
+    path.write_text(json.dumps({**kept, "adversary": {"batch": [1.0, 2.0, 4.0]}}))
+    found = ladder_of(FIGURES, [{"step": 5.0}], tmp_path, 5)
+    assert found is not None
+    labels = [str(line.get_label()) for line in found.figure.axes[0].lines]
+    assert any("spd.analysis.adversary" in label for label in labels) == is_drawn
+    said = "Made at the checkpoint of step 4, while this page shows step 5."
+    assert (said in found.on) != is_drawn
+
+
 def test_the_page_opens_with_it_and_says_that_this_is_all_there_is(tmp_path: Path):
     """The first run on SmolLM2-135M was headed by what its recipe trains."""
     values = FIGURES | {

@@ -1,5 +1,6 @@
 """Pages of runs that were stopped, failed or cut short, and the command that writes them anew."""
 
+import csv
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from spd.engine.prepare import evaluate
 from spd.experiments.tms.tms_decomposition import TMSConfig, build
 from spd.reports.report import write_report
 from spd.reports.results import Result, format_result
-from spd.runs.cli import report
+from spd.runs.cli import redraw, report
 from spd.runs.run import load_run, start
 from tests.made_up_run import METRICS, make_run, result
 from tests.run_fixtures import (
@@ -60,6 +61,41 @@ def test_the_page_of_a_stopped_run_shows_one_checkpoint(command: Command):
     assert b'"step": 5' in before, "the log is as it was"
     assert command.resume(run).status == 0
     assert not (run / "evaluation.json").exists() and "checkpoint of step" not in page(run)
+
+
+def stopped_at_4(command: Command) -> Path:
+    """A finished run of 4 steps, its files as if it had been stopped after it had logged step 5."""
+    finished_run(command, "steps=4", *OWN)
+    run = command.only_run()
+    (run / "result.json").unlink()
+    meta = json.loads((run / "meta.json").read_text())
+    (run / "meta.json").write_text(json.dumps({**meta, "status": "interrupted"}))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "loss/total": 9.0, "eval/loss/total": 9.0}) + "\n")
+    return run
+
+
+def test_figures_that_are_drawn_anew_end_where_the_checkpoint_is(command: Command):
+    run = stopped_at_4(command)
+    redraw(load_run(run, verify=False))
+    assert "All of this page shows the checkpoint of step 4." in page(run)
+    with (run / "figures/loss_curves/00000004.csv").open() as file:
+        steps = {float(row["x"]) for row in csv.DictReader(file)}
+    assert max(steps) == 4
+
+
+def test_an_analysis_of_another_checkpoint_says_of_which(command: Command):
+    run = stopped_at_4(command)
+    redraw(load_run(run, verify=False))
+    site = {"C": 6, "alive": 5, "l0": 1.5, "mean_g": 2.0}
+    told = {"n_positions": 8, "n_batches": 1, "threshold": 0.1, "sites": {"linear1": site}}
+    (run / "analysis/importances").mkdir(parents=True)
+    for made in (4, 3):
+        about = {"about": {"checkpoint": made}}
+        (run / "analysis/importances/importances.json").write_text(json.dumps({**told, **about}))
+        write_report(run)
+        said = "Made at the checkpoint of step 3, while this page shows step 4."
+        assert (said in page(run)) == (made == 3)
 
 
 def test_the_command_passes_over_what_is_no_run(
