@@ -45,6 +45,10 @@ Distribution = Literal[
     "beta",
     "q_beta",
 ]
+OF_EXPONENTS = ("log_uniform", "q_log_uniform", "inv_log_uniform", "log_normal", "q_log_normal")
+"""distributions whose min and max, or mu and sigma, are those of the logarithm"""
+BETWEEN = (math.sqrt(5) - 1) / 2
+"""where between the ends of an interval a value is tried"""
 NEEDS_BOUNDS = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values")
 
 
@@ -250,24 +254,42 @@ def _check_metric(definition: Definition, figures: "Logged", source: str) -> Non
 
 
 def _to_check(definition: Definition) -> Iterator[Point]:
-    """All points of a grid; else both ends of every setting, and each of its values."""
+    """All points of a grid; else some values of every interval, and each that is listed."""
     if definition.method == "grid":
         yield from itertools.islice(definition.points(), MAX_CHECKED)
         return
-    flat = definition.parameters
-    first = {key: _extremes(parameter)[0] for key, parameter in flat.items()}
-    for key, parameter in flat.items():
-        for value in _extremes(parameter):
+    tried = {key: _tried(parameter) for key, parameter in definition.parameters.items()}
+    first = {key: values[0] for key, values in tried.items()}
+    for key, values in tried.items():
+        for value in values:
             yield {**first, key: value}
 
 
-def _extremes(parameter: Parameter) -> list[Any]:
-    if parameter.kind in ("log_uniform", "q_log_uniform"):  # bounds of the exponent
-        assert parameter.min is not None and parameter.max is not None, "needed"
-        return [math.exp(parameter.min), math.exp(parameter.max)]
-    if parameter.min is not None:
-        return [parameter.min, parameter.max]
-    return choices(parameter)
+def _tried(parameter: Parameter) -> list[Any]:
+    """Both ends of an interval and a value between them that is whole by chance only; what is listed.
+
+    Of what has no ends, values that are likely. The defaults are those of W&B.
+    """
+    kind, q = parameter.kind, parameter.q or 1.0
+    if kind in ("constant", "categorical"):
+        return choices(parameter)
+    if kind == "int_uniform":
+        return [choices(parameter)[index] for index in (0, -1)]
+    if parameter.min is not None and parameter.max is not None:
+        low, high = parameter.min, parameter.max
+        values = [low, low + BETWEEN * (high - low), high]
+    elif kind in ("beta", "q_beta"):
+        values = [1 - BETWEEN, BETWEEN]
+    else:
+        mu = 0.0 if parameter.mu is None else parameter.mu
+        sigma = 1.0 if parameter.sigma is None else parameter.sigma
+        values = [mu, mu - BETWEEN * sigma, mu + BETWEEN * sigma]
+    if kind in OF_EXPONENTS:
+        sign = -1 if kind == "inv_log_uniform" else 1
+        values = [math.exp(sign * value) for value in values]
+    if kind == "q_uniform":
+        return [values[0], min(values[0] + q, values[-1]), values[-1]]
+    return [q * round(value / q) for value in values] if kind.startswith("q_") else values
 
 
 def _flat(place: str, parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -173,6 +173,47 @@ def test_both_ends_of_an_interval_are_checked(tmp_path: Path):
         checked(path)
 
 
+WHOLE = "importance.n_hidden"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"distribution": "uniform", "min": 4, "max": 32},
+        {"distribution": "q_uniform", "min": 4, "max": 32, "q": 0.5},
+        {"distribution": "log_uniform_values", "min": 4, "max": 32},
+        {"distribution": "normal", "mu": 100, "sigma": 10},
+        {"distribution": "beta"},
+    ],
+    ids=lambda spec: spec["distribution"],
+)
+def test_real_values_of_a_whole_setting_are_refused(tmp_path: Path, spec: dict[str, Any]):
+    path = written(tmp_path, RANDOM, parameters={WHOLE: spec})
+    with pytest.raises(UserError, match=r"mlp.n_hidden: .*valid integer, .*got \d+\.\d"):
+        checked(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "spec"),
+    [
+        (WHOLE, {"min": 4, "max": 32}),
+        (WHOLE, {"distribution": "q_uniform", "min": 4, "max": 32, "q": 4}),
+        (WHOLE, {"distribution": "q_uniform", "min": 4.0, "max": 32.0}),
+        (WHOLE, {"distribution": "q_log_uniform", "min": 1.5, "max": 3.5}),
+        (WHOLE, {"distribution": "q_normal", "mu": 100, "sigma": 10}),
+        ("lr", {"distribution": "normal", "mu": 1e-3, "sigma": 1e-4}),
+        ("lr", {"distribution": "log_normal", "mu": -7.0, "sigma": 1.0}),
+        ("lr", {"distribution": "log_normal"}),
+        ("lr", {"distribution": "inv_log_uniform", "min": 5.0, "max": 9.0}),
+        ("data.feature_probability", {"distribution": "beta"}),
+    ],
+)
+def test_values_that_fit_are_those_that_are_drawn(tmp_path: Path, key: str, spec: dict[str, Any]):
+    path = written(tmp_path, RANDOM, parameters={key: spec})
+    checked(path)
+    wandb_sweep.check(read_definition(path))
+
+
 def test_a_point_is_one_run(tmp_path: Path):
     with pytest.raises(
         UserError, match="seeds: every point of a sweep is one run; sweep over seed"
