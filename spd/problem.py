@@ -99,6 +99,14 @@ class NamedTensors:
 Batch = Tensor | NamedTensors
 
 
+def of_ids(batch: Batch) -> bool:
+    """Whether a batch holds whole numbers, such as tokens: what is looked up, and has no gradient.
+
+    That a target is a language model its problem says, and which axes are rows each kind of site.
+    """
+    return not batch.is_floating_point()
+
+
 def as_batch(given: Batch | Mapping[str, Tensor]) -> Batch:
     """A mapping becomes the batch that it stands for; `UserError` of what is none."""
     if isinstance(given, Mapping):

@@ -222,3 +222,13 @@ def test_type_checkers_see_the_public_names():
 def test_a_name_that_is_not_public_is_an_error():
     with pytest.raises(AttributeError, match="module 'spd' has no attribute 'decomposed'"):
         spd.decomposed  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_a_batch_holds_is_asked_in_one_place():
+    """A dtype tells no language model from a toy, and no axis from another: problem and site say it."""
+    asking = {
+        name
+        for name, path in FILES.items()
+        if re.search(r"batch\w*(\[0\])?\.is_floating_point|tokens\.is_f", path.read_text("utf-8"))
+    }
+    assert asking == {"problem"}, f"{asking - {'problem'}} may call spd.problem.of_ids"

@@ -18,6 +18,7 @@ from spd.metrics import SCOPES, SOURCES, Ladder, climb, some_rows
 from spd.metrics.baselines import NAMES as BASELINES
 from spd.metrics.baselines import against
 from spd.metrics.ladder import Predicts
+from spd.problem import of_ids
 from spd.run_files import write_json
 from spd.runs.cli import add_ways_in
 from spd.runs.console import console_log, user_errors
@@ -40,7 +41,7 @@ def ladder(
     """Every rung, on a seeded choice of the first held-out rows."""
     batch = prepared.eval_batches[0]
     if n_rows is None:
-        n_rows = N_ROWS if batch.is_floating_point() else N_SEQUENCES
+        n_rows = N_SEQUENCES if of_ids(batch) else N_ROWS
     steps = sorted({*(n for n in SHOWN if n < n_steps), n_steps})
     model, rows = prepared.objective.model, some_rows(batch, n_rows)
     beside = steps if isinstance(prepared.problem, Predicts) else ()

@@ -21,6 +21,7 @@ from spd.analysis.edits import ever_on
 from spd.analysis.graph import N_NODES, Wanted, as_data, graph_of, running_order
 from spd.components import input_output_weight
 from spd.config import UserError
+from spd.problem import of_ids
 from spd.reports.graph import write_graph
 from spd.run_files import write_json
 from spd.runs.cli import add_ways_in
@@ -82,7 +83,7 @@ def prompt_of(
         if not 0 <= row < len(rows):
             raise UserError(f"--row {row}: there are the held-out rows 0 to {len(rows) - 1}")
         batch = rows[row : row + 1]
-        batch = batch[:, :N_POSITIONS] if not batch.is_floating_point() else batch
+        batch = batch[:, :N_POSITIONS] if of_ids(batch) else batch
     with torch.no_grad():
         output = model(batch, {}).flatten(end_dim=-2)
     n, d = output.shape
@@ -93,9 +94,9 @@ def prompt_of(
     for index in wanted:
         if not 0 <= index < d:
             raise UserError(f"--output {index}: the target has the outputs 0 to {d - 1}")
-    ids = {*wanted, *([] if batch.is_floating_point() else batch.flatten().tolist())}
+    ids = {*wanted, *(batch.flatten().tolist() if of_ids(batch) else [])}
     names = {i: str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids}
-    of_tokens = not batch.is_floating_point()
+    of_tokens = of_ids(batch)
     columns = [names[i] for i in batch.flatten().tolist()] if of_tokens else [""]
     return Prompt(batch, at, wanted, columns, names)
 
@@ -160,7 +161,7 @@ def over_held_out(
     batches = [b for b in run.prepared.eval_batches if isinstance(b, Tensor)][:n_batches]
     if not batches:
         raise UserError(f"{run.directory}: no batch of one Tensor to look at")
-    of_tokens = not batches[0].is_floating_point()
+    of_tokens = of_ids(batches[0])
     unembed = problem.unembed if isinstance(problem, HasTokens) else None
     alive = ever_on(model, batches)
     found = over_data(

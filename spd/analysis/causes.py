@@ -24,6 +24,8 @@ from spd.metrics.causes import (
     SiteCauses,
     causes_of,
 )
+from spd.metrics.ladder import Predicts
+from spd.problem import of_ids
 from spd.runs.cli import add_ways_in
 from spd.runs.console import console_log, user_errors
 from spd.runs.run import load_run
@@ -64,7 +66,7 @@ def judged(directory: Path, *, trust: bool = False, verify: bool = True) -> tupl
         raise UserError(
             f"{directory}: its batches have names; only batches of one Tensor can be judged"
         )
-    tokens = not batches[0].is_floating_point()
+    tokens = isinstance(prepared.problem, Predicts) or of_ids(batches[0])
     causes = causes_of(
         prepared.objective.model,
         prepared.problem,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spd.component_model import ComponentModel
 from spd.config import UserError
-from spd.problem import Batch
+from spd.problem import Batch, of_ids
 
 INPUT = "input"
 """the source that stands for a toy's input or for the token embedding"""
@@ -88,7 +88,7 @@ def trace(model: ComponentModel, batch: Batch, *, unembed: str | None = None) ->
     handles += [site.register_forward_hook(begin(path)) for path, site in model.sites.items()]
     try:
         with torch.enable_grad(), _without_own_gradients(model):
-            if isinstance(batch, Tensor) and batch.is_floating_point():
+            if isinstance(batch, Tensor) and not of_ids(batch):
                 batch = found.embedded = batch.detach().requires_grad_()
             found.output = model(batch, {})
     finally:
@@ -112,7 +112,7 @@ def _without_own_gradients(model: ComponentModel) -> Iterator[None]:
 
 def _embedding(model: ComponentModel, batch: Batch) -> nn.Module | None:
     """The module that embeds the token ids; None for other batches, and where it is a site itself."""
-    if not isinstance(batch, Tensor) or batch.is_floating_point():
+    if not isinstance(batch, Tensor) or not of_ids(batch):
         return None
     seen: list[nn.Module] = []
 

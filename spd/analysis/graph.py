@@ -10,7 +10,7 @@ from torch import Tensor
 from spd.analysis.edges import INPUT, Traced, direct_effects, trace
 from spd.component_model import ComponentModel
 from spd.config import UserError
-from spd.problem import Batch, Problem
+from spd.problem import Batch, Problem, of_ids
 
 N_NODES, N_EDGES = 150, 1500
 
@@ -85,7 +85,7 @@ def graph_of(
     for i, target in enumerate(targets):
         if target.requires_grad:
             effects = direct_effects(traced, target, importance)
-            edges += _into(i, effects, index, of_tokens=not batch.is_floating_point())
+            edges += _into(i, effects, index, of_tokens=of_ids(batch))
     edges.sort(key=lambda edge: -abs(edge[3]))
     edges = edges[:n_edges]
     return _connected(Graph([*nodes, *inputs], edges, n_left_out))
@@ -112,7 +112,7 @@ def _inputs(traced: Traced, batch: Batch) -> list[GraphNode]:
     """A toy's features that are not 0, or the tokens; none where the embedding is a site."""
     if traced.embedded is None or not isinstance(batch, Tensor):
         return []
-    if batch.is_floating_point():
+    if not of_ids(batch):
         features = batch.flatten(end_dim=-2)[0]
         on = features.nonzero().flatten().tolist()
         return [GraphNode("input", INPUT, 0, j, 1.0, features[j].item()) for j in on]

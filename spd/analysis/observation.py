@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd.component_model import ComponentModel
-from spd.problem import Batch, Problem
+from spd.problem import Batch, Problem, of_ids
 
 Kind = Literal["tokens", "inputs", "rows"]
 """of contexts: pieces of sequences of token ids, the input of a row, or its number alone"""
@@ -61,7 +61,7 @@ def observe(model: ComponentModel, problem: Problem | None, batch: Batch) -> Obs
 def parts_of(batch: Batch, C: int) -> Iterator[Batch]:
     """The batch in parts of so few examples that their importances fit into memory."""
     width = 1
-    if isinstance(batch, Tensor) and not batch.is_floating_point():
+    if isinstance(batch, Tensor) and of_ids(batch):
         width = batch[0].numel()
     n = max(1, ENTRIES // (C * width))
     for begin in range(0, len(batch), n):
@@ -70,7 +70,7 @@ def parts_of(batch: Batch, C: int) -> Iterator[Batch]:
 
 def _contents(batch: Batch, importances: list[Tensor]) -> tuple[Kind, Tensor]:
     n = max(g.numel() // g.shape[-1] for g in importances)
-    if isinstance(batch, Tensor) and not batch.is_floating_point():
+    if isinstance(batch, Tensor) and of_ids(batch):
         tokens = batch if batch.dim() == 2 else batch.reshape(-1, 1)
         if any(at_every_position(g, tokens.shape) for g in importances):
             return "tokens", tokens

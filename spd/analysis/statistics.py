@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spd.analysis.contexts import Contexts, TopContexts
 from spd.metrics import ALIVE_THRESHOLD
+from spd.problem import of_ids
 
 N_CONTEXTS, LEFT, RIGHT = 12, 16, 8
 TABLE_ENTRIES = 2**26
@@ -200,7 +201,7 @@ class SubcomponentStatistics:
         self.n_active += active[kept].sum(dim=0).cpu()
         self.n_positive += positive[kept].sum(dim=0).cpu()
         self.contexts.update(tokens, raw, activation)
-        if not tokens.is_floating_point():
+        if of_ids(tokens):
             self.tokens.update(tokens[kept], rows)
         self.pairs.update(active[kept].float())
 

@@ -296,9 +296,9 @@ class ComponentModel(nn.Module):
 
     def check_current(self) -> None:
         """`UserError` if the target was decomposed again since; it is in evaluation mode afterwards."""
-        if not torch.compiler.is_compiling():
-            if any(part.training for part in self.target.modules()):  # one was told so by itself
-                self.target.eval()
+        awake = not torch.compiler.is_compiling() and any(m.training for m in self.target.modules())
+        if awake:  # one of them was told so by itself
+            self.target.eval()
         if self.running.over:
             raise UserError(
                 "this model's target has been decomposed again since, so that its subcomponents are no part"

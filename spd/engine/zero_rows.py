@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spd.component_model import ComponentModel
 from spd.masks import RoutedInput
-from spd.problem import Batch, Problem
+from spd.problem import Batch, Problem, of_ids
 
 DOUBT = 4.0
 """standard deviations that the share of rows with input may lie above its estimate (one in 30,000 does)"""
@@ -107,7 +107,7 @@ def _has_input(batch: Float[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
 
 def _zeros_stay_zeros(model: ComponentModel, batch: Batch) -> bool:
     """Whether the target feeds nothing but zeros to every site on a row of zeros."""
-    if not isinstance(batch, Tensor) or batch.dim() != 2 or not batch.is_floating_point():
+    if not isinstance(batch, Tensor) or batch.dim() != 2 or of_ids(batch):
         return False
     inputs = model.target_forward(torch.zeros_like(batch[:1])).site_inputs
     return not any(isinstance(x, RoutedInput) or x.any() for x in inputs.values())

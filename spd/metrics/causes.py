@@ -21,7 +21,7 @@ from spd.losses import recon_errors
 from spd.metrics.ladder import by_example
 from spd.metrics.sparsity import ALIVE_THRESHOLD, size_of
 from spd.noise import seeded
-from spd.problem import Dense, Identity, Pattern, Problem, ReconKind
+from spd.problem import Dense, Identity, Pattern, Problem, ReconKind, of_ids
 
 FAITHFUL = 0.05
 """‖P (W − V U)‖ over ‖P W‖, at most"""
@@ -163,7 +163,9 @@ def causes_of(
             unfaithfulness(model, path, pattern),
             effect_errors,
             wrong_weights,
-            *_on_data(on_data.counted(effects), on_data.counted(on_data.ablated(path)), g[:, columns]),
+            *_on_data(
+                on_data.counted(effects), on_data.counted(on_data.ablated(path)), g[:, columns]
+            ),
             size_of(site, (g <= ALIVE_THRESHOLD).all(dim=0)),
             len(columns),
             site.C,
@@ -338,7 +340,7 @@ def _ratio(part: float, whole: float) -> float:
 def _rows_with_input(batches: Sequence[Tensor], n_rows: int) -> Tensor:
     """Up to so many rows, of vectors those that are not all zeros."""
     rows = torch.cat([batch for batch in batches if batch.shape[1:] == batches[0].shape[1:]])
-    if rows.is_floating_point():
+    if not of_ids(rows):
         rows = rows[(rows != 0).flatten(start_dim=1).any(dim=1)]
     return rows[:n_rows]
 

@@ -23,7 +23,7 @@ from spd.metrics.baselines import NAMES as BASELINES
 from spd.metrics.baselines import baseline
 from spd.metrics.sparsity import L0_THRESHOLD
 from spd.noise import seeded, uniform
-from spd.problem import Batch, Problem
+from spd.problem import Batch, Problem, of_ids
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 SOURCES: Mapping[Scope, str] = {
@@ -104,7 +104,7 @@ def share_recovered(cross_entropy: float, *, zero: float, target: float) -> floa
 def some_rows(batch: Batch, n_rows: int | None = None) -> Batch:
     """A seeded choice of a batch's rows, in their order; of vectors those that are not all zeros."""
     indices = torch.arange(len(batch))
-    vectors = isinstance(batch, Tensor) and batch.is_floating_point() and batch.dim() == 2
+    vectors = isinstance(batch, Tensor) and not of_ids(batch) and batch.dim() == 2
     if vectors and isinstance(batch, Tensor) and batch.any():
         indices = batch.any(dim=1).nonzero().flatten().cpu()
     if n_rows is None:

@@ -83,7 +83,8 @@ def _state(target: nn.Module, weights: Mapping[nn.Module, Tensor]) -> dict[str, 
     owner = {value.data_ptr(): name for name, value in old.items() if name in new}
     for name, value in old.items():
         shared = owner.get(value.data_ptr()) if value.numel() else None
-        if shared is not None and not _equal(new.get(name, value), new[shared]):
+        own = new.get(name)
+        if shared is not None and not _equal(value if own is None else own, new[shared]):
             raise UserError(
                 f"{shared} and {name} are one parameter, which would have two values; untie them in a copy"
                 " of the target, or decompose both with tied_sites"
