@@ -106,7 +106,10 @@ def siblings_of(meta: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
         return {}  # a name alone is no way out of the folder
     others = [name for name in known["runs"] if name != run_dir.name]
     links = {n: f"../{n}/{REPORT_FILE}" for n in others if (run_dir.parent / n).is_dir()}
-    return {"all of them": f"../{known['page']}", **links} if links else {}
+    page = known.get("page")
+    if links and isinstance(page, str) and (run_dir.parent / page).is_file():
+        links = {"all of them": f"../{page}", **links}
+    return links
 
 
 def _duration(seconds: float) -> str:

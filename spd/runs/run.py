@@ -156,7 +156,7 @@ def run_seeds(
 
     Each lies in `seed_directory(base, seed)` and is a run like any other; what is there already goes
     on. Runs that are not at the same step, as after a crash, go on one group after the other, and runs with
-    several `starts` one by one. A page beside them shows all (`seeds_page`).
+    several `starts` one by one. A page beside them shows all (`seeds_page`), also where they were stopped.
     """
     check_entry(type(config), build)
     base = base or new_place(config)
@@ -184,9 +184,12 @@ def run_seeds(
         if run.directory not in begun:
             _create(run, build, {"page": seeds_page(base).name, "runs": [d.name for d in own]})
     failures: dict[Path, RunError] = {}
-    for group in groups:
-        failures |= execute(group, go_on_with=f"--run_dir {base} and the same configuration")
-    write_seeds_page(base, list(own), {run: str(error) for run, error in failures.items()})
+    write_seeds_page(base, list(own), {})  # which the report of each run links
+    try:
+        for group in groups:
+            failures |= execute(group, go_on_with=f"--run_dir {base} and the same configuration")
+    finally:
+        write_seeds_page(base, list(own), {run: str(error) for run, error in failures.items()})
     return list(own), failures
 
 

@@ -235,6 +235,23 @@ def test_a_page_shows_the_seeds_side_by_side_and_each_report_leads_to_the_others
     assert "with other seeds" not in (first / "report.html").read_text(encoding="utf-8")
 
 
+def test_runs_that_were_stopped_have_their_page_too(command: Command):
+    base = command.out / "tms_5-2" / "x"
+    stop = Stop(signal.SIGTERM, "open *seed3/*.00000002.partial")
+    assert side_by_side(command, "--run_dir", str(base), stop=stop).status == 143
+    first, second = members(command)
+    page = base.with_name("x.seeds.html")
+    for run in (first, second):
+        assert run.name in page.read_text(encoding="utf-8")
+    write_report(first)
+    report = (first / "report.html").read_text(encoding="utf-8")
+    assert '<a href="../x.seeds.html">all of them</a>' in report
+    page.unlink()
+    write_report(first)
+    report = (first / "report.html").read_text(encoding="utf-8")
+    assert second.name in report and "x.seeds.html" not in report
+
+
 def test_the_page_names_a_run_that_failed_first(command: Command):
     base = command.out / "tms_5-2" / "x"
     assert side_by_side(command, "--run_dir", str(base)).status == 0
