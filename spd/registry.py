@@ -193,33 +193,51 @@ def expected_minutes(name: str, overrides: Sequence[str] = (), *, gpu: bool = Fa
 def command_line(name: str, arguments: Sequence[str] = ()) -> list[str]:
     """What runs the experiment of that name; `arguments` come after its configuration.
 
-    To resume a run, which has a configuration of its own, `--resume RUN_DIR` alone is enough.
+    To resume a run, which has a configuration of its own, `--resume RUN_DIR` is enough; beside it stand
+    `--trust` and `--target DIR` alone.
     """
     experiment = get_experiment(name)
     script, config = experiment.command()
-    words = [word for word in arguments if word != "--trust"]
-    match words:
-        case ["--resume", directory]:
-            _check_made_by(experiment, Path(directory))
-            made_by = [] if experiment.registered else ["--made_by", config]
-            return [sys.executable, "-m", script, *made_by, *arguments]
-        case _:
-            return [sys.executable, "-m", script, config, *arguments]
+    directory = _resumed(arguments)
+    if directory is None:
+        return [sys.executable, "-m", script, config, *arguments]
+    _check_made_by(experiment, Path(directory))
+    made_by = [] if experiment.registered else ["--made_by", config]
+    return [sys.executable, "-m", script, *made_by, *arguments]
+
+
+def _resumed(arguments: Sequence[str]) -> str | None:
+    """The run that these arguments go on with; None where there is none, or they say more than that."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in ("--resume", "--target"):
+        parser.add_argument(option)
+    parser.add_argument("--trust", action="store_true")
+    try:
+        known, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return None  # the script says what is wrong
+    return None if others else known.resume
 
 
 def _check_made_by(experiment: Experiment, directory: Path) -> None:
+    """`UserError` if the run is known to be of another experiment."""
     meta = directory / META_FILE
     if not meta.is_file():
         return  # what is started will say so
     try:
-        made_by = json.loads(meta.read_text(encoding="utf-8"))["entry"]["module"]
-    except (ValueError, KeyError, TypeError):
+        record = json.loads(meta.read_text(encoding="utf-8"))
+        module, own = record["entry"]["module"], record.get("config", {}).get("experiment")
+    except (ValueError, KeyError, TypeError, AttributeError):
         return
-    if made_by != experiment.module:
-        raise UserError(
-            f"--resume {directory}: a run of {made_by}, but {experiment.name!r} is of"
-            f" {experiment.module}; spd-run --resume {directory} goes on with it"
-        )
+    if module != experiment.module:
+        whose = f"of {module}, but {experiment.name!r} is of {experiment.module}"
+    elif experiment.registered and own is not None and own != experiment.name:
+        whose = f"of {own!r}, not of {experiment.name!r}"
+    else:
+        return
+    raise UserError(
+        f"--resume {directory}: a run {whose}; spd-run --resume {directory} goes on with it"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

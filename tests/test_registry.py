@@ -252,3 +252,51 @@ main()
     assert done.stdout == f"{command}\n" and command[-4:] == arguments
     assert command[:3] == [sys.executable, "-m", "spd.experiments.tms.tms_decomposition"]
     assert command[3] == str(PACKAGE_DIR / "experiments/tms/tms_5-2_config.yaml")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--resume", "{}"], ["--resume={}"], ["--trust", "--resume", "{}"]),
+        *(["--resume", "{}", "--target", "there"], ["--target=there", "--resume={}"]),
+    ],
+    ids=" ".join,
+)
+def test_a_run_is_gone_on_with_under_its_own_configuration(tmp_path: Path, words: list[str]):
+    """Whatever way the options are written, and beside which others."""
+    arguments = [word.format(tmp_path) for word in words]
+    command = command_line("tms_5-2", arguments)
+    assert command == [sys.executable, "-m", EXPERIMENTS["tms_5-2"].module, *arguments]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"experiment: mine\nmodule: {EXPERIMENTS['tms_5-2'].module}\n")
+    command = command_line(str(mine), arguments)
+    made_by = ["--made_by", str(mine)]
+    assert command == [sys.executable, "-m", "spd.runs.cli", *made_by, *arguments]
+
+
+@pytest.mark.parametrize("arguments", [["--resume"], ["--resume", "there", "steps=5"], ["a=1"]])
+def test_what_says_more_than_the_run_is_compared_with_the_experiments_own_yaml(
+    arguments: list[str],
+):
+    config = str(PACKAGE_DIR / "experiments/tms/tms_5-2_config.yaml")
+    assert command_line("tms_5-2", arguments)[3:] == [config, *arguments]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("tms_40-10", "a run of 'tms_5-2', not of 'tms_40-10'"),
+        ("resid_mlp1", "a run of spd.experiments.tms.tms_decomposition, but 'resid_mlp1' is of"),
+    ],
+)
+def test_a_run_of_another_experiment_is_refused(tmp_path: Path, other: str, said: str):
+    entry = {"module": EXPERIMENTS["tms_5-2"].module}
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"entry": entry, "config": {"experiment": "tms_5-2"}}))
+    for arguments in (["--resume", str(tmp_path)], [f"--resume={tmp_path}", "--target", "there"]):
+        assert command_line("tms_5-2", arguments)
+        with pytest.raises(UserError, match=said) as raised:
+            command_line(other, arguments)
+        assert f"spd-run --resume {tmp_path} goes on with it" in str(raised.value)
+    meta.write_text(json.dumps({"entry": entry}))  # as earlier runs left it
+    assert command_line("tms_40-10", ["--resume", str(tmp_path)])
