@@ -182,6 +182,10 @@ def test_null_takes_an_entry_out():
         apply_overrides(raw, ["losses.aa=null"])
     with pytest.raises(UserError, match=r"figures has no 'a' \(there is none\)"):
         apply_overrides(raw, ["figures.a=null"])
+    for group in ("losses", "metrics", "figures"):
+        for value in ("5", "[1]", "some"):
+            with pytest.raises(UserError, match=rf"{group}.a=null'?: '{group}' is .*no keys below"):
+                apply_overrides(raw, [f"{group}={value}", f"{group}.a=null"])
 
 
 class Numbers(BaseConfig):

@@ -164,7 +164,8 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
         group, _, name = path.partition(".")
         if value is None and text.strip() and name and group in NAMED_SPECS:
             name = _unquoted(name)
-            if name in (result.get(group) or {}) or "." not in name:
+            entries = result.get(group) or {}
+            if isinstance(entries, dict) and (name in entries or "." not in name):
                 _take_out(result, group, name, override)
                 continue
         _set(result, path, value, override)
