@@ -89,7 +89,8 @@ def submit(study: Path, jobs: Sequence[Job], options: LaunchOptions) -> dict[str
                 submitted = executor.map_array(Work(), [job.directory for job in members])
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
             cancel(numbers.values())
-            raise UserError(f"SLURM refuses {name}: {_said(error)}{_advice(options)}") from None
+            advice = _advice(options) + (_of_array(len(members)) if len(members) > 1 else "")
+            raise UserError(f"SLURM refuses {name}: {_said(error)}{advice}") from None
         numbers |= {job.name: done.job_id for job, done in zip(members, submitted, strict=True)}
     return numbers
 
@@ -103,7 +104,9 @@ def scripts(study: Path, jobs: Sequence[Job], options: LaunchOptions) -> Iterabl
 
 
 def max_array_size() -> int | None:
-    """How many jobs an array may have on this cluster (`MaxArraySize`); None: not known."""
+    """How many jobs may be submitted as one on this cluster: `MaxArraySize`, or 1 where it is 0, as there
+    are no arrays then. None: not known.
+    """
     try:
         done = subprocess.run(
             ["scontrol", "show", "config"], capture_output=True, text=True, timeout=60
@@ -111,7 +114,7 @@ def max_array_size() -> int | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
-    return int(found[1]) or None if found else None
+    return max(1, int(found[1])) if found else None
 
 
 def job_states() -> dict[str, str]:
@@ -220,3 +223,13 @@ def _said(error: Exception) -> str:
 
 def _advice(options: LaunchOptions) -> str:
     return "; --cpu asks for no GPU" if options.n_gpus else ""
+
+
+def _of_array(n_jobs: int) -> str:
+    """What may be wrong with an array of so many jobs, and what to do."""
+    limit = max_array_size()
+    known = "is not known here (scontrol show config)" if limit is None else f"is {limit}"
+    return (
+        f"; it is an array of {n_jobs} jobs, and SLURM's MaxArraySize {known}: where that or the number of"
+        " jobs of a user is the limit, ask for fewer agents or seeds at a time"
+    )

@@ -451,6 +451,40 @@ def test_fewer_jobs_at_a_time_than_arrays_is_refused_before_any_work(
     assert not cluster.exists()
 
 
+def replace_command(cluster: Path, name: str, script: str) -> None:
+    (cluster.parent / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+
+
+def test_where_there_are_no_arrays_jobs_are_single(study: launch.Study, cluster: Path):
+    replace_command(cluster, "scontrol", 'echo "MaxArraySize            = 0"')
+    jobs = [add_job(study, f"job{i}", "pass") for i in range(3)]
+    numbers = slurm.submit(study.directory, jobs, LaunchOptions(cpu=True))
+    assert cluster.read_text().split() == ["single"] * 3
+    assert numbers == {"job0": "100", "job1": "101", "job2": "102"}
+    shown = "".join(slurm.scripts(study.directory, jobs, LaunchOptions(cpu=True)))
+    assert "--array" not in shown
+
+
+@pytest.mark.parametrize(
+    ("answer", "known"),
+    [("echo MaxArraySize = 4", "MaxArraySize is 4"), ("exit 1", "MaxArraySize is not known here")],
+)
+def test_an_array_that_is_refused_names_the_limit_and_what_to_do(
+    study: launch.Study, cluster: Path, answer: str, known: str
+):
+    replace_command(cluster, "scontrol", answer)
+    refusal = "echo 'sbatch: error: Invalid job array specification' >&2; exit 1"
+    replace_command(cluster, "sbatch", refusal)
+    jobs = [add_job(study, f"job{i}", "pass") for i in range(4)]
+    with pytest.raises(UserError, match=f"array of 4 jobs, .*{known}.*fewer agents or") as raised:
+        slurm.submit(study.directory, jobs, LaunchOptions(cpu=True))
+    said = str(raised.value)
+    assert "Invalid job array specification; it is an array" in said and "\n" not in said
+    with pytest.raises(UserError, match="array spec") as raised:
+        slurm.submit(study.directory, jobs[:1], LaunchOptions(cpu=True))
+    assert "MaxArraySize" not in str(raised.value)
+
+
 # --- SLURM's words ----------------------------------------------------------------------------------
 
 
