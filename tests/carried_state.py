@@ -1,4 +1,6 @@
-"""A loss that carries state from step to step, and short runs with it; as a script, in two processes."""
+"""A loss that carries state from step to step, and short runs with it, with groups of parameters and a
+phase before the first step; as a script, in two processes.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,11 @@ from spd.spd_config import SPDConfig
 from tests.toy import MLP, make_config
 
 LOSSES = {"faithfulness": {"coeff": 1.0}, "stochastic_recon": {"coeff": 1.0}}
+GROUPS: dict[str, Any] = {
+    "components": {"grad_clip": 0.1},
+    "importances": {"lr": 3e-3, "lr_schedule": {"type": "linear"}},
+}
+WARM_UP: dict[str, Any] = {"steps": 3, "lr": 1e-2}
 
 
 class RunningMinimality(LossSpec):
@@ -48,7 +55,8 @@ class RunningMinimality(LossSpec):
 
 def config(**changes: Any) -> SPDConfig:
     settings = {"steps": 6, "log_every": 1, "eval_every": 6, "save_every": 2, "lr": 1e-2}
-    plain = make_config(LOSSES, **{**settings, **changes})
+    own = {**settings, **GROUPS, "faithfulness_warmup": WARM_UP}
+    plain = make_config(LOSSES, **{**own, **changes})
     losses = {**plain.losses, "running": RunningMinimality(coeff=1.0)}
     return plain.model_copy(update={"losses": losses})
 

@@ -23,7 +23,7 @@ from spd.problem import NamedTensors
 logger = logging.getLogger(__name__)
 
 MAX_SHAPES = 4
-"""of batches for which a graph is compiled; torch gives up at eight"""
+"""of batches for which a graph is compiled: each takes as long as the first"""
 WORTHWHILE_SECONDS = 30.0
 """Of eager steps. Compiling takes 10 to 30 s, a few from the cache, and a step then about a quarter."""
 
@@ -41,6 +41,8 @@ class CompiledStep:
 
     A graph belongs to one shape of batch. The first `MAX_SHAPES` that come are compiled, others run
     eagerly; `shapes` lists the former, so that a run that is resumed goes on with the same ones.
+    `eager_shapes` lists those among the first for which compiling failed, though it had succeeded for
+    another; where `may_fall_back`, they run eagerly, too.
     """
 
     def __init__(
@@ -59,7 +61,12 @@ class CompiledStep:
         self.opaque, self.n_members = opaque, n_members
         self.cuda_graphs = cuda_graphs
         self.compiled: bool | None = None
+        self.may_fall_back = setting == "auto"
         self.shapes: list[list[list[int]]] = []
+        self.eager_shapes: list[list[list[int]]] = []
+        self._ready: list[list[list[int]]] = []
+        """of `shapes`, those for which this process has a graph"""
+        self._made = False
         self._passed_over = False
         if setting is True:
             require_compiler()
@@ -87,23 +94,29 @@ class CompiledStep:
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         if self.compiled is None:
-            return self._first_call(*args)
-        return self._chosen(_shapes(*args))(*args)
+            self.compiled = self._wanted(*args)
+        if not self.compiled:
+            return self.eager(*args)
+        shape = _shapes(*args)
+        if shape in self._ready:
+            return self.function(*args)
+        if shape in self.shapes or self._has_room_for(shape):
+            return self._first_of_its_shape(shape, *args)
+        return self.run_eagerly(*args)
 
-    def _chosen(self, shape: list[list[int]]) -> Callable[..., Any]:
-        """What runs a batch of this shape."""
-        if not self.compiled or shape in self.shapes:
-            return self.function
-        if len(self.shapes) < MAX_SHAPES:
-            self.shapes.append(shape)
-            return self.function
+    def _has_room_for(self, shape: list[list[int]]) -> bool:
+        """Whether a shape that is not among `shapes` is to be compiled."""
+        if shape in self.eager_shapes:
+            return False
+        if len(self.shapes) + len(self.eager_shapes) < MAX_SHAPES:
+            return True
         if not self._passed_over:
             self._passed_over = True
             logger.info(
                 "batches come in more than %d shapes: others are not compiled, which is slower",
                 MAX_SHAPES,
             )
-        return self.run_eagerly
+        return False
 
     def covers(self, *args: Any) -> bool:
         """Whether arguments of these shapes have a graph."""
@@ -125,26 +138,35 @@ class CompiledStep:
                 )
             raise
 
-    def _first_call(self, *args: Any) -> Any:
-        self.compiled = self._wanted(*args)
-        if not self.compiled:
-            return self.eager(*args)
-        shapes = _shapes(*args)
-        if shapes not in self.shapes:
-            if len(self.shapes) == MAX_SHAPES:  # a run that is resumed, with a batch not among them
-                self.function = self.make_compiled()
-                return self._chosen(shapes)(*args)
-            self.shapes.append(shapes)
+    def _first_of_its_shape(self, shape: list[list[int]], *args: Any) -> Any:
+        """A call that compiles a graph, or finds that this fails.
+
+        A shape that had a graph before the run was resumed must have one again.
+        """
+        if shape in self.shapes:
+            return self._compile(shape, *args)
         try:
-            return self._compile(*args)
+            result = self._compile(shape, *args)
         except _compiler_errors() as error:
-            if self.setting is True:
+            if not self.may_fall_back:
                 raise
-            reason = str(error).strip().splitlines()[0]
-            logger.info("torch.compile failed, running without it, which is slower: %s", reason)
+            self._fall_back(shape, str(error).strip().splitlines()[0])
+            return self.run_eagerly(*args) if self.compiled else self.eager(*args)
+        self.shapes.append(shape)
+        return result
+
+    def _fall_back(self, shape: list[list[int]], reason: str) -> None:
+        """For batches of this shape; for all, if there has been no graph for another."""
+        self.go_back()
+        if self.shapes:
+            self.eager_shapes.append(shape)
+            text = (
+                "torch.compile failed, running batches of another shape without it, which is slower"
+            )
+        else:
             self.compiled, self.function = False, self.eager
-            self.go_back()
-            return self.eager(*args)
+            text = "torch.compile failed, running without it, which is slower"
+        logger.info("%s: %s", text, reason)
 
     def _wanted(self, *args: Any) -> bool:
         if isinstance(self.setting, bool):
@@ -155,15 +177,22 @@ class CompiledStep:
             logger.info("no C++ compiler found: running without torch.compile, which is slower")
         return _has_compiler()
 
-    def _compile(self, *args: Any) -> Any:
-        started = time.perf_counter()
-        self.function, before = self.make_compiled(), _counts()
+    def _compile(self, shape: list[list[int]], *args: Any) -> Any:
+        started, before = time.perf_counter(), _counts()
+        if not self._made:
+            self.function, self._made = self.make_compiled(), True
         with _whole_and_cached():
             result = self.function(*args)
         found = _counts() - before
         notes = ", found in the cache" if found["hit"] and not found["miss"] else ""
         notes += ", without CUDA graphs" if found["skipped"] else ""
-        logger.info("compiled the training step in %.0f s%s", time.perf_counter() - started, notes)
+        what = (
+            "compiled it for batches of another shape"
+            if self._ready
+            else "compiled the training step"
+        )
+        logger.info("%s in %.0f s%s", what, time.perf_counter() - started, notes)
+        self._ready.append(shape)
         return result
 
 

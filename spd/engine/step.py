@@ -119,7 +119,9 @@ def make_step(
         passes = CompiledPasses(objective, setting, n_steps)
         passes.sequential.prefix.try_out(batch)
         step = SequentialStep(passes, tf32=tf32)
+    step.execution.may_fall_back = config.execution.compile == "auto"
     step.execution.shapes = [*earlier.get("compiled_shapes", [])]
+    step.execution.eager_shapes = [*earlier.get("eager_shapes", [])]
     return step
 
 
@@ -131,6 +133,7 @@ def execution_record(step: Step) -> dict[str, Any]:
     return {
         "compiled": execution.compiled,
         "compiled_shapes": execution.shapes,
+        "eager_shapes": execution.eager_shapes,
         "n_members": execution.n_members,
     }
 

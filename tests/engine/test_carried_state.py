@@ -42,6 +42,14 @@ def assert_near(own: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
         torch.testing.assert_close(own[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize(
+    "without", [{"components": {}}, {"importances": {}}, {"faithfulness_warmup": None}]
+)
+def test_what_follows_is_of_runs_with_groups_and_a_phase(tmp_path: Path, without: dict[str, Any]):
+    own, other = alone(tmp_path / "own"), alone(tmp_path / "other", **without)
+    assert max((own[name] - other[name]).abs().max() for name in own) > 1e-4
+
+
 # --- what terms carry ------------------------------------------------------------------------------
 
 
@@ -178,10 +186,9 @@ def test_all_together_or_by_group_but_not_both():
 
 def test_a_warm_up_brings_the_sums_to_the_weights_and_touches_nothing_else(tmp_path: Path):
     warm = {"steps": 200, "lr": 1e-2}
-    settings = {"lr": 1e-9, "save_every": 1, "steps": 2}
+    settings = {"lr": 1e-9, "importances": {}, "save_every": 1, "steps": 2}
     cold, warmed = (
-        prepared(config(**settings)),
-        prepared(config(**settings, faithfulness_warmup=warm)),
+        prepared(config(**settings, faithfulness_warmup=phase)) for phase in (None, warm)
     )
     for run, name in ((cold, "cold"), (warmed, "warm")):
         run_steps(run, Silent(), checkpoints=tmp_path / name)

@@ -218,22 +218,40 @@ def test_the_decision_is_kept_by_a_resumed_run(command: Command):
 # --- batches of many shapes --------------------------------------------------------------------------
 
 
-def test_a_graph_for_each_of_the_first_shapes_and_the_others_run_eagerly(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    """Torch gives up at eight; and a run that is resumed compiles the shapes that it had compiled."""
-    caplog.set_level(logging.INFO)
-    compiled: list[int] = []
+class StandIn:
+    """For the compiler: notes how long the batches are that what it made is called with."""
 
-    def stand_in(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.fails_at: set[int] = set()
+
+    def compile(self, function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         def run(x: torch.Tensor) -> Any:
-            compiled.append(len(x))
+            from torch._dynamo.exc import TorchDynamoException
+
+            self.lengths.append(len(x))
+            if len(x) in self.fails_at:
+                raise TorchDynamoException(f"no graph of {len(x)}")
             return function(x)
 
         return run
 
-    monkeypatch.setattr(torch, "compile", stand_in)
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> StandIn:
+    found = StandIn()
+    monkeypatch.setattr(torch, "compile", found.compile)
     monkeypatch.setattr("spd.engine.compilation._has_compiler", lambda: True)
+    monkeypatch.setattr("spd.engine.compilation.WORTHWHILE_SECONDS", 0)
+    caplog.set_level(logging.INFO)
+    return found
+
+
+def test_a_graph_for_each_of_the_first_shapes_and_the_others_run_eagerly(
+    stand_in: StandIn, caplog: pytest.LogCaptureFixture
+):
+    """And a run that is resumed compiles the shapes that it had compiled."""
+    compiled = stand_in.lengths
     step = CompiledStep(square, True, 100)
     for n in [*range(1, 11), 1, 10]:
         assert step(torch.ones(n)) == n
@@ -245,3 +263,57 @@ def test_a_graph_for_each_of_the_first_shapes_and_the_others_run_eagerly(
     for n in (10, 4, 9, 3):
         assert resumed(torch.ones(n)) == n
     assert compiled == [4, 3]
+
+
+def test_auto_does_without_a_graph_of_a_later_shape_and_says_so_in_one_line(
+    stand_in: StandIn, caplog: pytest.LogCaptureFixture
+):
+    """Also after a run is resumed, which does not try again; the shape counts among the first."""
+    stand_in.fails_at = {2}
+    step = CompiledStep(square, "auto", 100)
+    for n in (1, 2, 2, 1, 3, 4, 5):
+        assert step(torch.ones(n)) == n
+    assert step.compiled and stand_in.lengths == [1, 2, 1, 3, 4]
+    assert step.shapes == [[[1]], [[3]], [[4]]] and step.eager_shapes == [[[2]]]
+    assert not step.covers(torch.ones(2)) and step.covers(torch.ones(3))
+    (line,) = [line for line in caplog.messages if "failed" in line]
+    assert line.startswith("torch.compile failed, running batches of another shape without it")
+    assert line.endswith(": no graph of 2")
+    resumed = CompiledStep(square, True, 100)
+    resumed.shapes, resumed.eager_shapes = [[[1]]], [[[2]]]
+    resumed.may_fall_back = True
+    stand_in.lengths.clear()
+    stand_in.fails_at = {2, 3}
+    for n in (2, 1, 3, 3):
+        assert resumed(torch.ones(n)) == n
+    assert resumed.compiled and stand_in.lengths == [1, 3]
+
+
+def test_a_graph_that_there_was_or_has_to_be_is_not_done_without(stand_in: StandIn):
+    from torch._dynamo.exc import TorchDynamoException
+
+    stand_in.fails_at = {2}
+    step, resumed = CompiledStep(square, True, 100), CompiledStep(square, "auto", 100)
+    resumed.shapes = [[[2]]]
+    assert step(torch.ones(1)) == 1
+    for own in (step, resumed):
+        with pytest.raises(TorchDynamoException, match="no graph of 2"):
+            own(torch.ones(2))
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_other_shapes_are_compiled_however_many_graphs_a_process_has(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Also by a run that is resumed with a batch for which it has none."""
+    import torch._dynamo.config
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    steps = [CompiledStep(Scaled(factor), True, 10) for factor in (1.0, 2.0)]
+    for n in (3, 2, 3, 2):
+        assert [step(torch.ones(n)).item() for step in steps] == [n, 2.0 * n]
+    resumed = CompiledStep(Scaled(3.0), True, 10)
+    resumed.shapes = [[[n]] for n in (2, 3, 4, 5)]
+    assert [resumed(torch.ones(n)).item() for n in (1, 2, 2)] == [3.0, 6.0, 6.0]
+    assert not resumed.covers(torch.ones(1)) and resumed.covers(torch.ones(2))

@@ -1,6 +1,7 @@
 """Passes one after another with the target's layers compiled: gradients and terms of an eager step."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
@@ -80,6 +81,27 @@ def test_terms_and_gradients_are_those_of_an_eager_step(kind: str):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, (
         "what is outside of a step is not compiled"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_layers_are_compiled_for_other_shapes_however_many_graphs_a_process_has(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Torch would run them eagerly from its limit on. Graphs are made here, but no code of them."""
+    import torch._dynamo.config
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = make_config({"recon": {"coeff": 1.0}}, sites={"model.layers.1.mlp.up_proj": 6})
+    objective = prepare(problem("llama"), config).objective
+    step, graphs = CompiledPasses(objective, True, 10), []
+    for length in (12, 7, 12, 7):
+        batch = torch.randint(0, 97, (2, length))
+        noise = objective.noise(batch, stream="train", seed=0, step=0)
+        step(batch, PROGRESS, noise, None)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == 2 * graphs[0] and graphs[1:] == graphs[1:2] * 3
 
 
 @pytest.mark.slow

@@ -179,6 +179,25 @@ def test_gradients_are_clipped_by_each_members_own_norm():
 
 
 @pytest.mark.slow
+def test_groups_and_the_phase_before_the_first_step_are_those_of_single_runs():
+    settings: dict[str, Any] = {
+        "components": {"grad_clip": 0.02},
+        "importances": {"lr": 3e-3, "lr_schedule": {"type": "linear"}},
+        "faithfulness_warmup": {"steps": 5, "lr": 1e-2},
+    }
+    members, singles = (toys(**settings) for _ in range(2))
+    for pair in zip(members, singles, run_both(members, singles), strict=True):
+        assert_same(pair[0], pair[1], *pair[2])
+        assert "lr/importances" in pair[2][0].lines[1][1]
+    for left_out in settings:
+        others = {name: value for name, value in settings.items() if name != left_out}
+        other = prepared_toy(SEEDS[0], **others)
+        run_steps(other, Recorder())
+        pairs = zip(parameters_of(other), parameters_of(singles[0]), strict=True)
+        assert max((a - b).abs().max() for a, b in pairs) > 1e-4, left_out
+
+
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_compiled_members_are_eager_single_runs():
     """The compiler must take the gradients that are written out, not those of what is computed."""
