@@ -1,13 +1,14 @@
 """What `spd.analysis` has left in a run, for its page. Reads files alone: no analysis is imported."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spd.config import UserError
 from spd.reports.drawing import BLUE, GREY, ORANGE, DescribedFigure, count, panel_grid
-from spd.reports.images import Image, image
-from spd.reports.png import FigureText, png_bytes
+from spd.reports.images import Image, drawn
+from spd.reports.png import FigureText
 from spd.reports.reading import made_elsewhere, object_of
 
 IMPORTANCES = Path("analysis", "importances", "importances.json")
@@ -38,7 +39,7 @@ def analyses_of(run_dir: Path, step: int | None = None) -> list[Section]:
     found = []
     for path, section in (
         (IMPORTANCES, _importances),
-        (CLUSTERING, _clustering),
+        (CLUSTERING, partial(_clustering, run_dir=run_dir)),
         (LABELS, _labels),
     ):
         told = object_of(run_dir / path)
@@ -85,7 +86,7 @@ def _importances(told: Mapping[str, Any]) -> Section:
     return Section("importances", "Importances on more data", [said], heads, lines, "")
 
 
-def _clustering(told: Mapping[str, Any]) -> Section:
+def _clustering(told: Mapping[str, Any], run_dir: Path) -> Section:
     costs, best, n = told["costs"], told["best_round"], told["n_positions"]
     clusters = [own for own in told["clusters"] if len(own["members"]) > 1]
     share = told.get("share")
@@ -125,8 +126,9 @@ def _clustering(told: Mapping[str, Any]) -> Section:
         else ""
     )
     heads = ["members", "size", "share of positions on", "a member on, of that"]
-    drawn = image("clustering", png_bytes(_curves(told)))
-    return Section("clustering", "Clusters", said, heads, lines, more, drawn)
+    table = (run_dir / CLUSTERING).with_suffix(".csv")
+    figure = drawn("clustering", _curves(told), table, run_dir)
+    return Section("clustering", "Clusters", said, heads, lines, more, figure)
 
 
 def _members(names: Sequence[str]) -> str:

@@ -4,9 +4,12 @@ import base64
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
+
 from spd.config import UserError
-from spd.reports.png import FigureText, read_png
-from spd.run_files import FIGURES
+from spd.reports.numbers import figure_csv
+from spd.reports.png import FigureText, png_bytes, read_png
+from spd.run_files import FIGURES, atomic_write
 
 CURVES = "loss_curves"
 
@@ -37,6 +40,13 @@ def images(directory: Path, configured: list[str], *, at: int | None = None) -> 
         image(name, newest[name].read_bytes())._replace(numbers=numbers_of(newest[name], directory))
         for name in names
     ]
+
+
+def drawn(name: str, figure: Figure, table: Path, run_dir: Path) -> Image:
+    """A figure of a page, which is emptied; its numbers are written to `table` in the run."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(table, figure_csv(figure))
+    return image(name, png_bytes(figure))._replace(numbers=table.relative_to(run_dir).as_posix())
 
 
 def numbers_of(png: Path, figures: Path) -> str | None:

@@ -17,7 +17,7 @@ from spd.reports.analyses import analyses_of
 from spd.reports.curves import live_curves
 from spd.reports.evaluations import evaluation_of
 from spd.reports.figures import Drawable, draw, loss_curves, save_figures
-from spd.reports.images import CURVES, image, images, numbers_of
+from spd.reports.images import CURVES, drawn, image, images, numbers_of
 from spd.reports.ladder import LADDER, is_of_ladder, ladder_of
 from spd.reports.null import null_of
 from spd.reports.origin import (
@@ -28,7 +28,6 @@ from spd.reports.origin import (
     web_link,
 )
 from spd.reports.page import render_page
-from spd.reports.png import png_bytes
 from spd.reports.reading import (
     configuration_in,
     evaluation_in,
@@ -330,8 +329,10 @@ def _curves(
     figure = loss_curves(history)
     live = live_curves(figure)
     png = run_dir / FIGURES / CURVES / f"{last_step:08d}.png"
-    drawn = image(CURVES, png.read_bytes() if png.is_file() else png_bytes(figure))
-    return {"curves": drawn._replace(numbers=numbers_of(png, run_dir / FIGURES)), "live": live}
+    if not png.is_file():
+        return {"curves": drawn(CURVES, figure, png.with_suffix(".csv"), run_dir), "live": live}
+    kept = image(CURVES, png.read_bytes())
+    return {"curves": kept._replace(numbers=numbers_of(png, run_dir / FIGURES)), "live": live}
 
 
 def _ladder(
@@ -339,8 +340,9 @@ def _ladder(
 ) -> dict[str, Any]:
     """What masks cost, as a table and drawn; nothing where it was not looked at."""
     found = ladder_of({row.key: row.value for row in result.rows}, history, run_dir, step)
-    drawn = found and image(LADDER, png_bytes(found.figure))
-    return {"ladder": found, "ladder_figure": drawn}
+    table = run_dir / FIGURES / LADDER / f"{step or 0:08d}.csv"
+    figure = None if found is None else drawn(LADDER, found.figure, table, run_dir)
+    return {"ladder": found, "ladder_figure": figure}
 
 
 @runtime_checkable

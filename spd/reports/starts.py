@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from spd.reports.curves import live_curves
 from spd.reports.drawing import DescribedFigure, FigureText
 from spd.reports.figures import png_bytes
+from spd.reports.numbers import figure_csv
 from spd.reports.page import render_page
 from spd.reports.panels import ORANGE, panel_grid, panels_size
 from spd.reports.png import read_png
@@ -27,9 +28,12 @@ from spd.run_files import (
     REPORT_FILE,
     STARTS,
     STARTS_PAGE,
+    atomic_write,
     read_lines,
 )
 
+STARTS_TABLE = Path(STARTS_PAGE).with_suffix(".csv").name
+"""the numbers of its figure, beside it"""
 HELD_OUT = "eval/loss/total"
 
 
@@ -52,6 +56,7 @@ def write_starts_page(run: Path) -> Path | None:
     figure = starts_figure(record, histories(run, record))
     config = configuration_in(run / CONFIG_FILE)
     live = live_curves(figure)
+    atomic_write(run / STARTS_TABLE, figure_csv(figure))
     png = png_bytes(figure)  # which leaves the figure empty
     text, (width, height) = read_png(png)
     contents: dict[str, Any] = {
@@ -63,6 +68,7 @@ def write_starts_page(run: Path) -> Path | None:
         "compared": [f"step {step:,}" for step in compared_at(record)],
         "rows": rows_of(record),
         "live": live,
+        "numbers": STARTS_TABLE,
         "text": text,
         "png": base64.b64encode(png).decode("ascii"),
         "width": width,

@@ -3,7 +3,7 @@
 python -m spd.experiments.resid_mlp.plots RUN_DIR|wandb:entity/project/run ...
 
 Several runs of one experiment are also drawn side by side, by their minimality coefficient, into
-`importances_by_minimality.png` beside them.
+`importances_by_minimality.png` beside them, its numbers into a `.csv` of that name.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +27,7 @@ from spd.experiments.resid_mlp.problem import ResidMLPProblem, need_all_sites, n
 from spd.losses import StepContext
 from spd.problem import Problem
 from spd.reports.figures import FigureMaker
+from spd.reports.numbers import figure_csv
 from spd.reports.png import png_bytes
 from spd.run_files import atomic_write
 from spd.runs.cli import redraw_command
@@ -122,8 +123,10 @@ def side_by_side(runs: Sequence[Run]) -> Callable[[], None]:
 
     def draw_them() -> None:
         for folder, group in groups.items():
-            atomic_write(folder / COMPARISON_FILE, png_bytes(compare(group)))
-            print(f"runs side by side: {folder / COMPARISON_FILE}")
+            figure, path = compare(group), folder / COMPARISON_FILE
+            atomic_write(path.with_suffix(".csv"), figure_csv(figure))
+            atomic_write(path, png_bytes(figure))
+            print(f"runs side by side: {path}")
 
     return draw_them
 
