@@ -188,7 +188,7 @@ def test_rows_that_do_not_count_are_not_looked_at():
     with torch.no_grad():
         off_on_data(prepared.objective.model)
     problem = prepared.problem
-    batch = torch.cat(list(prepared.eval_batches))
+    batch = torch.cat([own for own in prepared.eval_batches if isinstance(own, torch.Tensor)])
     counts = batch.amax(dim=1) > 0.5
     assert 0.1 < counts.float().mean() < 0.95
     weighed = replace(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from spd.component_model import ComponentModel, layers_of
+from spd.component_model import ComponentModel, Site, layers_of
 from spd.config import UserError, counted, nearest
 from spd.masks import Pass, RoutedInput, SiteMask
 from spd.problem import Batch, NamedTensors, Problem, describe, run_target
@@ -191,6 +191,7 @@ def check_effects(model: ComponentModel, batch: Batch) -> None:
     """
     if batch.is_meta:
         return
+    _check_shared(model)
     inputs = model.target_forward(batch).site_inputs  # refuses a site that is not called once
     idle = {path for path, x in inputs.items() if isinstance(x, RoutedInput) and not len(x.rows)}
     if idle:
@@ -221,6 +222,33 @@ def check_effects(model: ComponentModel, batch: Batch) -> None:
                 " what it does cannot be learned through a detach() or an argmax, so name patterns that"
                 " leave it out"
             )
+
+
+def _check_shared(model: ComponentModel) -> None:
+    """Say where the weight of a site stands in another matrix, too; `UserError` where it is no matrix's.
+
+    What is done with it there is never ablated.
+    """
+    own = {id(site.original.weight): path for path, site in model.sites.items()}
+    modules = dict(model.target.named_modules(remove_duplicate=False))
+    inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, Site))
+    for name, parameter in model.target.named_parameters(remove_duplicate=False):
+        path = own.get(id(parameter))
+        if path is None or f"{name}.".startswith(inside):
+            continue
+        holder = modules[name.rpartition(".")[0]]
+        if not isinstance(holder, nn.Linear | nn.Embedding):
+            raise UserError(
+                f"sites: the target keeps the weight of {path!r} as {name!r} besides, so that what it does"
+                " with it there would never be ablated; name patterns that leave it out, or give the target"
+                " a copy of the weight there"
+            )
+        logger.warning(
+            "the weight of site %r is that of %r too, which is not decomposed: there it is never"
+            " ablated",
+            path,
+            name.removesuffix(".weight"),
+        )
 
 
 def _slopes(

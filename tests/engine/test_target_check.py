@@ -308,3 +308,30 @@ def test_what_is_no_batch_is_said_by_a_model_too():
     given: Any = torch.zeros(2, 8).numpy()
     with pytest.raises(UserError, match="a batch is a ndarray; a Tensor, or names with Tensors"):
         inspect.unwrap(as_batch)(given)  # what every pass of a model begins with
+
+
+class KeepsWeight(nn.Module):
+    """Uses the weight of its one module under another name, too."""
+
+    def __init__(self, *, within: bool) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+        if within:
+            self.b.weight = self.a.weight
+        else:
+            self.kept = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self._parameters.get("kept")
+        return self.b(self.a(x)) + (0 if weight is None else F.linear(x, weight))
+
+
+def test_a_weight_that_is_kept_under_another_name_is_refused():
+    with pytest.raises(UserError, match="keeps the weight of 'a' as 'kept' besides"):
+        prepared(KeepsWeight(within=False), {"a": 3}, torch.rand(8, 4))
+
+
+def test_a_weight_that_another_matrix_has_too_is_named(caplog: pytest.LogCaptureFixture):
+    prepared(KeepsWeight(within=True), {"a": 3}, torch.rand(8, 4))
+    assert "the weight of site 'a' is that of 'b' too, which is not decomposed" in caplog.text
