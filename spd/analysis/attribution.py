@@ -7,7 +7,8 @@ the strongest edges over N held-out batches instead (VPD paper, Bushnaq et al. 2
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -38,6 +39,14 @@ class EncodesText(Protocol):
     """A problem that knows how a text becomes token ids as in its data."""
 
     def encode(self, text: str) -> list[int]: ...
+
+
+@runtime_checkable
+class ReadsTokens(Protocol):
+    """A problem that knows what its tokens are as text, parts of characters too."""
+
+    @property
+    def token_text(self) -> Callable[[int], str]: ...
 
 
 class Prompt(NamedTuple):
@@ -95,10 +104,17 @@ def prompt_of(
         if not 0 <= index < d:
             raise UserError(f"--output {index}: the target has the outputs 0 to {d - 1}")
     ids = {*wanted, *(batch.flatten().tolist() if of_ids(batch) else [])}
-    names = {i: str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids}
+    text_of = problem.token_text if isinstance(problem, ReadsTokens) else None
+    if text_of is None and tokenizer is not None:
+        text_of = partial(_decoded, tokenizer)
+    names = {i: str(i) if tokenizer is None or text_of is None else text_of(i) for i in ids}
     of_tokens = of_ids(batch)
     columns = [names[i] for i in batch.flatten().tolist()] if of_tokens else [""]
     return Prompt(batch, at, wanted, columns, names)
+
+
+def _decoded(tokenizer: Any, token: int) -> str:
+    return str(tokenizer.decode([token]))
 
 
 class Found(NamedTuple):

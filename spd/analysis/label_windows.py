@@ -6,7 +6,8 @@ have no token in common.
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -21,6 +22,15 @@ LIKE_INPUTS = 0.02
 """an input of a toy below it is not shown"""
 
 TokenText = Callable[[int], str]
+
+
+@runtime_checkable
+class WholeTexts(Protocol):
+    """A `TokenText` that knows which tokens make a character only together."""
+
+    def whole(self, tokens: Sequence[int]) -> list[tuple[str, int]]:
+        """Pieces of text, each with how many tokens it takes."""
+        ...
 
 
 class Window(NamedTuple):
@@ -152,14 +162,28 @@ def _window(found: Gathered, kept: Contexts, c: int, place: int, text: TokenText
         return Window([piece], g, a, 0, sequence, position)
     tokens = content.tolist()
     inside = [p for p, token in enumerate(tokens) if token != OUTSIDE]
+    pieces, places = _pieces([tokens[p] for p in inside], text)
+    groups = [[inside[i] for i in group] for group in places]
+    # of the tokens of a character that one counts at which the importance is highest
+    highest = [max(group, key=lambda p: g[p]) for group in groups]
     return Window(
-        [text(tokens[p]) for p in inside],
-        [min(1.0, max(0.0, g[p])) for p in inside],
-        [a[p] for p in inside],
-        inside.index(left),
+        pieces,
+        [min(1.0, max(0.0, g[p])) for p in highest],
+        [a[p] for p in highest],
+        next(i for i, group in enumerate(groups) if left in group),
         sequence,
         position,
     )
+
+
+def _pieces(tokens: Sequence[int], text: TokenText) -> tuple[list[str], list[list[int]]]:
+    """The pieces of text that tokens make, and which tokens each is made of, by their places."""
+    if not isinstance(text, WholeTexts):
+        return [text(token) for token in tokens], [[i] for i in range(len(tokens))]
+    found = text.whole(tokens)
+    ends = list(accumulate(n for _, n in found))
+    places = [list(range(end - n, end)) for (_, n), end in zip(found, ends, strict=True)]
+    return [piece for piece, _ in found], places
 
 
 def _of_input(values: Sequence[float]) -> str:

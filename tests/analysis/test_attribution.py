@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from spd.analysis import attribution
 from spd.analysis.attention import HeadOf, interaction, rotation, score_parts, static_strength
@@ -201,6 +203,19 @@ def test_a_prompt_is_read_as_the_data_of_the_run(
     prepared = prepare(replace(problem, text=text), lm_config(metrics={}, n_eval_batches=1))
     run = Run(Path("nowhere"), None, prepared, 0, [])
     assert attribution.prompt_of(run, text=shown).columns == columns
+
+
+def test_a_part_of_a_character_is_shown_by_its_bytes():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)  # no ASCII comes first
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    made.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    problem = replace(build_lm(lm_config(), torch.device("cpu")), tokenizer=tokenizer)
+    prepared = prepare(problem, lm_config(metrics={}, n_eval_batches=1))
+    run = Run(Path("nowhere"), None, prepared, 0, [])
+    names = attribution.prompt_of(run, row=0).names
+    parts = [name for i, name in names.items() if "\ufffd" in tokenizer.decode([i])]
+    assert parts and all(name.startswith("<0x") for name in parts)
 
 
 @pytest.mark.slow

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spd.analysis import labels as command
+from spd.analysis.contexts import OUTSIDE
 from spd.analysis.harvest import Gathered, Harvest
 from spd.analysis.judge import Judge
 from spd.analysis.label_prompts import label_prompt, read_label, read_numbers
@@ -24,14 +26,15 @@ from spd.analysis.label_scores import (
     rates,
     trials_of,
 )
-from spd.analysis.label_windows import windows_of
+from spd.analysis.label_windows import _window, windows_of
 from spd.analysis.labels import FOLDER, LABELS, PROMPTS, Labelling, read_answers
 from spd.analysis.observation import observe
 from spd.config import Unreachable, UserError
-from spd.experiments.lm.problem import LMProblem
+from spd.experiments.lm.problem import LMProblem, TokenReader
 from spd.experiments.tms.tms_decomposition import build
 from spd.reports.report import write_report
 from spd.runs.run import start
+from tests.experiments.lm.test_lm_report import byte_level
 from tests.little_lm import RandomBatches, decomposed, little_model
 from tests.made_up_run import make_run
 from tests.runs.little_run import little_config, status_of
@@ -53,6 +56,23 @@ def gathered_fixture() -> Gathered:
 
 def text(token: int) -> str:
     return f" t{token}"
+
+
+def test_a_window_shows_a_character_of_several_tokens_whole(gathered: Gathered):
+    tokenizer = byte_level([])
+    ids = torch.tensor(tokenizer("ab”c")["input_ids"])  # a b, three bytes, c
+    kept, left = gathered.statistics.contexts, gathered.statistics.left
+    kept = kept._replace(**{name: getattr(kept, name).clone() for name in kept._fields})
+    begin = left - 3  # the middle token is the second byte
+    kept.tokens[0, 0] = OUTSIDE
+    kept.tokens[0, 0, begin : begin + 6] = ids
+    kept.importances[0, 0, begin : begin + 6] = torch.tensor([0.0, 0.2, 0.4, 1.0, 0.6, 0.0])
+    kept.activations[0, 0, begin : begin + 6] = torch.arange(6.0)
+    window = _window(gathered, kept, 0, 0, TokenReader(tokenizer))
+    assert window.pieces == ["a", "b", "”", "c"] and window.middle == 2
+    assert window.importances == pytest.approx([0.0, 0.2, 1.0, 0.0])
+    assert window.activations == [0.0, 1.0, 3.0, 5.0]
+    assert window.marked([window.middle]) == "ab[[”]]c"
 
 
 # --- scores --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from spd.engine.prepare import Prepared
 from spd.experiments.lm.data.text import TextConfig
 from spd.experiments.lm.data.tokens import beginning_with
 from spd.experiments.lm.report.page import write_lm_report
-from spd.experiments.lm.report.token_texts import token_text
+from spd.experiments.lm.report.token_texts import TokenTexts, token_text
 from spd.problem import Batch, Problem
 
 
@@ -50,9 +50,10 @@ class LMProblem(Problem):
             return self.tokenizer.encode(text)
         return beginning_with(text, self.text, self.tokenizer)
 
-    def token_text(self, token: int) -> str:
-        """A token as text, with the space that it begins with."""
-        return token_text(self.tokenizer, token)
+    @property
+    def token_text(self) -> "TokenReader":
+        """What makes text of a token, with the space that it begins with, and of several together."""
+        return TokenReader(self.tokenizer)
 
     def cross_entropy(
         self, logits: Float[Tensor, "batch position vocab"], batch: Batch
@@ -77,6 +78,25 @@ class LMProblem(Problem):
             n_batches=n_batches or self.n_report_batches,
             at_least=n_batches or 1,
         )
+
+
+class TokenReader:
+    """Tokens as text, by a tokenizer; by their numbers without one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
+
+    def __call__(self, token: int) -> str:
+        return token_text(self.tokenizer, token)
+
+    def whole(self, tokens: Sequence[int]) -> list[tuple[str, int]]:
+        """The pieces of text that tokens make, each with how many of them it takes.
+
+        It is one, except where only several make a character.
+        """
+        groups = self._texts.whole(tokens)
+        return [(self._texts.texts[self._texts(*group)], len(group)) for group in groups]
 
 
 def next_token_cross_entropy(
