@@ -14,6 +14,7 @@ from spd.sweeps import trials
 from spd.sweeps.definition import check, only_at_end, read_definition
 from spd.sweeps.logged import logged
 from spd.sweeps.trials import ONLY_AT_END, Trial, run_trial
+from tests.launch_fixtures import QUICK, SWEEP, Launcher
 from tests.runs.little_run import little_config, little_run
 from tests.sweeps.test_sweep_definition import GRID, RANDOM, written
 from tests.sweeps.test_sweeps import make_study
@@ -152,3 +153,14 @@ def test_what_every_evaluation_has_is_missed_at_the_first(
 ):
     wrong = tried(tmp_path, monkeypatch, "eval/loss/totl", EVALUATIONS, late=False)
     assert wrong.state == "failed" and "(logged: eval/loss/total)" in str(wrong.reason)
+
+
+@pytest.mark.slow
+def test_a_sweep_over_the_verdict_ends_well(tmp_path: Path):
+    launcher = Launcher(tmp_path)
+    asked = {"metric": {"name": "eval/solved"}, "parameters": {"lr": {"value": 1e-3}}}
+    params = written(launcher.home, GRID, **asked)
+    own = (*QUICK, "metrics={causes: {}}", "steps=60", "eval_every=10")
+    done = launcher.run(SWEEP, "tms_5-2", "1", "--local", "--cpu", "--params", str(params), *own)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 finished" in done.stdout and "failed" not in done.stdout
