@@ -14,6 +14,9 @@ import torch
 
 from spd.config import UserError
 from spd.engine.compilation import CompiledStep, require_compiler
+from spd.engine.ensemble import train_together
+from spd.engine.step import execution_record, make_step
+from tests.carried_state import config, prepared
 from tests.run_fixtures import (
     QUICK,
     TMS_CONFIG,
@@ -299,6 +302,17 @@ def test_a_graph_that_there_was_or_has_to_be_is_not_done_without(stand_in: Stand
     for own in (step, resumed):
         with pytest.raises(TorchDynamoException, match="no graph of 2"):
             own(torch.ones(2))
+
+
+@pytest.mark.parametrize("setting", ["auto", True])
+def test_a_checkpoint_keeps_which_shapes_run_eagerly(stand_in: StandIn, setting: Any):
+    run = prepared(config(compile=setting))
+    kept = {"compiled": True, "compiled_shapes": [[[1]]], "eager_shapes": [[[2]]], "n_members": 1}
+    trained, batch = train_together([run.objective]), run.eval_batches[0]
+    step = make_step(trained, run.config, batch, {"step": 1, **kept})
+    assert step.execution.may_fall_back == (setting == "auto")
+    step.execution.compiled = True
+    assert execution_record(step) == kept
 
 
 @pytest.mark.slow
