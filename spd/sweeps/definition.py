@@ -45,8 +45,8 @@ Distribution = Literal[
     "beta",
     "q_beta",
 ]
-OF_EXPONENTS = ("log_uniform", "q_log_uniform", "inv_log_uniform", "log_normal", "q_log_normal")
-"""distributions whose min and max, or mu and sigma, are those of the logarithm"""
+OF_EXPONENTS = ("log_uniform", "q_log_uniform", "inv_log_uniform")
+"""distributions whose min and max are those of the logarithm"""
 BETWEEN = (math.sqrt(5) - 1) / 2
 """where between the ends of an interval a value is tried"""
 NEEDS_BOUNDS = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values")
@@ -259,7 +259,8 @@ def _to_check(definition: Definition) -> Iterator[Point]:
         yield from itertools.islice(definition.points(), MAX_CHECKED)
         return
     tried = {key: _tried(parameter) for key, parameter in definition.parameters.items()}
-    first = {key: values[0] for key, values in tried.items()}
+    first = {key: values[0] for key, values in tried.items() if values}
+    yield first
     for key, values in tried.items():
         for value in values:
             yield {**first, key: value}
@@ -268,7 +269,7 @@ def _to_check(definition: Definition) -> Iterator[Point]:
 def _tried(parameter: Parameter) -> list[Any]:
     """Both ends of an interval and a value between them that is whole by chance only; what is listed.
 
-    Of what has no ends, values that are likely. The defaults are those of W&B.
+    Nothing of what has no ends, as a normal distribution: the experiment's own value stands for it.
     """
     kind, q = parameter.kind, parameter.q or 1.0
     if kind in ("constant", "categorical"):
@@ -281,9 +282,7 @@ def _tried(parameter: Parameter) -> list[Any]:
     elif kind in ("beta", "q_beta"):
         values = [1 - BETWEEN, BETWEEN]
     else:
-        mu = 0.0 if parameter.mu is None else parameter.mu
-        sigma = 1.0 if parameter.sigma is None else parameter.sigma
-        values = [mu, mu - BETWEEN * sigma, mu + BETWEEN * sigma]
+        return []
     if kind in OF_EXPONENTS:
         sign = -1 if kind == "inv_log_uniform" else 1
         values = [math.exp(sign * value) for value in values]

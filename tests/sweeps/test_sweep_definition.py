@@ -182,7 +182,6 @@ WHOLE = "importance.n_hidden"
         {"distribution": "uniform", "min": 4, "max": 32},
         {"distribution": "q_uniform", "min": 4, "max": 32, "q": 0.5},
         {"distribution": "log_uniform_values", "min": 4, "max": 32},
-        {"distribution": "normal", "mu": 100, "sigma": 10},
         {"distribution": "beta"},
     ],
     ids=lambda spec: spec["distribution"],
