@@ -98,15 +98,12 @@ CASES = {
     "residual MLP": ("resid_mlp2", TERMS, "both"),
     "residual MLP, other terms": ("resid_mlp2", OTHER_TERMS, "gradient"),
 }
-QUICK_ONE = "tms, other terms"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "losses", "leak"),
-    [
-        pytest.param(*case, id=name, marks=() if name == QUICK_ONE else pytest.mark.slow)
-        for name, case in CASES.items()
-    ],
+    [pytest.param(*case, id=name) for name, case in CASES.items()],
 )
 def test_members_are_single_runs(
     targets: dict[str, Path], name: str, losses: dict[str, Any], leak: str

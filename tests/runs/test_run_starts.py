@@ -85,7 +85,8 @@ def assert_same(run: Path, other: Path) -> None:
     assert not list(run.glob("starts/*/checkpoints"))
 
 
-@pytest.mark.parametrize("way", ["together", pytest.param("one by one", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["together", "one by one"])
 def test_the_same_seed_gives_the_same_bytes(
     command: Command, undisturbed: dict[str, Undisturbed], way: str
 ):
