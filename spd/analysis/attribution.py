@@ -104,10 +104,11 @@ def prompt_of(
         if not 0 <= index < d:
             raise UserError(f"--output {index}: the target has the outputs 0 to {d - 1}")
     ids = {*wanted, *(batch.flatten().tolist() if of_ids(batch) else [])}
-    text_of = problem.token_text if isinstance(problem, ReadsTokens) else None
-    if text_of is None and tokenizer is not None:
-        text_of = partial(_decoded, tokenizer)
-    names = {i: str(i) if tokenizer is None or text_of is None else text_of(i) for i in ids}
+    text_of: Callable[[int], str] = str
+    if tokenizer is not None:
+        known = isinstance(problem, ReadsTokens)
+        text_of = problem.token_text if known else partial(_decoded, tokenizer)
+    names = {i: text_of(i) for i in ids}
     of_tokens = of_ids(batch)
     columns = [names[i] for i in batch.flatten().tolist()] if of_tokens else [""]
     return Prompt(batch, at, wanted, columns, names)

@@ -18,7 +18,7 @@ from spd.adversary import Attack, attack
 from spd.component_model import ComponentModel
 from spd.config import counted
 from spd.losses import recon_errors
-from spd.metrics.ladder import by_example
+from spd.metrics.ladder import by_example, weighed
 from spd.metrics.sparsity import ALIVE_THRESHOLD, size_of
 from spd.noise import seeded
 from spd.problem import Dense, Identity, Pattern, Problem, ReconKind, of_ids
@@ -203,10 +203,7 @@ class _Measured:
     def errors(self, masks: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
         on_device = {path: mask.to(self.batch.device) for path, mask in masks.items()}
         errors = recon_errors(self.model(self.batch, on_device), self.output, self.recon)
-        if self.weights is not None:
-            weights = self.weights
-            errors = errors * weights.reshape(*weights.shape, *[1] * (errors.dim() - weights.dim()))
-        return by_example(errors, self.g)
+        return by_example(weighed(errors, self.weights), self.g)
 
     def one_off(self, path: str, mask: Float[Tensor, " C"]) -> Float[Tensor, " rows"]:
         """D of every row where `path` has this mask and all other masks are 1."""

@@ -138,6 +138,15 @@ def by_example(
     return errors.flatten(start_dim=1).mean(dim=1) if errors.dim() > 1 else errors
 
 
+def weighed(
+    errors: Float[Tensor, "examples *positions"], weights: Tensor | None
+) -> Float[Tensor, "examples *positions"]:
+    """Each error times the weight of its row or position; None: all count alike."""
+    if weights is None:
+        return errors
+    return errors * weights.reshape(*weights.shape, *[1] * (errors.dim() - weights.dim()))
+
+
 class _Measured:
     """The target on some rows, and how far masked passes are from it."""
 
@@ -167,10 +176,7 @@ class _Measured:
         if (found := self.cross_entropy(output.detach())) is not None:
             self.predicted.append(found)
         errors = recon_errors(output, self.output, self.problem.recon)
-        if self.weights is not None:
-            weights = self.weights
-            errors = errors * weights.reshape(*weights.shape, *[1] * (errors.dim() - weights.dim()))
-        return by_example(errors, self.g)
+        return by_example(weighed(errors, self.weights), self.g)
 
     def cross_entropy(self, output: Tensor) -> Float[Tensor, " batch"] | None:
         """Of each example its part of the mean over all predictions; None where nothing is predicted."""
