@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spd.component_model import ComponentModel, Site, layers_of
+from spd.components import decomposable
 from spd.config import UserError, counted, nearest
 from spd.masks import Pass, RoutedInput, SiteMask
 from spd.problem import Batch, NamedTensors, Problem, describe, run_target
@@ -237,7 +238,7 @@ def _check_shared(model: ComponentModel) -> None:
         if path is None or f"{name}.".startswith(inside):
             continue
         holder = modules[name.rpartition(".")[0]]
-        if not isinstance(holder, nn.Linear | nn.Embedding):
+        if not decomposable(holder):
             raise UserError(
                 f"sites: the target keeps the weight of {path!r} as {name!r} besides, so that what it does"
                 " with it there would never be ablated; name patterns that leave it out, or give the target"
